@@ -1,0 +1,119 @@
+"""The operator's attributes: one frozen dataclass, validated once, the same everywhere.
+
+`Config` mirrors `HaAttributes` in plugins/attention.h, the ONNX node's attributes and the
+TensorRT plugin's fields, under the same names. docs/operator.md explains each of them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields, replace
+
+from hyperattention.errors import UsageError
+
+DOMAIN = "hyperattention"
+OP_TYPE = "HyperAttention"
+VERSION = 1
+INT32_MAX = 2**31 - 1
+# Sq at or below this attends exactly whatever the other attributes say (operator rule 5).
+DECODE_ROWS = 64
+SELECTORS = ("blocks",)
+
+# name: (smallest, largest) accepted integer.
+RANGES: dict[str, tuple[int, int]] = {
+    "causal": (0, 1),
+    "block_size": (16, 256),
+    "num_blocks": (0, 64),
+    "pool_size": (1, 256),
+    "sample_size": (0, 4096),
+    "stratified": (0, 1),
+    "local_size": (16, 65536),
+    "local_overlap": (0, 1),
+    "sinks": (0, 4096),
+    "exact_below": (0, INT32_MAX),
+    "num_projections": (1, 16),
+    "seed": (0, INT32_MAX),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Attributes of one HyperAttention node; the defaults are the preset `blocks`.
+
+    Raises UsageError, naming the field, the value and the range, for anything out of range.
+    """
+
+    causal: int = 1
+    scale: float = 0.0  # 0 means 1/sqrt(D)
+    selector: str = "blocks"
+    block_size: int = 64
+    num_blocks: int = 8
+    pool_size: int = 4
+    sample_size: int = 256
+    stratified: int = 1
+    local_size: int = 1024
+    local_overlap: int = 1
+    sinks: int = 64
+    exact_below: int = 4096
+    num_projections: int = 7
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if isinstance(value, bool):
+                object.__setattr__(self, name, int(value))
+            elif not isinstance(value, int):
+                raise UsageError(f"{name} is {value!r} ({type(value).__name__}); it takes an integer from {low} to {high}")
+            if not low <= getattr(self, name) <= high:
+                raise UsageError(f"{name} is {value}; it takes an integer from {low} to {high}")
+        if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)):
+            raise UsageError(f"scale is {self.scale!r}; it takes a number, 0 for 1/sqrt(head size)")
+        if not (math.isfinite(self.scale) and self.scale >= 0):
+            raise UsageError(f"scale is {self.scale}; it takes a finite number above 0, or 0 for 1/sqrt(head size)")
+        object.__setattr__(self, "scale", float(self.scale))
+        if self.selector not in SELECTORS:
+            raise UsageError(f"selector is {self.selector!r}; it takes one of {', '.join(SELECTORS)}")
+        if self.block_size % self.pool_size:
+            raise UsageError(
+                f"block_size {self.block_size} is not a multiple of pool_size {self.pool_size}; "
+                f"choose a pool_size that divides it"
+            )
+        if self.causal and self.local_size % self.block_size:
+            raise UsageError(
+                f"local_size {self.local_size} is not a multiple of block_size {self.block_size}; "
+                f"the causal selector 'blocks' needs one"
+            )
+
+    def is_exact(self, seq_q: int, seq_k: int) -> bool:
+        """Whether these lengths take the exact path: by shapes only (operator rule 5)."""
+        return seq_k <= self.exact_below or seq_q <= DECODE_ROWS
+
+    def resolved_scale(self, head_dim: int) -> float:
+        """The factor on the logits for heads of `head_dim`."""
+        return self.scale if self.scale > 0 else 1.0 / math.sqrt(head_dim)
+
+    def exact(self) -> "Config":
+        """The same node as plain exact attention at every length (preset `exact`)."""
+        return replace(self, exact_below=INT32_MAX)
+
+    def attributes(self) -> dict[str, int | float | str]:
+        """Attribute name to value, in declaration order, as ONNX and TensorRT take them."""
+        return asdict(self)
+
+    @classmethod
+    def from_attributes(cls, attributes: dict[str, int | float | str]) -> "Config":
+        """The inverse of `attributes`; unknown names raise UsageError, missing ones take the default."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(attributes) - known)
+        if unknown:
+            raise UsageError(f"unknown attribute {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        return cls(**attributes)  # type: ignore[arg-type]
+
+
+PRESETS: dict[str, Config] = {"blocks": Config(), "exact": Config().exact()}
+
+
+def layer_seed(base: int, layer: int) -> int:
+    """The seed of one layer's node (operator rule 12)."""
+    return (base + layer) % 2**31

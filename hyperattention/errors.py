@@ -1,0 +1,54 @@
+"""Every error the tool raises on purpose, and the exit code each one ends in.
+
+    HyperAttentionError              exit code
+    ├── UsageError                   2   an option or input that cannot be accepted
+    │   └── UnsupportedModel         2   the model, or one of its layers, cannot be exported as asked
+    ├── EnvironmentFault             3   a library, driver or device is missing, or something else ran than was built
+    ├── ExportFailed                 4   the model could not be turned into ONNX
+    ├── BuildFailed                  5   TensorRT could not build the engine
+    └── AccuracyFailed               1   a gate of the report was not met
+
+A message says what was found, what is allowed and what to do next. Only the
+command line turns these into exit codes; any other exception is a bug and
+keeps its traceback.
+"""
+
+
+class HyperAttentionError(Exception):
+    """Base class; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class AccuracyFailed(HyperAttentionError):
+    """A gate of the report was not met."""
+
+    exit_code = 1
+
+
+class UsageError(HyperAttentionError, ValueError):
+    """An option or an input that cannot be accepted."""
+
+    exit_code = 2
+
+
+class UnsupportedModel(UsageError):
+    """The model, or a layer the user asked for, cannot be exported as asked."""
+
+
+class EnvironmentFault(HyperAttentionError):
+    """A library, driver or device is missing, or something else ran than was built."""
+
+    exit_code = 3
+
+
+class ExportFailed(HyperAttentionError):
+    """The model could not be turned into ONNX."""
+
+    exit_code = 4
+
+
+class BuildFailed(HyperAttentionError):
+    """TensorRT could not build the engine."""
+
+    exit_code = 5

@@ -1,0 +1,4 @@
+"""An output folder in, numbers, a verdict and a report out."""
+
+if __name__ != "hyperattention.validate":
+    raise ImportError("import hyperattention.validate, not validate")
