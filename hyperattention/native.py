@@ -1,0 +1,168 @@
+"""Calls a native library's kernels, stage by stage, on torch tensors; plugins/attention.h has the C side."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_size_t, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hyperattention.config import Config
+from hyperattention.errors import EnvironmentFault, UsageError
+from hyperattention.library import ABI_VERSION, HaAttributes, HaParams, build_info, open_library
+from hyperattention.selection import Geometry
+
+OK, INVALID, UNSUPPORTED, FAILED = range(4)
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+SIDES = {"queries": 0, "keys": 1}
+_ALIGNMENT = 256  # of the workspace, bytes
+
+
+class Library:
+    """One backend's C functions over torch tensors: q [B,Hq,Sq,D], k [B,Hkv,Sk,D], v [B,Hkv,Sk,Dv], lengths int [B] or None.
+
+    A tensor that is not dense is copied first. Every method raises UsageError for a problem the backend does not take
+    and EnvironmentFault when the runtime refused, with the library's own text. CUDA calls run on torch's current stream.
+    """
+
+    def __init__(self, path: Path, prefix: str, device_type: str) -> None:
+        self.path, self.device_type, self._library = path, device_type, open_library(path)
+        abi = build_info(path).get("abi")
+        if abi != ABI_VERSION:
+            raise EnvironmentFault(f"{path.name} has interface {abi}, this package {ABI_VERSION}; rebuild it with `make native`")
+        self._library.ha_last_error.restype = c_char_p
+        self._plan_dims = self._bind("ha_plan_dims", POINTER(c_int64))
+        self._workspace_size = self._bind(prefix + "workspace_size", POINTER(c_size_t))
+        self._pool = self._bind(prefix + "pool", c_int32, c_int32, c_void_p, c_void_p)
+        self._select = self._bind(prefix + "select", c_void_p)
+        self._samples = self._bind(prefix + "samples", c_void_p, c_void_p)
+        self._attend = self._bind(prefix + "attend")
+        self._forward = self._bind(prefix + "forward")
+
+    def pool(self, q: Tensor, k: Tensor, v: Tensor, config: Config, side: str, rows: int, lengths: Tensor | None = None):
+        """Quantised pools of `rows` positions of "queries" or "keys": int8 [B,H,P,D] and float32 factors [B,H,P]."""
+        call = _Call(self, q, k, v, config, lengths)
+        p = call.params
+        first = p.seq_k - p.seq_q if config.causal and side == "queries" else 0
+        heads, length = (p.heads_q, p.seq_q) if side == "queries" else (p.heads_kv, p.seq_k)
+        pools = (first + length - 1) // rows - first // rows + 1 if length else 0
+        values = call.output((p.batch, heads, pools, p.head_dim), torch.int8)
+        scales = call.output((p.batch, heads, pools), torch.float32)
+        call.run(self._pool, SIDES[side], rows, values.data_ptr(), scales.data_ptr())
+        return values, scales
+
+    def select(self, q: Tensor, k: Tensor, v: Tensor, config: Config, lengths: Tensor | None = None) -> Tensor:
+        """Chosen key blocks, int32 [B, Hq, query blocks, num_blocks], ascending, -1 behind the last."""
+        call = _Call(self, q, k, v, config, lengths)
+        blocks = call.output((*call.rows, call.plan_dims()[0], config.num_blocks), torch.int32)
+        call.run(self._select, blocks.data_ptr())
+        return blocks
+
+    def samples(self, q: Tensor, k: Tensor, v: Tensor, config: Config, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Key index (int32, -1 = none) and weight (float32) of each sample, [B, Hq, local blocks, sample_size]."""
+        call = _Call(self, q, k, v, config, lengths)
+        shape = (*call.rows, call.plan_dims()[1], config.sample_size)
+        index, weight = call.output(shape, torch.int32), call.output(shape, torch.float32)
+        call.run(self._samples, index.data_ptr(), weight.data_ptr())
+        return index, weight
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, config: Config, blocks: Tensor, lengths: Tensor | None = None, threads: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Attention under the plan `blocks` (as `select` gives it): o [B,Hq,Sq,Dv] in Q's dtype, lse float32 [B,Hq,Sq]."""
+        return _Call(self, q, k, v, config, lengths, blocks, threads).attention(self._attend)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, config: Config, lengths: Tensor | None = None, threads: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Selection and attention: o [B,Hq,Sq,Dv] in Q's dtype, lse float32 [B,Hq,Sq]. `threads` (CPU): 0 = all."""
+        return _Call(self, q, k, v, config, lengths, None, threads).attention(self._forward)
+
+    def workspace_size(self, q: Tensor, k: Tensor, v: Tensor, config: Config) -> int:
+        """Bytes of scratch that the problem needs: a function of shapes, dtype and attributes only."""
+        return _Call(self, q, k, v, config, None).workspace_size()
+
+    def check(self, function, *arguments: object) -> None:
+        """Calls a C function and raises what its status means."""
+        status = function(*arguments)
+        if status != OK:
+            text = self._library.ha_last_error().decode(errors="replace")
+            raise (UsageError if status in (INVALID, UNSUPPORTED) else EnvironmentFault)(text)
+
+    def _bind(self, name: str, *arguments: type):
+        try:
+            function = getattr(self._library, name)
+        except AttributeError as error:
+            raise EnvironmentFault(f"{self.path.name} lacks {name}; rebuild it with `make native`") from error
+        function.restype, function.argtypes = c_int, [POINTER(HaParams), *arguments]
+        return function
+
+
+class _Call:
+    """One problem's HaParams and the tensors it points at, kept alive."""
+
+    def __init__(
+        self,
+        library: Library,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        config: Config,
+        lengths: Tensor | None,
+        blocks: Tensor | None = None,
+        threads: int = 0,
+    ) -> None:
+        self.library, self.device = library, q.device
+        given = {"q": q, "k": k, "v": v, "lengths": lengths, "plan_blocks": blocks}
+        present = {name: t for name, t in given.items() if t is not None}
+        if q.device.type != library.device_type or any(t.device != q.device for t in present.values()):
+            found = ", ".join(f"{name} on {t.device}" for name, t in present.items())
+            raise UsageError(f"{library.path.name} takes tensors of one {library.device_type} device; found {found}")
+        if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPE_CODES:
+            raise UsageError(f"Q, K, V are {q.dtype}, {k.dtype}, {v.dtype}; they take one of float32, float16, bfloat16 together")
+        g = Geometry.of(q, k, v, config, lengths)
+        self.rows = (g.batch, g.heads_q)
+        self.o_shape, self.dtype = (g.batch, g.heads_q, g.seq_q, g.head_dim_v), q.dtype
+        int32 = {"lengths", "plan_blocks"}
+        self.tensors = {name: (t.to(torch.int32) if name in int32 else t).contiguous() for name, t in present.items()}
+        sizes = {name: getattr(g, name) for name in "batch heads_q heads_kv seq_q seq_k head_dim head_dim_v".split()}
+        pointers = {name: t.data_ptr() for name, t in self.tensors.items()}
+        stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else None
+        self.params = HaParams(
+            ctypes.sizeof(HaParams), DTYPE_CODES[q.dtype], attributes=HaAttributes.of(config), **sizes, **pointers, stream=stream, threads=threads
+        )
+        if blocks is not None:
+            expected = (*self.rows, self.plan_dims()[0], config.num_blocks)
+            if tuple(blocks.shape) != expected:
+                raise UsageError(f"blocks has shape {tuple(blocks.shape)}; this problem's plan has {expected}")
+
+    def plan_dims(self) -> tuple[int, int]:
+        dims = (c_int64 * 2)()
+        self.library.check(self.library._plan_dims, byref(self.params), dims)
+        return dims[0], dims[1]
+
+    def workspace_size(self) -> int:
+        size = c_size_t()
+        self.library.check(self.library._workspace_size, byref(self.params), byref(size))
+        return size.value
+
+    def output(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def run(self, function, *arguments: object) -> None:
+        size = self.workspace_size()
+        scratch = torch.empty(size + _ALIGNMENT, dtype=torch.uint8, device=self.device)
+        self.params.workspace = -(-scratch.data_ptr() // _ALIGNMENT) * _ALIGNMENT
+        self.params.workspace_size = size
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            self.library.check(function, byref(self.params), *arguments)
+
+    def attention(self, function) -> tuple[Tensor, Tensor]:
+        o = self.output(self.o_shape, self.dtype)
+        lse = self.output(self.o_shape[:3], torch.float32)
+        self.params.out, self.params.lse = o.data_ptr(), lse.data_ptr()
+        self.run(function)
+        return o, lse
