@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hyperattention.config import Config
-from hyperattention.errors import EnvironmentFault, UsageError
+from hyperattention.errors import EnvironmentFault
 
 if TYPE_CHECKING:
     from hyperattention.native import Library

@@ -131,9 +131,8 @@ class _Call:
         sizes = {name: getattr(g, name) for name in "batch heads_q heads_kv seq_q seq_k head_dim head_dim_v".split()}
         pointers = {name: t.data_ptr() for name, t in self.tensors.items()}
         stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else None
-        self.params = HaParams(
-            ctypes.sizeof(HaParams), DTYPE_CODES[q.dtype], attributes=HaAttributes.of(config), **sizes, **pointers, stream=stream, threads=threads
-        )
+        self.params = HaParams(ctypes.sizeof(HaParams), DTYPE_CODES[q.dtype], attributes=HaAttributes.of(config), **sizes, **pointers)
+        self.params.stream, self.params.threads = stream, threads
         if blocks is not None:
             expected = (*self.rows, self.plan_dims()[0], config.num_blocks)
             if tuple(blocks.shape) != expected:
