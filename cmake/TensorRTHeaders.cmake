@@ -1,0 +1,43 @@
+# TENSORRT_INCLUDE_DIR: the folder of NvInfer.h, or false. Order: TENSORRT_ROOT, the system, what was fetched before, the
+# crate trtx-sys (which carries NVIDIA's Apache-2.0 headers) where cargo is there, NVIDIA's tag on GitHub.
+set(TENSORRT_ROOT "$ENV{TENSORRT_ROOT}" CACHE PATH "TensorRT, unpacked")
+set(trt_fetched "${HYPERATTENTION_DEPS}/tensorrt-headers")
+
+macro(ha_find_tensorrt)
+  find_path(TENSORRT_INCLUDE_DIR NvInfer.h HINTS "${TENSORRT_ROOT}" "${TENSORRT_ROOT}/include" PATHS "${trt_fetched}"
+    PATH_SUFFIXES include x86_64-linux-gnu)
+endmacro()
+
+ha_find_tensorrt()
+if(NOT TENSORRT_INCLUDE_DIR AND HYPERATTENTION_FETCH AND NOT TENSORRT_ROOT)
+  find_program(cargo cargo)
+  if(cargo)
+    # A throw-away package whose one dependency is unpacked by cargo; nothing is compiled.
+    set(package "${PROJECT_BINARY_DIR}/tensorrt-headers")
+    file(WRITE "${package}/src/lib.rs" "")
+    file(WRITE "${package}/Cargo.toml" "[package]\nname = \"headers\"\nversion = \"0.0.0\"\nedition = \"2021\"\n[workspace]\n"
+      "[dependencies]\ntrtx-sys = { version = \"=0.5.0\", default-features = false }\n")
+    execute_process(COMMAND "${cargo}" vendor --quiet vendor WORKING_DIRECTORY "${package}" OUTPUT_QUIET ERROR_QUIET RESULT_VARIABLE status)
+    file(GLOB_RECURSE found "${package}/vendor/trtx-sys/TensorRT-Headers/*10.16*/NvInfer.h")
+    if(found)
+      list(GET found 0 found)
+      get_filename_component(found "${found}" DIRECTORY)
+      file(COPY "${found}/" DESTINATION "${trt_fetched}/include")
+    endif()
+    file(REMOVE_RECURSE "${package}")
+  endif()
+  ha_find_tensorrt()
+  if(NOT TENSORRT_INCLUDE_DIR)
+    set(trt_archive "${HYPERATTENTION_DEPS}/tensorrt.tar.gz")
+    file(DOWNLOAD "https://github.com/NVIDIA/TensorRT/archive/refs/tags/v10.6.0.tar.gz" "${trt_archive}" INACTIVITY_TIMEOUT 20 STATUS status)
+    if(status MATCHES "^0;")
+      file(ARCHIVE_EXTRACT INPUT "${trt_archive}" DESTINATION "${trt_fetched}" PATTERNS "*/include/*.h")
+      file(GLOB TENSORRT_ROOT "${trt_fetched}/TensorRT-*")
+      ha_find_tensorrt()
+    endif()
+    file(REMOVE "${trt_archive}")
+  endif()
+endif()
+if(TENSORRT_INCLUDE_DIR)
+  message(STATUS "TensorRT headers: ${TENSORRT_INCLUDE_DIR}")
+endif()
