@@ -5,8 +5,8 @@ set(HA_CUDA_FOUND FALSE)
 
 set(wheel_roots "${HYPERATTENTION_DEPS}/cuda/nvidia/cu13")
 find_package(Python3 QUIET COMPONENTS Interpreter)
-if(Python_EXECUTABLE OR Python3_EXECUTABLE)
-  execute_process(COMMAND "${Python_EXECUTABLE}${Python3_EXECUTABLE}" -c "import nvidia; print(';'.join(p + '/cu13' for p in nvidia.__path__))"
+if(Python3_EXECUTABLE)
+  execute_process(COMMAND "${Python3_EXECUTABLE}" -c "import nvidia; print(';'.join(p + '/cu13' for p in nvidia.__path__))"
     OUTPUT_VARIABLE python_roots OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
   list(APPEND wheel_roots ${python_roots})
 endif()
