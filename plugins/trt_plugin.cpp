@@ -1,0 +1,254 @@
+// TensorRT's view of the operator: IPluginV3 "HyperAttention", version "1", namespace "hyperattention".
+//
+// Inputs Q, K, V (float16 or bfloat16, linear) and optionally lengths (int32 [batch]); outputs O and, with the field
+// with_lse, LSE (float32). The plugin registry finds it through getCreators, so libnvinfer is not linked. Every method
+// that TensorRT calls is a noexcept shell that logs the reason and returns an error status.
+#include <NvInferRuntime.h>
+
+#include <algorithm>
+#include <memory>
+
+#include "trt_fields.h"
+#include "trt_log.h"
+
+namespace ha::trt {
+namespace {
+using namespace nvinfer1;
+
+constexpr char kName[] = "HyperAttention";
+constexpr char kVersion[] = "1";
+constexpr char kNamespace[] = "hyperattention";
+constexpr int32_t kLengths = 3;  // index of the optional input
+
+[[noreturn]] void fail(const std::string& message) { throw Error(HA_INVALID, message); }
+
+std::string shape_text(const Dims& dims) {
+  std::string text = "[";
+  for (int32_t i = 0; i < dims.nbDims; ++i) text += (i ? ", " : "") + std::to_string(dims.d[i]);
+  return text + "]";
+}
+
+void check_counts(const Fields& fields, int32_t inputs, int32_t outputs) {
+  if (inputs != kLengths && inputs != kLengths + 1)
+    fail("it has " + std::to_string(inputs) + " inputs; it takes Q, K, V and optionally lengths");
+  if (outputs != 1 + fields.with_lse)
+    fail("it has " + std::to_string(outputs) + " outputs; with_lse = " + std::to_string(fields.with_lse) + " gives " +
+         std::to_string(1 + fields.with_lse));
+}
+
+int32_t dtype_of(DataType type) {
+  if (type == DataType::kHALF) return HA_FLOAT16;
+  if (type == DataType::kBF16) return HA_BFLOAT16;
+  throw Error(HA_UNSUPPORTED, "Q, K, V have TensorRT data type " + std::to_string(static_cast<int32_t>(type)) +
+                                  "; the CUDA kernels take float16 (1) or bfloat16 (7): export with --dtype fp16 or bf16");
+}
+
+// The problem that the shapes pose, checked; without tensors. `lengths` is null where the node has none.
+HaParams problem(const Fields& fields, DataType type, const Dims& q, const Dims& k, const Dims& v, const Dims* lengths) {
+  const std::string shapes = "Q " + shape_text(q) + ", K " + shape_text(k) + ", V " + shape_text(v);
+  if (q.nbDims != 4 || k.nbDims != 4 || v.nbDims != 4) fail(shapes + ": each takes 4 dimensions: batch, heads, sequence, head size");
+  if (k.d[0] != q.d[0] || v.d[0] != q.d[0]) fail(shapes + ": the batch sizes must be equal");
+  if (k.d[3] != q.d[3]) fail(shapes + ": Q and K must have one head size");
+  if (v.d[1] != k.d[1] || v.d[2] != k.d[2]) fail(shapes + ": K and V must have the same heads and the same keys");
+  if (lengths && (lengths->nbDims != 1 || lengths->d[0] != q.d[0]))
+    fail("lengths " + shape_text(*lengths) + " beside " + shapes + ": it takes one length a batch row, [" + std::to_string(q.d[0]) + "]");
+  HaParams params{};
+  params.struct_size = sizeof(HaParams);
+  params.dtype = dtype_of(type);
+  params.batch = q.d[0], params.heads_q = q.d[1], params.seq_q = q.d[2], params.head_dim = q.d[3];
+  params.heads_kv = k.d[1], params.seq_k = k.d[2], params.head_dim_v = v.d[3];
+  params.attributes = fields.attributes;
+  check(params);
+  return params;
+}
+
+size_t workspace_of(const HaParams& params) {
+  size_t bytes = 0;
+  if (const int status = ha_cuda_workspace_size(&params, &bytes)) throw Error(static_cast<HaStatus>(status), ha_last_error());
+  return bytes;
+}
+
+// Scratch for every problem up to `largest`. A kernel's need grows with the shape, but a smaller shape can take another
+// path (rule 5: few keys, or few queries), so the largest shape of each path counts.
+size_t workspace_up_to(const HaParams& largest) {
+  size_t bytes = 0;
+  for (const int64_t seq_q : {largest.seq_q, std::min<int64_t>(largest.seq_q, 64)})
+    for (const int64_t seq_k : {largest.seq_k, std::min<int64_t>(largest.seq_k, largest.attributes.exact_below)}) {
+      HaParams params = largest;
+      params.seq_q = seq_q, params.seq_k = seq_k;
+      bytes = std::max(bytes, workspace_of(params));
+    }
+  return bytes;
+}
+
+// At network creation TensorRT may ask before a profile is set; its bounds are then negative.
+bool bounded(const DynamicPluginTensorDesc* in, int32_t count) {
+  for (int32_t i = 0; i < count; ++i)
+    for (int32_t d = 0; d < in[i].max.nbDims; ++d)
+      if (in[i].max.d[d] < 0) return false;
+  return true;
+}
+
+class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBuild, public IPluginV3OneRuntime {
+ public:
+  Plugin(const Fields& fields, std::string layer)
+      : fields_(fields), layer_(std::move(layer)), selector_(selector_name(fields.attributes.selector)), description_(describe(fields)) {}
+
+  IPluginCapability* getCapabilityInterface(PluginCapabilityType type) noexcept override {
+    if (type == PluginCapabilityType::kCORE) return static_cast<IPluginV3OneCore*>(this);
+    if (type == PluginCapabilityType::kBUILD) return static_cast<IPluginV3OneBuild*>(this);
+    if (type == PluginCapabilityType::kRUNTIME) return static_cast<IPluginV3OneRuntime*>(this);
+    return nullptr;
+  }
+  IPluginV3* clone() noexcept override {
+    IPluginV3* copy = nullptr;
+    guarded(layer(), [&] { copy = new Plugin(fields_, layer_); });
+    return copy;
+  }
+  const char* getPluginName() const noexcept override { return kName; }
+  const char* getPluginVersion() const noexcept override { return kVersion; }
+  const char* getPluginNamespace() const noexcept override { return kNamespace; }
+
+  int32_t getNbOutputs() const noexcept override { return 1 + fields_.with_lse; }
+  const char* getTimingCacheID() noexcept override { return description_.c_str(); }
+  const char* getMetadataString() noexcept override { return description_.c_str(); }
+
+  int32_t getOutputDataTypes(DataType* out, int32_t outputs, const DataType* in, int32_t inputs) const noexcept override {
+    return guarded(layer(), [&] {
+      check_counts(fields_, inputs, outputs);
+      // A network that is not strongly typed may still be cast to a type that the kernels take: say it, go on.
+      if (in[0] == DataType::kFLOAT)
+        log(ILogger::Severity::kWARNING, layer(),
+            "Q is float32; the CUDA kernels take float16 or bfloat16, so a strongly typed build fails: export with --dtype fp16 or bf16");
+      out[0] = in[0];
+      if (fields_.with_lse) out[1] = DataType::kFLOAT;
+    });
+  }
+
+  int32_t getOutputShapes(const DimsExprs* in, int32_t inputs, const DimsExprs*, int32_t, DimsExprs* out, int32_t outputs,
+                          IExprBuilder&) noexcept override {
+    return guarded(layer(), [&] {
+      check_counts(fields_, inputs, outputs);
+      for (int32_t i = 0; i < kLengths; ++i)
+        if (in[i].nbDims != 4)
+          fail(std::string(1, "QKV"[i]) + " has " + std::to_string(in[i].nbDims) +
+               " dimensions; it takes 4: batch, heads, sequence, head size");
+      out[0] = in[0];
+      out[0].d[3] = in[2].d[3];
+      if (fields_.with_lse) {
+        out[1] = in[0];
+        out[1].nbDims = 3;
+      }
+    });
+  }
+
+  bool supportsFormatCombination(int32_t position, const DynamicPluginTensorDesc* tensors, int32_t inputs,
+                                 int32_t outputs) noexcept override {
+    const int32_t status = guarded(layer(), [&] { check_counts(fields_, inputs, outputs); });
+    if (status != HA_OK || position < 0 || position >= inputs + outputs) return false;
+    const PluginTensorDesc& tensor = tensors[position].desc;
+    if (tensor.format != TensorFormat::kLINEAR) return false;
+    if (position == 0) return tensor.type == DataType::kHALF || tensor.type == DataType::kBF16;
+    if (position == kLengths && inputs > kLengths) return tensor.type == DataType::kINT32;
+    if (position == inputs + 1) return tensor.type == DataType::kFLOAT;
+    return tensor.type == tensors[0].desc.type;
+  }
+
+  int32_t configurePlugin(const DynamicPluginTensorDesc* in, int32_t inputs, const DynamicPluginTensorDesc*,
+                          int32_t outputs) noexcept override {
+    return guarded(layer(), [&] {
+      check_counts(fields_, inputs, outputs);
+      if (bounded(in, inputs)) workspace_up_to(largest(in, inputs));
+    });
+  }
+
+  size_t getWorkspaceSize(const DynamicPluginTensorDesc* in, int32_t inputs, const DynamicPluginTensorDesc*,
+                          int32_t) const noexcept override {
+    size_t bytes = 0;
+    guarded(layer(), [&] { bytes = workspace_up_to(largest(in, inputs)); });
+    return bytes;
+  }
+
+  int32_t onShapeChange(const PluginTensorDesc* in, int32_t inputs, const PluginTensorDesc*, int32_t outputs) noexcept override {
+    return guarded(layer(), [&] {
+      check_counts(fields_, inputs, outputs);
+      with_lengths_ = inputs > kLengths;
+      workspace_of(actual(in));
+    });
+  }
+
+  int32_t enqueue(const PluginTensorDesc* in, const PluginTensorDesc*, const void* const* inputs, void* const* outputs, void* workspace,
+                  cudaStream_t stream) noexcept override {
+    return guarded(layer(), [&] {
+      HaParams params = actual(in);
+      params.q = inputs[0], params.k = inputs[1], params.v = inputs[2];
+      params.lengths = with_lengths_ ? static_cast<const int32_t*>(inputs[kLengths]) : nullptr;
+      params.out = outputs[0];
+      params.lse = fields_.with_lse ? static_cast<float*>(outputs[1]) : nullptr;
+      params.workspace = workspace, params.workspace_size = workspace_of(params);
+      params.stream = stream;
+      if (const int status = ha_cuda_forward(&params)) throw Error(static_cast<HaStatus>(status), ha_last_error());
+    });
+  }
+
+  IPluginV3* attachToContext(IPluginResourceContext*) noexcept override {
+    auto* copy = static_cast<Plugin*>(clone());
+    if (copy) copy->with_lengths_ = with_lengths_;
+    return copy;
+  }
+
+  // Rebuilt on every call, so that a clone never points at its parent's members.
+  const PluginFieldCollection* getFieldsToSerialize() noexcept override {
+    const int32_t status = guarded(layer(), [&] {
+      list_ = list_fields(fields_, selector_.c_str());
+      collection_ = {static_cast<int32_t>(list_.size()), list_.data()};
+    });
+    return status == HA_OK ? &collection_ : nullptr;
+  }
+
+ private:
+  const char* layer() const noexcept { return layer_.c_str(); }
+  HaParams largest(const DynamicPluginTensorDesc* in, int32_t inputs) const {
+    return problem(fields_, in[0].desc.type, in[0].max, in[1].max, in[2].max, inputs > kLengths ? &in[kLengths].max : nullptr);
+  }
+  HaParams actual(const PluginTensorDesc* in) const {
+    return problem(fields_, in[0].type, in[0].dims, in[1].dims, in[2].dims, with_lengths_ ? &in[kLengths].dims : nullptr);
+  }
+
+  const Fields fields_;
+  const std::string layer_, selector_, description_;
+  bool with_lengths_ = false;  // enqueue is not told how many inputs there are; onShapeChange always comes first
+  std::vector<PluginField> list_;
+  PluginFieldCollection collection_{};
+};
+
+class Creator final : public IPluginCreatorV3One {
+ public:
+  IPluginV3* createPlugin(const char* name, const PluginFieldCollection* collection, TensorRTPhase) noexcept override {
+    const char* layer = name ? name : "";
+    IPluginV3* plugin = nullptr;
+    guarded(layer, [&] { plugin = new Plugin(parse_fields(collection), layer); });
+    return plugin;
+  }
+  const PluginFieldCollection* getFieldNames() noexcept override { return &collection_; }
+  const char* getPluginName() const noexcept override { return kName; }
+  const char* getPluginVersion() const noexcept override { return kVersion; }
+  const char* getPluginNamespace() const noexcept override { return kNamespace; }
+
+ private:
+  const std::vector<PluginField> list_ = declare_fields();
+  const PluginFieldCollection collection_{static_cast<int32_t>(list_.size()), list_.data()};
+};
+
+}  // namespace
+}  // namespace ha::trt
+
+// The two entry points that IPluginRegistry::loadLibrary looks for.
+extern "C" HA_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) noexcept {
+  static ha::trt::Creator creator;
+  static nvinfer1::IPluginCreatorInterface* const creators[] = {&creator};
+  count = 1;
+  return creators;
+}
+
+extern "C" HA_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept { ha::trt::logger_finder = finder; }
