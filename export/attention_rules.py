@@ -1,0 +1,59 @@
+"""Which attention calls the operator can stand in for. Everything else is named, never dropped.
+
+A layer is judged by what its module passes to transformers' attention function: the mask and the keyword arguments.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Arguments that steer the model around the attention, not the attention itself.
+_HARMLESS = frozenset(
+    "position_ids use_cache cache_position past_key_values position_embeddings output_hidden_states output_router_logits "
+    "return_dict logits_to_keep num_items_in_batch layer_idx training".split()
+)
+_NAMED = {
+    "sliding_window": "sliding window of {value} keys",
+    "softcap": "softcap {value} on the logits",
+    "s_aux": "attention sinks (s_aux) in the softmax",
+    "position_bias": "position bias on the logits",
+    "alibi": "position bias (ALiBi) on the logits",
+    "cu_seq_lens_q": "packed sequences (cu_seq_lens_q)",
+    "cu_seq_lens_k": "packed sequences (cu_seq_lens_k)",
+    "encoder_hidden_states": "cross-attention",
+    "key_value_states": "cross-attention",
+    "head_mask": "a head mask",
+    "output_attentions": "attention weights as an output",
+}
+
+
+def find_problem(module: nn.Module, attention_mask: Any, scale: float | None, dropout: float, kwargs: dict[str, Any]) -> str | None:
+    """Why the operator cannot compute this call, in a few words; None when it can.
+
+    `attention_mask` is what the registered mask function gave: None or lengths [B] for plain causal attention with right
+    padding, anything else for every other kind; `kwargs` are the remaining arguments of the attention function.
+    """
+    for name, value in sorted(kwargs.items()):
+        if name in _HARMLESS or value is None or value is False or (name == "is_causal" and value is True):
+            continue
+        if name in _NAMED:
+            return _NAMED[name].format(value=value)
+        if name == "is_causal":
+            return "attention that is not causal"
+        return f"an argument of its attention that the operator does not know: {name}"
+    if getattr(module, "is_causal", True) is False and kwargs.get("is_causal") is not True:
+        return "attention that is not causal (an encoder's or cross-attention)"
+    if dropout:
+        return f"dropout {dropout} in the attention"
+    if scale is not None and not scale > 0:
+        return f"scale {scale} on the logits; the operator takes one above 0"
+    if attention_mask is not None and not _is_lengths(attention_mask):
+        return "a mask that is not plain causal (sliding window, chunked, packed positions or position bias)"
+    return None
+
+
+def _is_lengths(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.dim() == 1 and mask.dtype == torch.int32

@@ -1,0 +1,218 @@
+"""A transformers directory, first looked at without its weights, then loaded.
+
+`inspect_source` runs the architecture once on the meta device with an attention function that only looks: that tells each
+layer's sizes, scale and peculiarities for any architecture that goes through transformers' AttentionInterface.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+
+from hyperattention.errors import UnsupportedModel, UsageError
+from hyperattention.export.attention_rules import find_problem
+from hyperattention.export.masks import attention_mask_function
+
+_PROBE = "hyperattention_probe"
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Odd and distinct, so that sizes tell the dimensions apart.
+_PROBE_SHAPE = (2, 7)
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One attention layer: its number in calling order, module path, sizes, scale on the logits, and why the operator cannot replace it."""
+
+    index: int
+    name: str
+    heads_q: int
+    heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    scale: float
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model directory as `inspect_source` found it."""
+
+    path: Path
+    config: Any
+    architecture: str
+    layers: tuple[AttentionLayer, ...]
+    num_parameters: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    max_positions: int | None
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of a plan's `dtype`."""
+    return _DTYPES[name]
+
+
+def inspect_source(path: Path) -> Source:
+    """Reads the configuration and the weight files' headers; loads no weights.
+
+    Raises UsageError for a directory that is missing, empty or broken and UnsupportedModel for an architecture that is unknown
+    or does not go through the AttentionInterface.
+    """
+    config = _read_config(path)
+    _check_weights(path)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, AssertionError, ImportError, ZeroDivisionError) as error:
+        raise UnsupportedModel(
+            f"{path.name}: transformers {transformers.__version__} cannot build a causal language model of type "
+            f"{config.model_type!r} from this configuration ({_one_line(error)}); check config.json"
+        ) from error
+    layers = _probe(model)
+    text = config.get_text_config()
+    return Source(
+        path=path,
+        config=config,
+        architecture=type(model).__name__,
+        layers=layers,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        hidden_size=int(getattr(text, "hidden_size", 0) or 0),
+        intermediate_size=int(getattr(text, "intermediate_size", 0) or 4 * (getattr(text, "hidden_size", 0) or 0)),
+        vocab_size=int(text.vocab_size),
+        max_positions=getattr(text, "max_position_embeddings", None),
+    )
+
+
+def load_model(source: Source, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
+    """The model with its weights, in eval mode. Raises UsageError for weights that are unreadable or do not fit the config."""
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.path, config=source.config, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError) as error:
+        raise UsageError(f"the weights of {source.path.name} cannot be loaded: {_one_line(error)}; copy the directory again") from error
+    for key, what in (("missing_keys", "are missing from the weight files"), ("mismatched_keys", "have another shape than config.json says")):
+        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in info[key])
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise UsageError(f"{', '.join(names[:3])}{more} {what}; copy the directory of {source.path.name} again")
+    return model.to(device).eval()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _read_config(path: Path) -> Any:
+    if not path.exists():
+        raise UsageError(f"there is no {path}; MODEL is a directory with config.json and weights, as transformers saves it")
+    if not path.is_dir():
+        raise UsageError(f"{path} is a file; MODEL is a directory with config.json and weights, as transformers saves it")
+    file = path / "config.json"
+    if not file.is_file():
+        found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+        raise UsageError(f"{path} holds no config.json (found: {found}); MODEL is a directory as transformers saves it")
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file} is not valid JSON ({_one_line(error)}); copy the model's directory again") from error
+    if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
+        raise UsageError(f"{file} names no model_type; it must be the config.json that transformers saved")
+    if data["model_type"] not in transformers.CONFIG_MAPPING:
+        raise UnsupportedModel(
+            f"architecture {data['model_type']!r} is unknown to transformers {transformers.__version__}; install a version that knows it "
+            f"(code inside the model's directory is never run)"
+        )
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:
+        raise UsageError(f"{file} cannot be read as a {data['model_type']} configuration: {_one_line(error)}") from error
+    except Exception as error:
+        # huggingface_hub's strict dataclasses raise classes of their own for a field of the wrong type.
+        if type(error).__module__.startswith("huggingface_hub"):
+            raise UsageError(f"{file} cannot be read as a {data['model_type']} configuration: {_one_line(error)}") from error
+        raise
+
+
+def _check_weights(path: Path) -> None:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError) as error:
+            raise UsageError(f"{index} is broken ({_one_line(error)}); copy the model's directory again") from error
+        files = [path / name for name in names]
+    else:
+        files = sorted(path.glob("*.safetensors"))
+        if not files and not list(path.glob("pytorch_model*.bin")):
+            raise UsageError(f"{path} holds no weights; it takes model.safetensors (or its index and parts) or pytorch_model.bin")
+    for file in files:
+        if not file.is_file():
+            raise UsageError(f"{index.name} names {file.name}, which is missing; copy the model's directory again")
+        try:
+            with safe_open(str(file), framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UsageError(f"{file} is truncated or broken ({_one_line(error)}); copy it again") from error
+
+
+def _probe(model: nn.Module) -> tuple[AttentionLayer, ...]:
+    """Runs the model on the meta device and records what every attention module asks for."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found: dict[str, AttentionLayer] = {}
+
+    def look(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any) -> tuple[Tensor, None]:
+        name = names[id(module)]
+        scale, dropout = kwargs.pop("scaling", None), kwargs.pop("dropout", 0.0)
+        problem = find_problem(module, attention_mask, scale, dropout, kwargs)
+        if query.shape[2] != key.shape[2]:
+            problem = "cross-attention"
+        found[name] = AttentionLayer(
+            index=len(found),
+            name=name,
+            heads_q=query.shape[1],
+            heads_kv=key.shape[1],
+            head_dim=query.shape[3],
+            head_dim_v=value.shape[3],
+            scale=scale if scale is not None else query.shape[3] ** -0.5,
+            problem=problem,
+        )
+        return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+    AttentionInterface.register(_PROBE, look)
+    AttentionMaskInterface.register(_PROBE, attention_mask_function)
+    architecture = type(model).__name__
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedModel(
+            f"{architecture} does not go through transformers' AttentionInterface, so its attention cannot be replaced; "
+            f"see the models with _supports_attention_backend in transformers"
+        )
+    try:
+        model.set_attn_implementation(_PROBE)
+        ids = torch.zeros(_PROBE_SHAPE, dtype=torch.long, device="meta")
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=torch.ones(_PROBE_SHAPE, dtype=torch.bool, device="meta"), use_cache=False)
+    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, KeyError, IndexError) as error:
+        raise UnsupportedModel(f"{architecture} does not run on the meta device ({_one_line(error)}), so its layers cannot be planned") from error
+    if not found:
+        raise UnsupportedModel(f"{architecture} never called the attention function given through transformers' AttentionInterface")
+    return (*found.values(), *_unseen(model, found))
+
+
+def _unseen(model: nn.Module, found: dict[str, AttentionLayer]) -> list[AttentionLayer]:
+    """Modules named Attention that computed something of their own."""
+    layers = []
+    for name, module in model.named_modules():
+        related = any(seen == name or seen.startswith(name + ".") or name.startswith(seen + ".") for seen in found)
+        if type(module).__name__.endswith("Attention") and not related:
+            layers.append(AttentionLayer(len(found) + len(layers), name, 0, 0, 1, 1, 1.0, "it does not call transformers' AttentionInterface"))
+    return layers

@@ -1,0 +1,55 @@
+"""The mask function that goes with the attention function: transformers builds no n x n mask, and padding is not lost.
+
+An attention function whose name has no mask function gets mask = None, and padding vanishes. Ours turns the 2-D padding
+mask into lengths; for anything but plain causal attention it returns PyTorch's own 4-D mask.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from hyperattention.errors import UsageError
+
+
+def attention_mask_function(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """Lengths int32 [batch] (None without padding) where the mask is plain causal, else a boolean [batch, 1, q, kv].
+
+    Raises UsageError for left-padded masks, masks with holes, and caches that hold unused keys.
+    """
+    if mask_function is not causal_mask_function:
+        kwargs["allow_is_causal_skip"] = False
+        return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs)
+    if isinstance(q_offset, Tensor):
+        raise UsageError("the cache is of fixed size (StaticCache), so keys lie behind the last query; use a DynamicCache")
+    if attention_mask is None:
+        return None
+    if attention_mask.shape[-1] != kv_offset + kv_length:
+        raise UsageError(
+            f"attention_mask covers {attention_mask.shape[-1]} keys, the attention has {kv_offset + kv_length}; give one entry a key"
+        )
+    return lengths_of(attention_mask)
+
+
+def lengths_of(mask: Tensor) -> Tensor:
+    """Valid keys of each row of a right-padded mask [batch, keys]; int32 [batch]. Raises UsageError for any other mask."""
+    mask = mask.bool()
+    if not torch.compiler.is_compiling() and mask.device.type != "meta":
+        bad = (~mask[:, :-1] & mask[:, 1:]).any(-1)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            kind = "left-padded" if not mask[row, 0] and not (mask[row, :-1] & ~mask[row, 1:]).any() else "not one run of ones"
+            raise UsageError(f"row {row} of attention_mask is {kind}; the operator takes right-padded rows: ones, then zeros")
+    return mask.sum(-1, dtype=torch.int32)

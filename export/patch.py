@@ -1,0 +1,226 @@
+"""A loaded model with its attention calls replaced by the operator, and the same model exact, to compare.
+
+Nothing here knows an architecture: transformers calls our attention function through its AttentionInterface, and the
+module that calls tells which layer of the plan it is.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from hyperattention import op
+from hyperattention.config import Config
+from hyperattention.errors import UnsupportedModel, UsageError
+from hyperattention.export.attention_rules import find_problem
+from hyperattention.export.masks import attention_mask_function
+from hyperattention.export.plan import ExportPlan, LayerPlan
+
+IMPLEMENTATION = "hyperattention"
+MODES = ("plan", "exact")
+_SLOT = "_hyperattention_slot"
+_MASK_ELEMENTS = 2**26  # boolean mask entries held at once by the exact path with a cache
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One attention call: q [B,Hq,Sq,D], k [B,Hkv,Sk,D], v [B,Hkv,Sk,Dv], lengths int32 [B] or None, and the output o [B,Hq,Sq,Dv]."""
+
+    layer: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lengths: Tensor | None
+    config: Config
+    o: Tensor
+
+
+# (q, k, v, config, lengths) -> (o, lse), as hyperattention.op.attention
+AttentionCall = Callable[[Tensor, Tensor, Tensor, Config, Tensor | None], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class _State:
+    """Shared by all layers of one patched model."""
+
+    mode: str = "plan"
+    attention: AttentionCall = op.attention
+    captured: list[Captured] | None = None
+    capture_layers: frozenset[int] | None = None
+
+
+@dataclass
+class _Slot:
+    layer: LayerPlan
+    state: _State
+    calls: int = field(default=0)
+
+
+class Patched:
+    """A model whose attention layers follow a plan. Inference only; made by `install`."""
+
+    def __init__(self, model: nn.Module, plan: ExportPlan, slots: dict[int, _Slot], state: _State) -> None:
+        self.model, self.plan, self._slots, self._state = model, plan, slots, state
+
+    @contextmanager
+    def mode(self, name: str, attention: AttentionCall | None = None) -> Iterator["Patched"]:
+        """Inside: "plan" runs the plan's layers by the operator, "exact" runs every layer by PyTorch's exact attention.
+
+        `attention` computes the operator in place of `hyperattention.op.attention`, for comparing implementations.
+        """
+        if name not in MODES:
+            raise UsageError(f"mode is {name!r}; it takes one of {', '.join(MODES)}")
+        before = self._state.mode, self._state.attention
+        self._state.mode, self._state.attention = name, attention or op.attention
+        try:
+            yield self
+        finally:
+            self._state.mode, self._state.attention = before
+
+    @contextmanager
+    def capture(self, layers: frozenset[int] | None = None) -> Iterator[list[Captured]]:
+        """Inside: a list that fills with the attention calls of the layers that have a node (or of `layers`, by index)."""
+        before = self._state.captured, self._state.capture_layers
+        captured: list[Captured] = []
+        self._state.captured, self._state.capture_layers = captured, layers
+        try:
+            yield captured
+        finally:
+            self._state.captured, self._state.capture_layers = before
+
+    @torch.no_grad()
+    def forward(self, input_ids: Tensor, lengths: Tensor | None = None, past_key_values: Any = None, use_cache: bool = False) -> Any:
+        """Runs the model on input_ids int64 [B, S]; lengths int [B] counts each row's valid keys, cached ones included.
+
+        Returns transformers' output with .logits [B, S, vocab] and .past_key_values. A cache that is passed in is extended in
+        place. Raises UsageError for lengths that do not fit and UnsupportedModel for a call the operator cannot compute.
+        """
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        mask = None
+        if lengths is not None:
+            if tuple(lengths.shape) != (input_ids.shape[0],):
+                raise UsageError(f"lengths has shape {tuple(lengths.shape)}; it takes one length a row: ({input_ids.shape[0]},)")
+            mask = padding_mask(lengths, past + input_ids.shape[1])
+        return self.model(input_ids=input_ids, attention_mask=mask, past_key_values=past_key_values, use_cache=use_cache)
+
+    def calls(self) -> dict[int, int]:
+        """How often each layer's attention was called through us, by layer index."""
+        return {index: slot.calls for index, slot in self._slots.items()}
+
+
+def padding_mask(lengths: Tensor, keys: int) -> Tensor:
+    """The right-padded mask bool [B, keys] of `lengths` [B]."""
+    return torch.arange(keys, device=lengths.device)[None] < lengths[:, None]
+
+
+def install(model: nn.Module, plan: ExportPlan) -> Patched:
+    """Routes the attention of `model` through the operator as `plan` says. Raises UnsupportedModel when a layer is not there."""
+    AttentionInterface.register(IMPLEMENTATION, _attention_function)
+    AttentionMaskInterface.register(IMPLEMENTATION, attention_mask_function)
+    state = _State()
+    slots = {}
+    modules = dict(model.named_modules())
+    for layer in plan.layers:
+        if layer.name not in modules:
+            raise UnsupportedModel(f"the plan names layer {layer.index} {layer.name}, which {type(model).__name__} does not have")
+        slot = _Slot(layer, state)
+        setattr(modules[layer.name], _SLOT, slot)
+        slots[layer.index] = slot
+    model.set_attn_implementation(IMPLEMENTATION)
+    return Patched(model, plan, slots, state)
+
+
+def _attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: q, k, v [B,H,S,D] in, [B,S,H,D] out."""
+    slot: _Slot | None = getattr(module, _SLOT, None)
+    if slot is None:
+        raise UsageError(f"{type(module).__name__} is not part of a plan; call hyperattention.export.patch.install on the model first")
+    slot.calls += 1
+    layer, state = slot.layer, slot.state
+    if layer.config is None:
+        return _native(module, query, key, value, attention_mask, scaling, dropout, kwargs)
+    problem = find_problem(module, attention_mask, scaling, dropout, kwargs) or _other_scale(layer.config, scaling, query.shape[-1])
+    if problem is not None:
+        raise UnsupportedModel(f"layer {layer.index} ({layer.name}) uses {problem}; leave it out of --layers or pass plain causal inputs")
+    if state.mode == "exact":
+        o = exact_attention(query, key, value, layer.config.resolved_scale(query.shape[-1]))
+    else:
+        o, _ = state.attention(query, key, value, layer.config, attention_mask)
+    if state.captured is not None and (state.capture_layers is None or layer.index in state.capture_layers):
+        state.captured.append(Captured(layer.index, query, key, value, attention_mask, layer.config, o))
+    return o.transpose(1, 2), None
+
+
+def _other_scale(config: Config, scaling: float | None, head_dim: int) -> str | None:
+    wanted = head_dim**-0.5 if scaling is None else scaling
+    planned = config.resolved_scale(head_dim)
+    return None if abs(wanted - planned) <= 1e-5 * planned else f"scale {wanted:.6g}, where the plan says {planned:.6g}"
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """PyTorch's exact causal attention aligned bottom-right, without an n x n mask. Returns [B,Hq,Sq,Dv].
+
+    Live rows never see a key past their row's length (right padding), so lengths change nothing here.
+    """
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    sdpa = nn.functional.scaled_dot_product_attention
+    rows, keys = q.shape[2], k.shape[2]
+    if rows == keys:
+        return sdpa(q, k, v, is_causal=True, scale=scale)
+    parts = []
+    step = max(1, _MASK_ELEMENTS // keys)
+    for start in range(0, rows, step):
+        position = torch.arange(start, min(start + step, rows), device=q.device) + keys - rows
+        visible = torch.arange(keys, device=q.device)[None] <= position[:, None]
+        parts.append(sdpa(q[:, :, start : start + step], k, v, attn_mask=visible, scale=scale))
+    return torch.cat(parts, 2)
+
+
+def _native(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """The model's own attention: PyTorch's, or the module's own function for what PyTorch's cannot do."""
+    if mask is None or mask.dim() == 1:
+        rows, keys = query.shape[2], key.shape[2]
+        position = torch.arange(rows, device=query.device)[:, None] + keys - rows
+        visible = (torch.arange(keys, device=query.device)[None] <= position)[None, None]
+        if mask is not None:
+            visible = visible & padding_mask(mask, keys)[:, None, None]
+    else:
+        visible = mask
+    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")) and own is not None:
+        if visible.dtype == torch.bool:
+            lowest = torch.finfo(query.dtype).min
+            visible = torch.zeros(visible.shape, dtype=query.dtype, device=query.device).masked_fill(~visible, lowest)
+        return own(module, query, key, value, visible, scaling=scaling, dropout=dropout, **kwargs)
+    if mask is None and query.shape[2] == key.shape[2]:
+        group = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        o = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, dropout_p=dropout)
+        return o.transpose(1, 2), None
+    return sdpa_attention_forward(module, query, key, value, visible, dropout=dropout, scaling=scaling, **kwargs)

@@ -1,0 +1,170 @@
+"""Every decision of an export, made before any work starts: which layers, which attributes, which shapes.
+
+The stages read one frozen `ExportPlan`; it round-trips through JSON, so that the manifest holds it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Sequence
+
+from hyperattention.config import INT32_MAX, PRESETS, Config, layer_seed
+from hyperattention.errors import UnsupportedModel, UsageError
+
+if TYPE_CHECKING:
+    from hyperattention.export.load import Source
+
+TASKS = ("logits", "last-logits", "prefill")
+DTYPES = ("fp32", "fp16", "bf16")
+INPUT_IDS = ("tokens", "bytes")
+KEEP_EXACT = ("op", "onnx")
+MAX_SEQUENCE = 2**24  # the kernels' tests stop here; positions fit in 32 bits
+
+Range = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What happens to one attention layer; `config` is set unless the layer keeps PyTorch's own attention."""
+
+    index: int
+    name: str
+    mode: str  # "approximate", "exact" (the op as exact attention) or "native" (the model's own attention)
+    reason: str
+    config: Config | None
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """The whole export. seq and batch are (min, opt, max) of the engine's profile, in tokens and rows."""
+
+    task: str
+    dtype: str
+    layers: tuple[LayerPlan, ...]
+    seq: Range
+    batch: Range
+    input_ids: str
+    seed: int
+    preset: str
+    keep_exact: str
+
+    @property
+    def planned(self) -> tuple[LayerPlan, ...]:
+        """Layers that become a HyperAttention node."""
+        return tuple(layer for layer in self.layers if layer.config is not None)
+
+    @property
+    def approximate(self) -> tuple[LayerPlan, ...]:
+        """Layers that approximate."""
+        return tuple(layer for layer in self.layers if layer.mode == "approximate")
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "ExportPlan":
+        """The inverse of `to_json`. Raises UsageError when it was not written by this version's `to_json`."""
+        try:
+            layers = tuple(
+                LayerPlan(**{**layer, "config": Config.from_attributes(layer["config"]) if layer["config"] else None})
+                for layer in data["layers"]
+            )
+            return cls(**{**data, "layers": layers, "seq": tuple(data["seq"]), "batch": tuple(data["batch"])})
+        except (KeyError, TypeError) as error:
+            raise UsageError(f"the plan in the manifest does not fit this version ({error}); export the model again") from error
+
+
+def parse_layers(spec: str, count: int) -> frozenset[int]:
+    """Layer numbers named by all | none | odd | even | first:N | last:N | a list such as 0-3,7, of `count` layers."""
+    named = {"all": range(count), "none": range(0), "odd": range(1, count, 2), "even": range(0, count, 2)}
+    if spec in named:
+        return frozenset(named[spec])
+    if match := re.fullmatch(r"(first|last):(\d+)", spec):
+        size = int(match[2])
+        if not 1 <= size <= count:
+            raise UsageError(f"--layers {spec}: {match[1]} takes 1 to {count}, the number of attention layers of this model")
+        return frozenset(range(size) if match[1] == "first" else range(count - size, count))
+    if re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", spec):
+        chosen: set[int] = set()
+        for part in spec.split(","):
+            low, _, high = part.partition("-")
+            first, last = int(low), int(high or low)
+            if last < first:
+                raise UsageError(f"--layers {spec}: range {part} runs backwards; write {last}-{first}")
+            chosen.update(range(first, last + 1))
+        if max(chosen) >= count:
+            raise UsageError(f"--layers {spec}: there is no layer {max(chosen)}; the attention layers are 0 to {count - 1}")
+        return frozenset(chosen)
+    raise UsageError(f"--layers is {spec!r}; it takes all, none, odd, even, first:N, last:N, or numbers such as 0-3,7")
+
+
+def check_range(option: str, values: Sequence[int], highest: int) -> Range:
+    """(min, opt, max), checked. Raises UsageError."""
+    low, opt, high = values
+    if not 1 <= low <= opt <= high <= highest:
+        raise UsageError(f"{option} is min {low}, opt {opt}, max {high}; it takes 1 <= min <= opt <= max <= {highest}")
+    return (low, opt, high)
+
+
+def choice(option: str, value: str, allowed: Sequence[str]) -> str:
+    """`value`, checked. Raises UsageError."""
+    if value not in allowed:
+        raise UsageError(f"{option} is {value!r}; it takes one of {', '.join(allowed)}")
+    return value
+
+
+def make_plan(
+    source: "Source",
+    *,
+    layers: str = "odd",
+    preset: str = "blocks",
+    attributes: dict[str, int | float | str] | None = None,
+    dtype: str = "fp32",
+    seq: Sequence[int] = (1, 8192, 32768),
+    batch: Sequence[int] = (1, 1, 1),
+    task: str = "logits",
+    input_ids: str = "tokens",
+    seed: int = 0,
+    keep_exact: str = "op",
+) -> ExportPlan:
+    """Decides for every attention layer of `source`; `attributes` override the preset's.
+
+    Raises UsageError for a value out of range and UnsupportedModel where a layer was asked for by number and cannot use the op.
+    """
+    choice("--preset", preset, tuple(PRESETS))
+    if not 0 <= seed <= INT32_MAX:
+        raise UsageError(f"--seed is {seed}; it takes 0 to {INT32_MAX}")
+    base = Config.from_attributes({**PRESETS[preset].attributes(), **(attributes or {})})
+    if not base.causal:
+        raise UsageError("causal is 0; the layers of a causal language model take 1")
+    if preset == "exact":
+        base = base.exact()
+    chosen = parse_layers(layers, len(source.layers))
+    decided = []
+    for order, layer in enumerate(source.layers):
+        scale = 0.0 if abs(layer.scale * layer.head_dim**0.5 - 1) < 1e-6 else layer.scale
+        config = replace(base, scale=base.scale or scale, seed=layer_seed(seed, layer.index))
+        if layer.problem is not None:
+            if order in chosen and layers[0].isdigit():
+                raise UnsupportedModel(f"layer {layer.index} ({layer.name}) cannot be replaced: {layer.problem}; leave it out of --layers")
+            decided.append(LayerPlan(layer.index, layer.name, "native", layer.problem, None))
+        elif order in chosen:
+            mode = "exact" if preset == "exact" else "approximate"
+            decided.append(LayerPlan(layer.index, layer.name, mode, f"chosen by --layers {layers}", config))
+        elif keep_exact == "op":
+            decided.append(LayerPlan(layer.index, layer.name, "exact", f"not chosen by --layers {layers}", config.exact()))
+        else:
+            decided.append(LayerPlan(layer.index, layer.name, "native", f"not chosen by --layers {layers}; --keep-exact onnx", None))
+    return ExportPlan(
+        task=choice("--task", task, TASKS),
+        dtype=choice("--dtype", dtype, DTYPES),
+        layers=tuple(decided),
+        seq=check_range("the sequence range (--min-seq, --opt-seq, --max-seq)", seq, MAX_SEQUENCE),
+        batch=check_range("--batch", batch, 4096),
+        input_ids=choice("--input-ids", input_ids, INPUT_IDS),
+        seed=seed,
+        preset=preset,
+        keep_exact=choice("--keep-exact", keep_exact, KEEP_EXACT),
+    )
