@@ -1,0 +1,314 @@
+// What Python cannot ask of the plugin: serialised fields, shapes, formats, workspace, cache id. Neither TensorRT nor a GPU.
+//
+// usage: trt_fields_test LIBRARY CHECK     runs one check; exit 0 = passed, 1 = failed (reasons on standard output)
+//        trt_fields_test LIBRARY           lists the checks
+#include <NvInferRuntime.h>
+#include <dlfcn.h>
+
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "attention.h"
+
+using namespace nvinfer1;
+
+namespace {
+int failures = 0;
+
+void expect(bool ok, const std::string& what) {
+  if (ok) return;
+  std::printf("FAILED: %s\n", what.c_str());
+  ++failures;
+}
+
+struct Recorder final : ILogger {
+  std::string text;
+  void log(Severity, const char* line) noexcept override { text += std::string(line) + "\n"; }
+} recorder;
+struct Finder final : ILoggerFinder {
+  ILogger* findLogger() override { return &recorder; }
+} finder;
+
+IPluginCreatorV3One* creator = nullptr;
+int (*workspace_size)(const HaParams*, size_t*) = nullptr;
+
+// A plugin's fields as TensorRT would pass them.
+class FieldList {
+ public:
+  FieldList& integer(const std::string& name, int32_t value) { return add(name, PluginFieldType::kINT32, &value, 4, 1); }
+  FieldList& wide(const std::string& name, int64_t value) { return add(name, PluginFieldType::kINT64, &value, 8, 1); }
+  FieldList& real(const std::string& name, float value) { return add(name, PluginFieldType::kFLOAT32, &value, 4, 1); }
+  FieldList& text(const std::string& name, const std::string& value) {
+    return add(name, PluginFieldType::kCHAR, value.data(), value.size(), static_cast<int32_t>(value.size()));
+  }
+  std::unique_ptr<IPluginV3> make(TensorRTPhase phase = TensorRTPhase::kBUILD) const {
+    std::vector<PluginField> fields;
+    for (const auto& item : items_) fields.emplace_back(item->name.c_str(), item->data.data(), item->type, item->length);
+    const PluginFieldCollection collection{static_cast<int32_t>(fields.size()), fields.data()};
+    return std::unique_ptr<IPluginV3>(creator->createPlugin("layer", &collection, phase));
+  }
+
+ private:
+  struct Item {
+    std::string name;
+    PluginFieldType type;
+    std::vector<char> data;
+    int32_t length;
+  };
+  FieldList& add(const std::string& name, PluginFieldType type, const void* data, size_t bytes, int32_t length) {
+    const char* first = static_cast<const char*>(data);
+    items_.push_back(std::make_shared<Item>(Item{name, type, std::vector<char>(first, first + bytes), length}));
+    return *this;
+  }
+  std::vector<std::shared_ptr<Item>> items_;
+};
+
+IPluginV3OneBuild* build(IPluginV3& plugin) {
+  return static_cast<IPluginV3OneBuild*>(plugin.getCapabilityInterface(PluginCapabilityType::kBUILD));
+}
+IPluginV3OneRuntime* runtime(IPluginV3& plugin) {
+  return static_cast<IPluginV3OneRuntime*>(plugin.getCapabilityInterface(PluginCapabilityType::kRUNTIME));
+}
+
+const std::map<std::string, int32_t> kUnusual = {{"causal", 0},      {"block_size", 32},   {"num_blocks", 3},    {"pool_size", 8},
+                                                 {"sample_size", 5}, {"stratified", 0},    {"local_size", 96},   {"local_overlap", 0},
+                                                 {"sinks", 7},       {"exact_below", 100}, {"num_projections", 9}, {"seed", 2147483647},
+                                                 {"with_lse", 1}};
+
+FieldList unusual() {
+  FieldList list;
+  for (const auto& [name, value] : kUnusual) list.integer(name, value);
+  return list.real("scale", 0.25f).text("selector", "blocks");
+}
+
+void serialised_fields() {
+  auto plugin = unusual().make();
+  auto copy = std::unique_ptr<IPluginV3>(plugin->clone());
+  const std::string parent = build(*plugin)->getMetadataString();
+  const auto* before = runtime(*plugin)->getFieldsToSerialize();
+  const auto* fields = runtime(*copy)->getFieldsToSerialize();
+  const auto* declared = creator->getFieldNames();
+  expect(fields->nbFields == declared->nbFields && fields->nbFields == 15, "15 fields, as declared");
+  for (int32_t i = 0; i < fields->nbFields; ++i) {
+    const PluginField& field = fields->fields[i];
+    const std::string name = field.name;
+    expect(name == declared->fields[i].name && field.type == declared->fields[i].type, name + " is declared with this type in this place");
+    expect(name == "selector" || field.data != before->fields[i].data, name + " of a clone lies in the clone");
+    if (field.type == PluginFieldType::kINT32)
+      expect(field.length == 1 && *static_cast<const int32_t*>(field.data) == kUnusual.at(name), name + " keeps its value");
+    else if (field.type == PluginFieldType::kFLOAT32)
+      expect(field.length == 1 && *static_cast<const float*>(field.data) == 0.25f, name + " keeps its value");
+    else
+      expect(std::string(static_cast<const char*>(field.data), field.length) == "blocks", name + " keeps its value");
+  }
+  plugin.reset();  // the clone has to stand alone
+  const auto* again = runtime(*copy)->getFieldsToSerialize();
+  std::unique_ptr<IPluginV3> revived(creator->createPlugin("layer", again, TensorRTPhase::kRUNTIME));
+  expect(revived && parent == build(*revived)->getMetadataString(), "the engine's fields give the same plugin");
+}
+
+void field_forms() {
+  const std::string plain = build(*FieldList().make())->getMetadataString();
+  const auto same = [&](const FieldList& list, const char* what) {
+    auto plugin = list.make();
+    expect(plugin && plain == build(*plugin)->getMetadataString(), what);
+  };
+  same(FieldList().text("selector", std::string("blocks\0", 7)), "a string that counts its final zero");
+  same(FieldList().wide("block_size", 64), "a 64-bit integer within the range");
+  const std::unique_ptr<IPluginV3> bare(creator->createPlugin("layer", nullptr, TensorRTPhase::kBUILD));
+  expect(bare && plain == build(*bare)->getMetadataString(), "no fields at all: the defaults");
+}
+
+void refused_fields() {
+  const std::vector<std::pair<FieldList, std::string>> cases = {
+      {FieldList().integer("block_size", 7), "block_size is 7; it takes an integer from 16 to 256"},
+      {FieldList().integer("seed", -1), "seed is -1; it takes an integer from 0 to 2147483647"},
+      {FieldList().wide("seed", int64_t{1} << 32), "seed is 4294967296; it takes an integer from 0 to 2147483647"},
+      {FieldList().integer("with_lse", 2), "with_lse is 2; it takes an integer from 0 to 1"},
+      {FieldList().real("block_size", 64), "block_size is 1 x float32; it takes one int32"},
+      {FieldList().integer("scale", 1), "scale is 1 x int32; it takes one float32"},
+      {FieldList().integer("selector", 0), "selector is 1 x int32; it takes a string"},
+      {FieldList().real("scale", -1), "scale is -1"},
+      {FieldList().text("selector", "nearest"), "selector is 'nearest'; it takes one of blocks"},
+      {FieldList().integer("blocksize", 64), "unknown field blocksize; known: causal, scale, selector, block_size"},
+      {FieldList().integer("pool_size", 3), "block_size 64 is not a multiple of pool_size 3"},
+      {FieldList().integer("local_size", 1000), "local_size 1000 is not a multiple of block_size 64"},
+      {FieldList().integer("sinks", 1).integer("sinks", 2), "sinks is given twice"},
+  };
+  for (const auto& [list, reason] : cases) {
+    recorder.text.clear();
+    expect(!list.make(), "refused: " + reason);
+    expect(recorder.text.find("HyperAttention[layer]") == 0 && recorder.text.find(reason) != std::string::npos,
+           "logged '" + recorder.text + "', expected '" + reason + "'");
+  }
+}
+
+struct Expression final : IDimensionExpr {};
+struct Expressions final : IExprBuilder {};
+
+void output_shapes() {
+  Expression e[12];
+  Expressions builder;
+  DimsExprs in[3], out[2];
+  for (int i = 0; i < 3; ++i) in[i] = {4, {&e[4 * i], &e[4 * i + 1], &e[4 * i + 2], &e[4 * i + 3]}};
+  auto plugin = unusual().make();
+  expect(build(*plugin)->getNbOutputs() == 2, "with_lse = 1 gives two outputs");
+  expect(build(*plugin)->getOutputShapes(in, 3, nullptr, 0, out, 2, builder) == 0, "shapes are given");
+  expect(out[0].nbDims == 4 && out[0].d[0] == &e[0] && out[0].d[1] == &e[1] && out[0].d[2] == &e[2] && out[0].d[3] == &e[11],
+         "O is [batch, query heads, queries, V's head size]");
+  expect(out[1].nbDims == 3 && out[1].d[0] == &e[0] && out[1].d[1] == &e[1] && out[1].d[2] == &e[2], "LSE is [batch, heads, queries]");
+  expect(build(*FieldList().make())->getNbOutputs() == 1, "with_lse = 0 gives one output");
+  expect(build(*plugin)->getOutputShapes(in, 3, nullptr, 0, out, 1, builder) != 0, "one output where with_lse = 1 is refused");
+  in[1].nbDims = 3;
+  recorder.text.clear();
+  expect(build(*plugin)->getOutputShapes(in, 3, nullptr, 0, out, 2, builder) != 0, "K with three dimensions is refused");
+  expect(recorder.text.find("K has 3 dimensions") != std::string::npos, "and the reason is logged: " + recorder.text);
+}
+
+PluginTensorDesc tensor(std::vector<int64_t> shape, DataType type = DataType::kBF16) {
+  PluginTensorDesc desc{};
+  desc.dims.nbDims = static_cast<int32_t>(shape.size());
+  std::copy(shape.begin(), shape.end(), desc.dims.d);
+  desc.type = type;
+  desc.format = TensorFormat::kLINEAR;
+  return desc;
+}
+
+void formats() {
+  auto plugin = unusual().make();
+  const auto supports = [&](std::vector<DataType> types, int32_t position, TensorFormat format = TensorFormat::kLINEAR) {
+    std::vector<DynamicPluginTensorDesc> all(types.size());
+    for (size_t i = 0; i < types.size(); ++i) all[i].desc.type = types[i], all[i].desc.format = TensorFormat::kLINEAR;
+    all[position].desc.format = format;
+    return build(*plugin)->supportsFormatCombination(position, all.data(), static_cast<int32_t>(types.size()) - 2, 2);
+  };
+  constexpr DataType h = DataType::kHALF, b = DataType::kBF16, f = DataType::kFLOAT, i = DataType::kINT32, l = DataType::kINT64;
+  for (int32_t at = 0; at < 6; ++at) {
+    expect(supports({b, b, b, i, b, f}, at) && supports({h, h, h, i, h, f}, at), "fp16 and bf16 at " + std::to_string(at));
+    expect(!supports({b, b, b, i, b, f}, at, TensorFormat::kCHW32), "only linear tensors at " + std::to_string(at));
+  }
+  for (int32_t at = 0; at < 5; ++at) expect(supports({h, h, h, h, f}, at), "without lengths at " + std::to_string(at));
+  expect(!supports({f, f, f, i, f, f}, 0), "float32 is refused");
+  expect(!supports({b, h, b, i, b, f}, 1) && !supports({b, b, h, i, b, f}, 2) && !supports({b, b, b, i, h, f}, 4),
+         "one type for Q, K, V, O");
+  expect(!supports({b, b, b, l, b, f}, 3), "lengths are int32");
+  expect(!supports({b, b, b, i, b, b}, 5), "LSE is float32");
+  DataType out[2];
+  const DataType in[4] = {b, b, b, i};
+  expect(build(*plugin)->getOutputDataTypes(out, 2, in, 4) == 0 && out[0] == b && out[1] == f, "O has Q's type, LSE float32");
+  const DataType wide[3] = {f, f, f};
+  recorder.text.clear();
+  build(*plugin)->getOutputDataTypes(out, 2, wide, 3);
+  expect(recorder.text.find("float16 or bfloat16") != std::string::npos, "float32 is warned of: " + recorder.text);
+}
+
+void refused_shapes() {
+  auto plugin = FieldList().make();
+  const auto check = [&](std::vector<PluginTensorDesc> in, const std::string& reason) {
+    recorder.text.clear();
+    const PluginTensorDesc out = in[0];
+    expect(runtime(*plugin)->onShapeChange(in.data(), static_cast<int32_t>(in.size()), &out, 1) != 0, "refused: " + reason);
+    expect(recorder.text.find(reason) != std::string::npos, "logged '" + recorder.text + "', expected '" + reason + "'");
+  };
+  check({tensor({1, 4, 33, 64}), tensor({1, 3, 33, 64}), tensor({1, 3, 33, 64})}, "4 query heads over 3 key heads");
+  check({tensor({1, 4, 33, 64}), tensor({1, 2, 33, 128}), tensor({1, 2, 33, 64})}, "Q and K must have one head size");
+  check({tensor({2, 4, 33, 64}), tensor({1, 2, 33, 64}), tensor({1, 2, 33, 64})}, "the batch sizes must be equal");
+  check({tensor({1, 4, 33, 64}), tensor({1, 2, 33, 64}), tensor({1, 2, 34, 64})}, "the same keys");
+  const auto two = tensor({2}, DataType::kINT32);
+  check({tensor({1, 4, 33, 64}), tensor({1, 2, 33, 64}), tensor({1, 2, 33, 64}), two}, "one length a batch row, [1]");
+  const auto f = DataType::kFLOAT;
+  check({tensor({1, 4, 33, 64}, f), tensor({1, 2, 33, 64}, f), tensor({1, 2, 33, 64}, f)}, "float16 (1) or bfloat16 (7)");
+  check({tensor({1, 4, 33, 48}), tensor({1, 2, 33, 48}), tensor({1, 2, 33, 48})}, "48");  // no kernel for this head size
+}
+
+void workspace() {
+  auto plugin = FieldList().make();
+  const auto within = [&](int64_t batch, int64_t length) {
+    std::vector<DynamicPluginTensorDesc> in(3), out(1);
+    for (int i = 0; i < 3; ++i) {
+      in[i].desc = tensor({-1, i ? 2 : 8, -1, 64});
+      in[i].min = tensor({1, i ? 2 : 8, 1, 64}).dims;
+      in[i].opt = in[i].max = tensor({batch, i ? 2 : 8, length, 64}).dims;
+    }
+    expect(build(*plugin)->configurePlugin(in.data(), 3, out.data(), 1) == 0, "the profile is accepted: " + recorder.text);
+    return build(*plugin)->getWorkspaceSize(in.data(), 3, out.data(), 1);
+  };
+  size_t last = 0;
+  for (const int64_t length : {1, 65, 4096, 4097, 20001, 131072}) {
+    const size_t bytes = within(3, length);
+    expect(bytes >= last, "more at " + std::to_string(length) + ": " + std::to_string(bytes) + " after " + std::to_string(last));
+    last = bytes;
+    for (int64_t batch = 1; batch <= 3; ++batch)
+      for (const int64_t seq_k : {int64_t{1}, int64_t{63}, length / 3 + 1, length / 2, length - 1, length})
+        for (const int64_t seq_q : {int64_t{1}, int64_t{64}, int64_t{65}, seq_k}) {
+          if (seq_q > length || seq_k < 1 || seq_k > length) continue;
+          HaParams p{};
+          p.struct_size = sizeof(p), p.dtype = HA_BFLOAT16, p.batch = batch, p.heads_q = 8, p.heads_kv = 2;
+          p.seq_q = seq_q, p.seq_k = seq_k, p.head_dim = p.head_dim_v = 64;
+          p.attributes = {1, 0, HA_BLOCKS, 64, 8, 4, 256, 1, 1024, 1, 64, 4096, 7, 0};
+          size_t need = 0;
+          expect(workspace_size(&p, &need) == 0 && need <= bytes,
+                 std::to_string(need) + " bytes at batch " + std::to_string(batch) + ", " + std::to_string(seq_q) + " x " +
+                     std::to_string(seq_k) + " fit into " + std::to_string(bytes));
+        }
+  }
+  expect(last > 0, "a long problem needs scratch");
+}
+
+void cache_id() {
+  const std::string plain = build(*FieldList().make())->getTimingCacheID();
+  expect(plain == build(*FieldList().integer("block_size", 64).make())->getTimingCacheID(), "a default written out is the same");
+  const std::map<std::string, int32_t> changes = {{"causal", 0},      {"block_size", 128},  {"num_blocks", 9},    {"pool_size", 8},
+                                                  {"sample_size", 5}, {"stratified", 0},    {"local_size", 128},  {"local_overlap", 0},
+                                                  {"sinks", 7},       {"exact_below", 100}, {"num_projections", 9}, {"seed", 1},
+                                                  {"with_lse", 1}};
+  for (const auto& [name, value] : changes)
+    expect(plain != build(*FieldList().integer(name, value).make())->getTimingCacheID(), name + " is part of the cache id");
+  expect(plain != build(*FieldList().real("scale", 0.25f).make())->getTimingCacheID(), "scale is part of the cache id");
+}
+
+void contexts() {
+  auto plugin = unusual().make();
+  std::unique_ptr<IPluginV3> attached(runtime(*plugin)->attachToContext(nullptr));
+  expect(attached && attached.get() != plugin.get(), "a context gets a plugin of its own");
+  expect(std::string(build(*attached)->getMetadataString()) == build(*plugin)->getMetadataString(), "with the same fields");
+  auto* core = static_cast<IPluginV3OneCore*>(plugin->getCapabilityInterface(PluginCapabilityType::kCORE));
+  expect(std::string(core->getPluginName()) == creator->getPluginName() && std::string(core->getPluginVersion()) == "1" &&
+             std::string(core->getPluginNamespace()) == "hyperattention",
+         "plugin and creator agree on name, version and namespace");
+}
+
+const std::map<std::string, std::function<void()>> kChecks = {
+    {"serialised_fields", serialised_fields}, {"field_forms", field_forms},       {"refused_fields", refused_fields},
+    {"output_shapes", output_shapes},         {"formats", formats},               {"refused_shapes", refused_shapes},
+    {"workspace", workspace},                 {"cache_id", cache_id},             {"contexts", contexts},
+};
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 2) return std::fprintf(stderr, "usage: trt_fields_test LIBRARY [CHECK]\n"), 2;
+  if (argc == 2) {
+    for (const auto& check : kChecks) std::printf("%s\n", check.first.c_str());
+    return 0;
+  }
+  void* library = dlopen(argv[1], RTLD_NOW | RTLD_LOCAL);
+  if (!library) return std::fprintf(stderr, "%s\n", dlerror()), 2;
+  const auto get_creators = reinterpret_cast<IPluginCreatorInterface* const* (*)(int32_t&)>(dlsym(library, "getCreators"));
+  const auto set_finder = reinterpret_cast<void (*)(ILoggerFinder*)>(dlsym(library, "setLoggerFinder"));
+  workspace_size = reinterpret_cast<decltype(workspace_size)>(dlsym(library, "ha_cuda_workspace_size"));
+  const auto check = kChecks.find(argv[2]);
+  if (!get_creators || !set_finder || !workspace_size || check == kChecks.end())
+    return std::fprintf(stderr, "no such symbol or check\n"), 2;
+  set_finder(&finder);
+  int32_t count = 0;
+  IPluginCreatorInterface* const* creators = get_creators(count);
+  expect(count == 1 && std::string(creators[0]->getInterfaceInfo().kind) == "PLUGIN CREATOR_V3ONE", "one creator of version 3");
+  creator = static_cast<IPluginCreatorV3One*>(creators[0]);
+  check->second();
+  return failures ? 1 : 0;
+}
