@@ -1,0 +1,74 @@
+# make demo | test | test-tensorrt | native | lint | clean. README.md says what each gives.
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell command -v $(p) > /dev/null 2>&1 && \
+  $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null && echo $(p))))
+BIN := .venv/bin
+NATIVE := build/dev/.installed
+PYTEST := PYTHONPATH=. $(BIN)/python -m pytest
+MODEL := models/byte-lm-4m
+TEXT := tests/data/heldout.txt
+PACKAGE := $(shell find hyperattention export validate -type f -not -path '*/lib/*' -not -name '*.pyc')
+
+.DELETE_ON_ERROR:
+.PHONY: demo test test-tensorrt test-gpu lint native clean help
+
+help:
+	@sed -n 1p Makefile
+
+# --- set-up ---
+
+.venv/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; install one and run make PYTHON=/path/to/python3"; exit 3; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2> /dev/null || \
+	  { echo "$(PYTHON) has no venv module (Debian: apt install python3-venv)"; exit 3; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --group dev
+	$(BIN)/python -m pip install --quiet --no-build-isolation -C wheel.cmake=false -C editable.mode=inplace --editable .
+	@touch $@
+
+# The compiler's wheels go into a folder of their own: torch brings other releases of the same wheels into .venv.
+CUDA_WHEELS = $(BIN)/python -c 'import tomllib; print(*(r for r in tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"] if r.startswith("nvidia-")))'
+.deps/cuda/.installed: pyproject.toml | .venv/.installed
+	@wheels=$$($(CUDA_WHEELS)); if [ "$$wheels" != "$$(cat $@ 2> /dev/null)" ]; then \
+	  echo "CUDA compiler: $$wheels"; rm -rf .deps/cuda; $(BIN)/python -m pip install --quiet --no-deps --target .deps/cuda $$wheels || exit 3; fi; \
+	  echo "$$wheels" > $@
+
+native: $(NATIVE)
+$(NATIVE): CMakeLists.txt $(wildcard cmake/*) $(shell find plugins -type f) .deps/cuda/.installed | .venv/.installed
+	$(BIN)/cmake -S . -B build/dev -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python --log-level=NOTICE
+	$(BIN)/cmake --build build/dev
+	$(BIN)/cmake --install build/dev --prefix .
+	@touch $@
+
+# --- what to run ---
+
+demo: out/demo/manifest.json
+	@$(BIN)/hyperattention inspect out/demo
+	@echo "report: out/demo/report/report.html"
+
+out/demo/manifest.json: $(NATIVE) $(PACKAGE) $(wildcard $(MODEL)/*) $(TEXT)
+	$(BIN)/export-model $(MODEL) out/demo --input-ids bytes --text $(TEXT) --lengths 8192,16384,32768
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+
+test: lint $(NATIVE)
+	$(PYTEST) -m "not tensorrt and not gpu"
+
+test-gpu: $(NATIVE)
+	$(PYTEST) -m gpu
+
+test-tensorrt: $(NATIVE) .deps/tensorrt/10.6/.installed .deps/tensorrt/11.2/.installed
+	$(MAKE) --no-print-directory run-tensorrt-10.6
+	$(MAKE) --no-print-directory run-tensorrt-11.2
+
+.deps/tensorrt/%/.installed: .ci/fetch_tensorrt | .venv/.installed
+	.ci/fetch_tensorrt $* .deps/tensorrt/$* $(BIN)/python
+	@touch $@
+
+run-tensorrt-%:
+	HYPERATTENTION_NO_SKIP=1 HYPERATTENTION_TENSORRT_VERSION=$* LD_LIBRARY_PATH=$(CURDIR)/.deps/tensorrt/$*/lib \
+	  PYTHONPATH=.:$(CURDIR)/.deps/tensorrt/$*/site $(BIN)/python -m pytest -m "tensorrt and not gpu"
+
+clean:
+	rm -rf build out hyperattention/lib
