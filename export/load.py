@@ -100,7 +100,8 @@ def load_model(source: Source, dtype: torch.dtype, device: torch.device | str = 
         )
     except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError) as error:
         raise UsageError(f"the weights of {source.path.name} cannot be loaded: {_one_line(error)}; copy the directory again") from error
-    for key, what in (("missing_keys", "are missing from the weight files"), ("mismatched_keys", "have another shape than config.json says")):
+    complaints = {"missing_keys": "are missing from the weight files", "mismatched_keys": "have another shape than config.json says"}
+    for key, what in complaints.items():
         names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in info[key])
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -170,7 +171,9 @@ def _probe(model: nn.Module) -> tuple[AttentionLayer, ...]:
     names = {id(module): name for name, module in model.named_modules()}
     found: dict[str, AttentionLayer] = {}
 
-    def look(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any) -> tuple[Tensor, None]:
+    def look(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
         name = names[id(module)]
         scale, dropout = kwargs.pop("scaling", None), kwargs.pop("dropout", 0.0)
         problem = find_problem(module, attention_mask, scale, dropout, kwargs)
@@ -202,7 +205,9 @@ def _probe(model: nn.Module) -> tuple[AttentionLayer, ...]:
         with torch.no_grad():
             model(input_ids=ids, attention_mask=torch.ones(_PROBE_SHAPE, dtype=torch.bool, device="meta"), use_cache=False)
     except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, KeyError, IndexError) as error:
-        raise UnsupportedModel(f"{architecture} does not run on the meta device ({_one_line(error)}), so its layers cannot be planned") from error
+        raise UnsupportedModel(
+            f"{architecture} does not run on the meta device ({_one_line(error)}), so its layers cannot be planned"
+        ) from error
     if not found:
         raise UnsupportedModel(f"{architecture} never called the attention function given through transformers' AttentionInterface")
     return (*found.values(), *_unseen(model, found))
@@ -214,5 +219,6 @@ def _unseen(model: nn.Module, found: dict[str, AttentionLayer]) -> list[Attentio
     for name, module in model.named_modules():
         related = any(seen == name or seen.startswith(name + ".") or name.startswith(seen + ".") for seen in found)
         if type(module).__name__.endswith("Attention") and not related:
-            layers.append(AttentionLayer(len(found) + len(layers), name, 0, 0, 1, 1, 1.0, "it does not call transformers' AttentionInterface"))
+            problem = "attention of its own, outside transformers' AttentionInterface"
+            layers.append(AttentionLayer(len(found) + len(layers), name, 0, 0, 1, 1, 1.0, problem))
     return layers

@@ -6,13 +6,27 @@ mask into lengths; for anything but plain causal attention it returns PyTorch's 
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Iterator
 
 import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from hyperattention.errors import UsageError
+
+_given: ContextVar[Tensor | None] = ContextVar("given_lengths", default=None)
+
+
+@contextmanager
+def given_lengths(lengths: Tensor) -> Iterator[None]:
+    """Inside, the mask function hands out these lengths and does not read the mask again (no synchronisation, a smaller graph)."""
+    token = _given.set(lengths.to(torch.int32))
+    try:
+        yield
+    finally:
+        _given.reset(token)
 
 
 def attention_mask_function(
@@ -40,7 +54,8 @@ def attention_mask_function(
         raise UsageError(
             f"attention_mask covers {attention_mask.shape[-1]} keys, the attention has {kv_offset + kv_length}; give one entry a key"
         )
-    return lengths_of(attention_mask)
+    given = _given.get()
+    return lengths_of(attention_mask) if given is None else given
 
 
 def lengths_of(mask: Tensor) -> Tensor:

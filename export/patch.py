@@ -20,7 +20,7 @@ from hyperattention import op
 from hyperattention.config import Config
 from hyperattention.errors import UnsupportedModel, UsageError
 from hyperattention.export.attention_rules import find_problem
-from hyperattention.export.masks import attention_mask_function
+from hyperattention.export.masks import attention_mask_function, given_lengths
 from hyperattention.export.plan import ExportPlan, LayerPlan
 
 IMPLEMENTATION = "hyperattention"
@@ -103,12 +103,13 @@ class Patched:
         place. Raises UsageError for lengths that do not fit and UnsupportedModel for a call the operator cannot compute.
         """
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        mask = None
-        if lengths is not None:
-            if tuple(lengths.shape) != (input_ids.shape[0],):
-                raise UsageError(f"lengths has shape {tuple(lengths.shape)}; it takes one length a row: ({input_ids.shape[0]},)")
-            mask = padding_mask(lengths, past + input_ids.shape[1])
-        return self.model(input_ids=input_ids, attention_mask=mask, past_key_values=past_key_values, use_cache=use_cache)
+        if lengths is None:
+            return self.model(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache)
+        if tuple(lengths.shape) != (input_ids.shape[0],):
+            raise UsageError(f"lengths has shape {tuple(lengths.shape)}; it takes one length a row: ({input_ids.shape[0]},)")
+        mask = padding_mask(lengths, past + input_ids.shape[1])
+        with given_lengths(lengths):
+            return self.model(input_ids=input_ids, attention_mask=mask, past_key_values=past_key_values, use_cache=use_cache)
 
     def calls(self) -> dict[int, int]:
         """How often each layer's attention was called through us, by layer index."""
