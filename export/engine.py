@@ -1,0 +1,198 @@
+"""The engine: model.trt.onnx and the plugin library become model.engine, with timing.cache and build.log beside it.
+
+TensorRT is imported inside the functions, so that the module loads where it is missing; `runtime_available` says so first.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hyperattention.config import DOMAIN, OP_TYPE, VERSION
+from hyperattention.errors import EnvironmentFault
+from hyperattention.export.engine_log import BuildLog, Progress, Share, make_logger, make_monitor
+from hyperattention.library import build_info
+
+if TYPE_CHECKING:
+    from hyperattention.export.plan import ExportPlan
+
+ONNX_FILE, ENGINE_FILE, CACHE_FILE, LOG_FILE = "model.trt.onnx", "model.engine", "timing.cache", "build.log"
+_registered: list[str] = []  # build id of the library this process has registered
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What was built: bytes of model.engine, seconds, bytes of device memory for activations, layers by name."""
+
+    tensorrt: str
+    seconds: float
+    size: int
+    device_memory: int
+    layers: int
+    plugin_layers: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        return asdict(self)
+
+
+def runtime_available() -> str | None:
+    """None where an engine can be built, else the reason in one line.
+
+    The device is asked for first: TensorRT 10's builder ends the whole process where there is none.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no CUDA device (or a driver older than 580); an engine is built on the GPU it will run on"
+    try:
+        import tensorrt as trt
+    except (ImportError, OSError) as error:
+        return f"TensorRT's Python bindings cannot be imported: {error}; install hyperattention[tensorrt]"
+    if int(trt.__version__.split(".")[0]) < 10:
+        return f"TensorRT is {trt.__version__}; the plugin takes 10.6 or newer"
+    return None
+
+
+def register_plugin(library: Path) -> None:
+    """Puts the library's creator into TensorRT's plugin registry; once a process, however often it is called.
+
+    Raises EnvironmentFault where it cannot be loaded, or where a different build of it has been registered before.
+    """
+    import tensorrt as trt
+
+    build = str(build_info(library)["build_id"])
+    registry = trt.get_plugin_registry()
+    key = (OP_TYPE, str(VERSION), DOMAIN)
+    if registry.get_creator(*key) is None:
+        # TensorRT's own messages go to standard error: load_library takes no logger.
+        if registry.load_library(str(library)) is None or registry.get_creator(*key) is None:
+            raise EnvironmentFault(
+                f"TensorRT {trt.__version__} did not take the plugin library {library.name}; "
+                f"rebuild it with `make native`; `hyperattention doctor` says more"
+            )
+        _registered[:] = [build]
+    elif _registered and _registered != [build]:
+        raise EnvironmentFault(
+            f"this process has registered build {_registered[0]} of the plugin, {library.name} is build {build}; "
+            f"use one of them, or another process"
+        )
+
+
+def build_engine(
+    folder: Path, plan: ExportPlan, library: Path, progress: Progress = lambda text: None, workspace: int | None = None
+) -> EngineInfo:
+    """Builds `folder`/model.engine from model.trt.onnx: strongly typed, one profile of plan.seq and plan.batch.
+
+    A timing.cache that lies in `folder` is used and extended. `workspace` limits the builder's scratch, in bytes (None: all of
+    the device's memory). Raises EnvironmentFault where TensorRT, the device or the library cannot be used, and BuildFailed,
+    with TensorRT's last errors, where the model cannot be parsed or built; build.log is written in any case.
+    """
+    reason = runtime_available()
+    if reason is not None:
+        raise EnvironmentFault(reason)
+    import tensorrt as trt
+
+    log = BuildLog(folder / LOG_FILE, folder, library.parent)
+    logger, share = make_logger(trt, log), Share(progress)
+    register_plugin(library)
+    start = time.perf_counter()
+    # In a thread of its own, so that Ctrl-C is raised here and never inside TensorRT's frames.
+    with ThreadPoolExecutor(1) as pool:
+        building = pool.submit(_build, trt, logger, log, share, folder, plan, workspace)
+        try:
+            data = building.result()
+        except KeyboardInterrupt:
+            share.cancelled = True
+            raise
+    (folder / ENGINE_FILE).write_bytes(data)
+    seconds = time.perf_counter() - start
+    engine = load_engine(folder / ENGINE_FILE, library, logger)
+    return EngineInfo(
+        tensorrt=trt.__version__,
+        seconds=round(seconds, 1),
+        size=len(data),
+        device_memory=_device_memory(engine),
+        layers=engine.num_layers,
+        plugin_layers=tuple(layer_names(engine)),
+    )
+
+
+def load_engine(path: Path, library: Path, logger: Any = None) -> Any:
+    """The deserialised `trt.ICudaEngine`, with the plugin registered. Raises EnvironmentFault where it cannot be used here."""
+    reason = runtime_available()
+    if reason is not None:
+        raise EnvironmentFault(reason)
+    import tensorrt as trt
+
+    register_plugin(library)
+    runtime = trt.Runtime(logger or trt.Logger(trt.Logger.WARNING))
+    engine = runtime.deserialize_cuda_engine(path.read_bytes())
+    if engine is None:
+        raise EnvironmentFault(
+            f"TensorRT {trt.__version__} cannot read {path.name}; an engine runs only with the TensorRT release and on the kind of "
+            f"GPU that built it: build it again here"
+        )
+    return engine
+
+
+def layer_names(engine: Any) -> list[str]:
+    """Names of the engine's HyperAttention layers, from its inspector: the proof of what runs.
+
+    Raises EnvironmentFault where the engine was built without the detail that this needs.
+    """
+    import tensorrt as trt
+
+    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    layers = json.loads(text).get("Layers", [])
+    if any(isinstance(layer, str) for layer in layers):
+        raise EnvironmentFault("the engine holds only its layers' names; build it with profiling verbosity DETAILED to prove what runs")
+    return [layer["Name"] for layer in layers if "Plugin" in layer.get("LayerType", "") and OP_TYPE in json.dumps(layer)]
+
+
+def _build(trt: Any, logger: Any, log: BuildLog, share: Share, folder: Path, plan: ExportPlan, workspace: int | None) -> bytes:
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    # The parser lives as long as the network, which may point into its copy of the weights.
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(folder / ONNX_FILE)):
+        for i in range(parser.num_errors):
+            error = parser.get_error(i)
+            log.write("ERROR", f"{error.node_name() or 'the model'} ({error.node_operator() or 'no node'}): {error.desc()}")
+        raise log.failure(f"TensorRT {trt.__version__} cannot parse {ONNX_FILE}")
+    return _serialise(trt, builder, network, log, share, folder / CACHE_FILE, plan, workspace)
+
+
+def _serialise(
+    trt: Any, builder: Any, network: Any, log: BuildLog, share: Share, cache: Path, plan: ExportPlan, workspace: int | None
+) -> bytes:
+    from polygraphy.backend.trt import CreateConfig, EngineBytesFromNetwork, Profile
+    from polygraphy.exception import PolygraphyException
+    from polygraphy.logger import G_LOGGER
+
+    profile = Profile()
+    profile.add("input_ids", *zip(plan.batch, plan.seq, strict=True))
+    profile.add("lengths", *((rows,) for rows in plan.batch))
+    config = CreateConfig(
+        profiles=[profile],
+        load_timing_cache=str(cache) if cache.is_file() else None,
+        profiling_verbosity=trt.ProfilingVerbosity.DETAILED,
+        memory_pool_limits={trt.MemoryPoolType.WORKSPACE: workspace} if workspace else None,
+        progress_monitor=make_monitor(trt, share),
+    )
+    try:
+        with G_LOGGER.verbosity(G_LOGGER.CRITICAL):  # what it would print is in the build log
+            return bytes(EngineBytesFromNetwork((builder, network), config, save_timing_cache=str(cache))())
+    except PolygraphyException as error:
+        raise log.failure(f"TensorRT {trt.__version__} could not build the engine") from error
+    finally:
+        cache.with_name(cache.name + ".lock").unlink(missing_ok=True)
+
+
+def _device_memory(engine: Any) -> int:
+    # 10.1 widened the property and renamed it; the old name goes away.
+    return int(engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size)
