@@ -25,6 +25,8 @@ from hyperattention.export.plan import ExportPlan, LayerPlan
 
 IMPLEMENTATION = "hyperattention"
 MODES = ("plan", "exact")
+# q, k, v, config, lengths -> o, lse
+Operator = Callable[[Tensor, Tensor, Tensor, Config, Tensor | None], tuple[Tensor, Tensor]]
 _SLOT = "_hyperattention_slot"
 _MASK_ELEMENTS = 2**26  # boolean mask entries held at once by the exact path with a cache
 

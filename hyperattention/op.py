@@ -58,8 +58,7 @@ def _attention(
     if q.is_cuda and q.dtype in _KERNEL_DTYPES:
         from hyperattention.library import load_cuda
 
-        o, lse = load_cuda().forward(q.contiguous(), k.contiguous(), v.contiguous(), config, _int32(lengths))
-        return o, lse
+        return load_cuda().forward(q, k, v, config, lengths)
     out = reference.attention(q, k, v, config, lengths)
     return out.o, out.lse
 
@@ -90,10 +89,6 @@ _autocast_rules = [
     _register_autocast("cpu", torch._C.DispatchKey.AutocastCPU),
     _register_autocast("cuda", torch._C.DispatchKey.AutocastCUDA),
 ]
-
-
-def _int32(lengths: Tensor | None) -> Tensor | None:
-    return None if lengths is None else lengths.to(torch.int32).contiguous()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, config: Config, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,168 @@
+"""The output folder: file names, hashes, versions, and manifest.json, which is written last.
+
+A folder without manifest.json is not whole. `Bundle.open` also takes the draft that the validation step works on. Nothing
+in here holds a path of the machine that made it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hyperattention import __version__
+from hyperattention.errors import UsageError
+from hyperattention.export.plan import ExportPlan
+from hyperattention.library import ORT_LIBRARY, TRT_LIBRARY
+
+MANIFEST, DRAFT = "manifest.json", "manifest.partial.json"
+SCHEMA = 1
+REPORT = "report/report.json"
+_PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu", "polygraphy", "tensorrt", "tensorrt-cu12-bindings")
+_SIDE_FILES = (
+    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template*", "LICENSE*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An output folder and what its manifest (or draft) says."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    plan: ExportPlan
+
+    @classmethod
+    def open(cls, folder: Path) -> "Bundle":
+        """Reads the manifest. Raises UsageError for a folder that export-model did not finish or did not write."""
+        if not folder.is_dir():
+            raise UsageError(f"there is no folder {folder}; give the OUT of export-model")
+        file = next((folder / name for name in (MANIFEST, DRAFT) if (folder / name).is_file()), None)
+        if file is None:
+            raise UsageError(f"{folder} holds no {MANIFEST}, so it is no finished output; run export-model again")
+        try:
+            manifest = json.loads(file.read_text(encoding="utf-8"))
+            schema = manifest["schema"]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise UsageError(f"{file} is broken ({type(error).__name__}: {error}); run export-model again") from error
+        if schema != SCHEMA:
+            raise UsageError(f"{file} is of schema {schema}, this version reads {SCHEMA}; run export-model again")
+        return cls(folder, manifest, ExportPlan.from_json(manifest["plan"]))
+
+    @property
+    def model_onnx(self) -> Path:
+        """The ONNX file with the function body."""
+        return self.folder / "model.onnx"
+
+    @property
+    def trt_onnx(self) -> Path:
+        """Its twin for TensorRT."""
+        return self.folder / "model.trt.onnx"
+
+    @property
+    def engine(self) -> Path | None:
+        """The TensorRT engine, where one was built."""
+        return self._present("model.engine")
+
+    @property
+    def ort_library(self) -> Path | None:
+        """ONNX Runtime's custom-op library, where it was built."""
+        return self._present(ORT_LIBRARY)
+
+    @property
+    def trt_library(self) -> Path | None:
+        """TensorRT's plugin library, where it was built."""
+        return self._present(TRT_LIBRARY)
+
+    def _present(self, name: str) -> Path | None:
+        path = self.folder / name
+        return path if path.is_file() else None
+
+    def changed_files(self) -> list[str]:
+        """Names of files that are missing or no longer have the manifest's sha256."""
+        files = self.manifest.get("files", {})
+        return [name for name, entry in files.items() if not (self.folder / name).is_file() or _sha256(self.folder / name) != entry["sha256"]]
+
+
+def copy_side_files(model: Path, folder: Path, libraries: list[Path]) -> None:
+    """Copies the configuration, the tokenizer's files and the native libraries beside the ONNX files."""
+    for pattern in _SIDE_FILES:
+        for file in sorted(model.glob(pattern)):
+            if file.suffix == ".json":
+                _copy_json(file, folder / file.name)
+            elif file.is_file():
+                shutil.copyfile(file, folder / file.name)
+    for library in libraries:
+        shutil.copyfile(library, folder / library.name)
+
+
+def _copy_json(source: Path, target: Path) -> None:
+    """transformers writes the directory that a model came from into its files."""
+    data = json.loads(source.read_text(encoding="utf-8"))
+    if isinstance(data, dict) and ({"_name_or_path", "name_or_path"} & set(data)):
+        data = {name: value for name, value in data.items() if name not in ("_name_or_path", "name_or_path")}
+        target.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    else:
+        shutil.copyfile(source, target)
+
+
+def write_draft(folder: Path, plan: ExportPlan, model: dict[str, Any], engine: dict[str, Any] | None, libraries: dict[str, Any]) -> None:
+    """Writes the draft that lets validation open the folder. `model` and `engine` describe them; `libraries` is their build info."""
+    draft = {
+        "schema": SCHEMA,
+        "model": model,
+        "plan": plan.to_json(),
+        "seeds": {layer.name: layer.config.seed for layer in plan.approximate if layer.config is not None},
+        "versions": versions(),
+        "libraries": libraries,
+        "engine": engine,
+    }
+    _write_json(folder / DRAFT, draft)
+
+
+def finish(folder: Path) -> dict[str, Any]:
+    """Hashes every file, takes lengths, tolerances and verdict from the report, writes manifest.json and removes the draft."""
+    manifest = json.loads((folder / DRAFT).read_text(encoding="utf-8"))
+    report_file = folder / REPORT
+    manifest["validation"] = None
+    if report_file.is_file():
+        report = json.loads(report_file.read_text(encoding="utf-8"))
+        manifest["validation"] = {
+            "report": REPORT,
+            "lengths": report.get("inputs", {}).get("lengths"),
+            "tolerances": report.get("limits"),
+            "verdict": report.get("verdict"),
+        }
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != DRAFT)
+    manifest["files"] = {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+    _write_json(folder / MANIFEST, manifest)
+    (folder / DRAFT).unlink()
+    return manifest
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, Python and the packages that shaped the files."""
+    found = {"hyperattention": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)

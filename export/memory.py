@@ -1,0 +1,84 @@
+"""What an export will need in memory, predicted from the configuration alone for --dry-run."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+from hyperattention.config import Config
+from hyperattention.errors import EnvironmentFault
+from hyperattention.export.load import AttentionLayer, Source
+from hyperattention.export.plan import ExportPlan
+from hyperattention.library import HaAttributes, HaParams, open_library, trt_library_path
+
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+_CODES = {"fp32": 0, "fp16": 1, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of the prediction; `bytes` is None where it cannot be known here, and `note` says why."""
+
+    name: str
+    bytes: int | None
+    note: str
+
+
+def predict(source: Source, plan: ExportPlan) -> list[Item]:
+    """Memory at the largest batch and sequence of the plan. Estimates are of the tensors alive at once, without fragmentation."""
+    size, batch, rows = _BYTES[plan.dtype], plan.batch[2], plan.seq[2]
+    tokens = batch * rows
+    # Residual, its normalised copy and the two halves of a gated MLP are alive together.
+    activations = tokens * (2 * source.hidden_size + 2 * source.intermediate_size) * size
+    widest = max((layer.heads_q * layer.head_dim + layer.heads_kv * (layer.head_dim + layer.head_dim_v) for layer in source.layers), default=0)
+    attention = tokens * (source.hidden_size + widest) * size
+    outputs = (tokens if plan.task == "logits" else batch) * source.vocab_size * size
+    cache = sum(tokens * layer.heads_kv * (layer.head_dim + layer.head_dim_v) * size for layer in source.layers)
+    heads = max((layer.heads_q for layer in source.layers), default=0)
+    items = [
+        Item("weights", source.num_parameters * size, f"{source.num_parameters:,} parameters in {plan.dtype}"),
+        Item("activations", max(activations, attention), f"{batch} x {rows} tokens, one layer at a time"),
+        Item("logits", outputs, "every position" if plan.task == "logits" else "last position of each row"),
+        Item("keys and values", cache if plan.task == "prefill" else 0, "outputs of the task prefill" if plan.task == "prefill" else "no outputs"),
+        _workspace(source, plan),
+        # Logits, their masked copy and the probabilities, in fp32.
+        Item("function body", 3 * batch * heads * rows * rows * 4, "only where the file runs without our library: n x n logits a head"),
+    ]
+    native = [layer for layer in plan.layers if layer.config is None]
+    if native:
+        items.append(Item("masks", batch * rows * rows, f"{len(native)} layers keep the model's own attention, which takes n x n masks"))
+    return items
+
+
+def _workspace(source: Source, plan: ExportPlan) -> Item:
+    by_name = {layer.name: layer for layer in source.layers}
+    sizes = []
+    try:
+        for layer in plan.planned:
+            assert layer.config is not None
+            sizes.append(workspace_bytes(by_name[layer.name], layer.config, plan))
+    except EnvironmentFault as fault:
+        return Item("workspace", None, f"unknown: {fault}")
+    return Item("workspace", max(sizes, default=0), "of the CUDA kernels, shared by all layers")
+
+
+def workspace_bytes(layer: AttentionLayer, config: Config, plan: ExportPlan) -> int:
+    """Scratch of one CUDA call at the plan's largest shape, asked of the library itself. Raises EnvironmentFault where it is missing."""
+    library = open_library(trt_library_path())
+    library.ha_last_error.restype = ctypes.c_char_p
+    params = HaParams(
+        ctypes.sizeof(HaParams),
+        _CODES[plan.dtype],
+        batch=plan.batch[2],
+        heads_q=layer.heads_q,
+        heads_kv=layer.heads_kv,
+        seq_q=plan.seq[2],
+        seq_k=plan.seq[2],
+        head_dim=layer.head_dim,
+        head_dim_v=layer.head_dim_v,
+        attributes=HaAttributes.of(config),
+    )
+    size = ctypes.c_size_t()
+    if library.ha_cuda_workspace_size(ctypes.byref(params), ctypes.byref(size)):
+        raise EnvironmentFault(library.ha_last_error().decode(errors="replace"))
+    return size.value
