@@ -4,7 +4,7 @@ file(STRINGS "${PROJECT_SOURCE_DIR}/pyproject.toml" version_line REGEX "^version
 string(REGEX REPLACE ".*\"(.*)\".*" "\\1" HA_VERSION "${version_line}")
 
 file(GLOB_RECURSE native_sources CONFIGURE_DEPENDS RELATIVE "${PROJECT_SOURCE_DIR}"
-  plugins/*.h plugins/*.cuh plugins/*.cpp plugins/*.cu)
+  plugins/*.h plugins/*.cuh plugins/*.cpp plugins/*.cu plugins/*.inl)
 list(SORT native_sources COMPARE STRING)
 set(listing "")
 foreach(source IN LISTS native_sources)
