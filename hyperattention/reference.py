@@ -15,7 +15,7 @@ from torch import Tensor
 from hyperattention.config import Config
 from hyperattention.selection import Geometry, Plan, make_plan
 
-_TILE = 2**25  # logits held at once
+_TILE = 2**22  # logits held at once
 
 
 class Output(NamedTuple):
@@ -40,13 +40,14 @@ def attention(
     q [B,Hq,Sq,D], k [B,Hkv,Sk,D], v [B,Hkv,Sk,Dv] of one floating dtype, Hq a multiple of Hkv; lengths int [B], the valid
     keys of each batch row. `plan` is followed when given, else made. Arithmetic is fp32, or fp64 for fp64 inputs;
     `arithmetic` = a lower dtype gives the naive twin: operands and probabilities rounded to it, sums as PyTorch does them.
-    Raises UsageError for shapes that do not fit.
+    Raises UsageError for shapes, or a plan, that do not fit.
     """
     g = Geometry.of(q, k, v, config, lengths)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     lens = g.clamp(lengths)
     if plan is None:
         plan = make_plan(q, k, g, lengths)
+    plan.check(g)
     narrow = arithmetic or wide
     o = torch.zeros(g.batch, g.heads_q, g.seq_q, g.head_dim_v, dtype=wide, device=q.device)
     lse = torch.full((g.batch, g.heads_q, g.seq_q), -torch.inf, dtype=wide, device=q.device)
@@ -131,14 +132,17 @@ class _Rows:
     def approximate(self, o: Tensor, lse: Tensor, blocks: Tensor, index: Tensor, weight: Tensor) -> None:
         g, c = self.g, self.g.config
         blocks, index, weight = (x.unflatten(0, (g.heads_kv, g.group)) for x in (blocks, index, weight))
-        per_tile = max(1, _TILE // max(1, g.heads_q * c.block_size * (c.block_size * max(c.num_blocks, 1) + c.sample_size)))
-        tile = c.local_size if c.causal else per_tile * c.block_size
-        for n in g.tiles(tile):
-            first, last = max(n * tile, g.first), min((n + 1) * tile, g.first + g.seq_q)  # positions
-            row = slice(first - g.first, last - g.first)
-            draw = n - g.local_blocks.start if c.causal else 0
-            part = self._tile(first, last, self.q[:, :, row], blocks, index[:, :, draw], weight[:, :, draw])
-            o[:, row], lse[:, row] = (x.flatten(0, 1) for x in part)
+        keys = (1 + c.local_overlap) * c.local_size * c.causal + c.sinks + c.num_blocks * c.block_size + c.sample_size
+        step = max(1, _TILE // max(1, g.heads_q * keys * c.block_size))  # query blocks a tile
+        for draw, n in enumerate(g.local_blocks):
+            lo, hi = g.first, g.first + g.seq_q
+            if c.causal:
+                lo, hi = max(lo, n * c.local_size), min(hi, (n + 1) * c.local_size)
+            for block in range(lo // c.block_size, -(-hi // c.block_size), step):
+                first, last = max(lo, block * c.block_size), min(hi, (block + step) * c.block_size)  # positions
+                row = slice(first - g.first, last - g.first)
+                part = self._tile(first, last, self.q[:, :, row], blocks, index[:, :, draw], weight[:, :, draw])
+                o[:, row], lse[:, row] = (x.flatten(0, 1) for x in part)
 
     def _tile(self, first: int, last: int, q: Tensor, blocks: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Rows at positions [first, last), all of one local block when causal."""
@@ -147,7 +151,7 @@ class _Rows:
         far = min(g.far(first, self.length), self.length)
         parts = []
         if c.causal and min(last, self.length) > far:
-            parts.append(self._contiguous(q, position, max(g.far(first, self.length), 0), min(last, self.length), True))
+            parts.append(self._contiguous(q, position, far, min(last, self.length), True))
         if min(c.sinks, far) > 0:
             parts.append(self._contiguous(q, position, 0, min(c.sinks, far), False))
         if far > c.sinks and c.num_blocks:

@@ -110,6 +110,18 @@ class Plan:
     sample_index: Tensor
     sample_weight: Tensor
 
+    def check(self, g: Geometry) -> None:
+        """Raises UsageError if this is the plan of a problem of other sizes."""
+        c, query_blocks, local_blocks = g.config, *((0, 0) if g.exact else (len(g.query_blocks), len(g.local_blocks)))
+        samples = (g.batch, g.heads_q, local_blocks, c.sample_size)
+        expected = {"blocks": (g.batch, g.heads_q, query_blocks, c.num_blocks), "sample_index": samples, "sample_weight": samples}
+        for name, shape in expected.items():
+            found = tuple(getattr(self, name).shape)
+            if found != shape:
+                raise UsageError(
+                    f"the plan's {name} has shape {found}; these inputs take {shape}; make the plan from the same shapes and config"
+                )
+
 
 def make_plan(q: Tensor, k: Tensor, g: Geometry, lengths: Tensor | None = None) -> Plan:
     """The plan of the whole problem; no gradient, O((Sq + Sk) D) memory apart from tiles."""
@@ -163,17 +175,21 @@ def key_pools(k: Tensor, rows: int, g: Geometry, length: int) -> tuple[Tensor, T
 
 # --- selector `blocks` -----------------------------------------------------------------------------------------------
 
+Pools = tuple[Tensor, Tensor]  # int8 values [..., P, D] and factors [..., P], NaN where the pool is skipped
 
-def _scores(q8: Tensor, qf: Tensor, k8: Tensor, kf: Tensor, per_block: int) -> Tensor:
-    """Score of each group of `per_block` key pools for one query block (rule 20).
 
-    q8 [..., Pq, D], qf [..., Pq]; k8 [..., Pk, D], kf [..., Pk]. Returns [..., Pk / per_block].
-    The products of int8 stay below 2^24, so fp32 holds them exactly in any order.
-    """
-    dot = q8.float() @ k8.float().transpose(-1, -2)
-    best = (dot * qf[..., None]).nan_to_num(nan=-torch.inf).amax(-2)
-    score = (best * kf).nan_to_num(nan=-torch.inf)
-    return score.unflatten(-1, (-1, per_block)).amax(-1)
+def _scores(queries: Pools, keys: Pools, per_block: int) -> Tensor:
+    """Score of each group of `per_block` key pools for one query block (rule 20): [..., Pk / per_block]."""
+    (q8, qf), (k8, kf) = queries, keys
+    # Integers below 2^24 are exact in fp32 in any order of summation; 1040 squares of 127 stay below.
+    exact = torch.float32 if q8.shape[-1] <= 1040 else torch.float64
+    dot = (q8.to(exact) @ k8.to(exact).transpose(-1, -2)).float()
+    best = _lowest_if_nan(dot * qf[..., None]).amax(-2)
+    return _lowest_if_nan(best * kf).unflatten(-1, (-1, per_block)).amax(-1)
+
+
+def _lowest_if_nan(score: Tensor) -> Tensor:
+    return score.masked_fill(score.isnan(), -torch.inf)
 
 
 def _best(score: Tensor, count: int) -> Tensor:
@@ -192,75 +208,75 @@ def uses_superblocks(config: Config, candidates: range) -> bool:
 
 def select_blocks(q: Tensor, k: Tensor, g: Geometry, lengths: Tensor | None = None) -> Tensor:
     """Rules 17 to 23: int32 [B, Hq, query blocks, num_blocks], ascending, -1 behind the last."""
-    c, blocks = g.config, g.query_blocks
-    if g.exact:
-        return torch.empty(g.batch, g.heads_q, 0, c.num_blocks, dtype=torch.int32, device=q.device)
+    c, blocks = g.config, range(0) if g.exact else g.query_blocks
     chosen = torch.full((g.batch, g.heads_q, len(blocks), c.num_blocks), -1, dtype=torch.int32, device=q.device)
-    if c.num_blocks == 0:
+    if chosen.numel() == 0:
         return chosen
+    pool_sizes = {c.pool_size, COARSE_POOL} if uses_superblocks(c, range(-(-g.seq_k // c.block_size))) else {c.pool_size}
     for b, length in enumerate(g.clamp(lengths)):
-        qb = q[b].unflatten(0, (g.heads_kv, g.group))
-        fine_q, fine_k = query_pools(qb, c.pool_size, g, length), key_pools(k[b], c.pool_size, g, length)
-        coarse_q, coarse_k = query_pools(qb, COARSE_POOL, g, length), key_pools(k[b], COARSE_POOL, g, length)
+        qb, kb = q[b].unflatten(0, (g.heads_kv, g.group)), k[b].unsqueeze(1)
+        pools = {rows: (query_pools(qb, rows, g, length), key_pools(kb, rows, g, length)) for rows in pool_sizes}
         for n, index in enumerate(blocks):
-            picked = _select_one(index, g, length, fine_q, fine_k, coarse_q, coarse_k)
-            if picked is not None:
-                chosen[b, :, n, : picked.shape[-1]] = picked.flatten(0, 1)
+            stop = min(g.far(index * c.block_size, length), length)
+            candidates = range(c.sinks // c.block_size, -(-stop // c.block_size))
+            if len(candidates) == 0:
+                continue
+            select = _select_two_levels if uses_superblocks(c, candidates) else _select_flat
+            picked = select(index, candidates, g, pools)
+            chosen[b, :, n, : picked.shape[-1]] = picked.flatten(0, 1)
     return chosen
 
 
-def _rows(pools: tuple[Tensor, Tensor], rows: int, start: int, stop: int, first: int = 0) -> tuple[Tensor, Tensor]:
+def _rows(pools: Pools, rows: int, start: int, stop: int, first: int = 0) -> Pools:
     """The pools that cover positions [start, stop), where pool 0 starts at floor(first / rows)."""
     base = first // rows
     lo, hi = max(start // rows - base, 0), max(-(-stop // rows) - base, 0)
     return pools[0][..., lo:hi, :], pools[1][..., lo:hi]
 
 
-def _pad_pools(pools: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """Skipped pools behind the last, so that the last block is whole."""
+def _pad(pools: Pools, count: int) -> Pools:
+    """Skipped pools behind the last, so that there are `count`."""
     missing = count - pools[1].shape[-1]
     pad = torch.nn.functional.pad
     return pad(pools[0], (0, 0, 0, missing)), pad(pools[1], (0, missing), value=float("nan"))
 
 
-def _select_one(index: int, g: Geometry, length: int, fine_q, fine_k, coarse_q, coarse_k) -> Tensor | None:
-    c = g.config
-    size = c.block_size
-    stop = min(g.far(index * size, length), length)
-    candidates = range(c.sinks // size, -(-stop // size))
-    if len(candidates) == 0:
-        return None
+def _select_flat(index: int, candidates: range, g: Geometry, pools: dict[int, tuple[Pools, Pools]]) -> Tensor:
+    """Every candidate scored: [Hkv, G, min(num_blocks, candidates)]."""
+    size, rows = g.config.block_size, g.config.pool_size
+    queries, keys = pools[rows]
+    queries = _rows(queries, rows, index * size, (index + 1) * size, g.first)
+    keys = _pad(_rows(keys, rows, candidates.start * size, candidates.stop * size), len(candidates) * (size // rows))
+    return candidates.start + _best(_scores(queries, keys, size // rows), min(g.config.num_blocks, len(candidates)))
+
+
+def _select_two_levels(index: int, candidates: range, g: Geometry, pools: dict[int, tuple[Pools, Pools]]) -> Tensor:
+    """Rule 23: superblocks first, then the candidates of the best; [Hkv, G, <= num_blocks], -1 behind the last."""
+    size, rows = g.config.block_size, g.config.pool_size
     span = (index * size, (index + 1) * size)
-    q8, qf = _rows(fine_q, c.pool_size, *span, g.first)
-    per_block = size // c.pool_size
-    if not uses_superblocks(c, candidates):
-        keys = _rows(fine_k, c.pool_size, candidates.start * size, candidates.stop * size)
-        k8, kf = _pad_pools(keys, len(candidates) * per_block)
-        score = _scores(q8, qf, k8.unsqueeze(1), kf.unsqueeze(1), per_block)
-        return candidates.start + _best(score, min(c.num_blocks, len(candidates)))
-    # Rule 23. Coarse pools at or past the last candidate block belong to no candidate and are not scored.
-    per_super = SUPERBLOCK // size
+    per_super, per_block = SUPERBLOCK // size, size // rows
     supers = range(candidates.start // per_super, -(-candidates.stop // per_super))
-    keys = _rows(coarse_k, COARSE_POOL, supers.start * SUPERBLOCK, candidates.stop * size)
-    k8, kf = _pad_pools(keys, len(supers) * SUPERBLOCK // COARSE_POOL)
-    score = _scores(*_rows(coarse_q, COARSE_POOL, *span, g.first), k8.unsqueeze(1), kf.unsqueeze(1), SUPERBLOCK // COARSE_POOL)
+    queries, keys = pools[COARSE_POOL]
+    queries = _rows(queries, COARSE_POOL, *span, g.first)
+    # Coarse pools at or past the end of the last candidate block take no part.
+    keys = _rows(keys, COARSE_POOL, supers.start * SUPERBLOCK, candidates.stop * size)
+    score = _scores(queries, _pad(keys, len(supers) * SUPERBLOCK // COARSE_POOL), SUPERBLOCK // COARSE_POOL)
     kept = supers.start + _best(score, max(KEPT_MIN, -(-len(supers) // KEPT_SHARE)))  # [Hkv, G, kept]
+
     block = (kept[..., None] * per_super + torch.arange(per_super, device=kept.device)).flatten(-2)
-    pools = block[..., None] * per_block + torch.arange(per_block, device=kept.device)  # [Hkv, G, kept blocks, per_block]
-    total = fine_k[1].shape[-1]
-    at = pools.flatten(-2)
+    at = (block[..., None] * per_block + torch.arange(per_block, device=kept.device)).flatten(-2)  # fine key pools
+    queries, (k8, kf) = pools[rows]
     head = torch.arange(g.heads_kv, device=kept.device)[:, None, None]
-    inside = at.clamp(max=total - 1)
-    k8 = fine_k[0][head, inside]
-    kf = torch.where(at < total, fine_k[1][head, inside], float("nan"))
-    score = _scores(q8, qf, k8, kf, per_block)
-    # A kept superblock may hold blocks that are no candidates; they come last and are never among the best.
-    outside = (block < candidates.start) | (block >= candidates.stop)
-    count = min(c.num_blocks, len(candidates))
-    order = torch.sort(score.masked_fill(outside, -torch.inf), dim=-1, descending=True, stable=True).indices
-    last = torch.sort(outside.gather(-1, order).int(), dim=-1, stable=True).indices
-    best = order.gather(-1, last)[..., :count].sort(-1).values
-    return block.gather(-1, best)
+    inside = at.clamp(max=kf.shape[-1] - 1)
+    keys = k8[head, 0, inside], torch.where(at < kf.shape[-1], kf[head, 0, inside], float("nan"))
+    score = _scores(_rows(queries, rows, *span, g.first), keys, per_block)
+    # The first and the last superblock may hold blocks that are no candidates.
+    candidate = (block >= candidates.start) & (block < candidates.stop)
+    order = torch.sort(score.masked_fill(~candidate, -torch.inf), dim=-1, descending=True, stable=True).indices
+    block, candidate = block.gather(-1, order), candidate.gather(-1, order)
+    taken = candidate & (candidate.cumsum(-1) <= g.config.num_blocks)
+    block = block.masked_fill(~taken, candidates.stop).sort(-1).values[..., : g.config.num_blocks]
+    return block.masked_fill(block == candidates.stop, -1)
 
 
 # --- sampled residual ------------------------------------------------------------------------------------------------

@@ -1,0 +1,146 @@
+"""Operator problems for the tests: each Case names itself and makes its own inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hyperattention.config import INT32_MAX, PRESETS, Config
+
+BASE = Config(block_size=16, num_blocks=3, pool_size=4, sample_size=13, local_size=32, sinks=10, exact_below=0, seed=7)
+
+
+def config(**changes) -> Config:
+    return replace(BASE, **changes)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem; its inputs follow from `fill` alone, in float64."""
+
+    name: str
+    seq_q: int = 203
+    seq_k: int = 203
+    config: Config = BASE
+    heads: tuple[int, int] = (2, 1)  # queries, keys
+    dims: tuple[int, int] = (8, 8)  # D, Dv
+    lengths: tuple[int, ...] | None = None
+    fill: str = "normal"
+
+    def __str__(self) -> str:
+        heads, dims = "x".join(map(str, self.heads)), "x".join(map(str, self.dims))
+        return f"{self.name}-q{self.seq_q}-k{self.seq_k}-h{heads}-d{dims}"
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths) if self.lengths else 1
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        rng = torch.Generator().manual_seed(self.seq_q * 1009 + self.seq_k)
+        q = torch.randn(self.batch, self.heads[0], self.seq_q, self.dims[0], generator=rng, dtype=torch.float64)
+        k = torch.randn(self.batch, self.heads[1], self.seq_k, self.dims[0], generator=rng, dtype=torch.float64)
+        v = torch.randn(self.batch, self.heads[1], self.seq_k, self.dims[1], generator=rng, dtype=torch.float64)
+        if self.fill == "constant":
+            k = torch.ones_like(k)
+        elif self.fill == "zero":
+            q, k = torch.zeros_like(q), torch.zeros_like(k)
+        elif self.fill == "ties":
+            q, k = q.sign(), k.sign()
+        elif self.fill == "tiny":  # pool means are fp32 subnormals
+            k = k * 1e-43
+        elif self.fill == "overflow":  # finite rows whose fp32 sum is not
+            k[:, :, 40:90] = k[:, :, 40:90].sign() * 3e38
+        elif self.fill == "nonfinite":
+            k[:, :, 16:35, 0] = float("nan")  # all of key block 1 and a pool of block 2
+            k[:, :, 60, 1], k[:, :, 101, 2], k[:, :, 128:160] = float("inf"), -float("inf"), float("nan")
+            q[:, :, 70, 3], q[:, :, 176:192] = float("nan"), float("inf")  # a pool, and all of query block 11
+        elif self.fill == "large":
+            q, k = q * 30, k * 30
+        else:
+            assert self.fill == "normal", self.fill
+        return q, k, v
+
+    def lengths_tensor(self) -> Tensor | None:
+        return torch.tensor(self.lengths, dtype=torch.int32) if self.lengths else None
+
+
+def grid() -> list[Case]:
+    """Every rule at sizes that are odd, short or no multiple of anything."""
+    cases = [
+        Case("square"),
+        Case("chunk", 65, 203),
+        Case("chunk-whole-local", 97, 256, config(local_size=48, block_size=48)),
+        Case("more-queries", 203, 65),
+        Case("more-queries-one-key", 70, 1),
+        Case("no-key", 66, 0),
+        Case("no-query", 0, 70),
+        Case("non-causal", 203, 203, config(causal=0)),
+        Case("non-causal-more-keys", 65, 301, config(causal=0)),
+        Case("non-causal-more-queries", 301, 65, config(causal=0)),
+        Case("non-causal-local-ignored", 99, 203, config(causal=0, local_size=17)),
+        Case("gqa-4-4", heads=(4, 4)),
+        Case("gqa-4-2", heads=(4, 2)),
+        Case("gqa-6-1-chunk", 77, 150, heads=(6, 1)),
+        Case("value-size", dims=(8, 3)),
+        Case("value-size-larger", dims=(5, 24)),
+        Case("dim-1", dims=(1, 1)),
+        Case("scale", config=config(scale=0.9)),
+        Case("seed-largest", config=config(seed=INT32_MAX)),
+        Case("large-logits", fill="large"),
+        Case("exact-short", 5, 203),
+        Case("exact-64-rows", 64, 203),
+        Case("exact-one-row", 1, 77),
+        Case("exact-below", config=config(exact_below=203)),
+        Case("just-above-exact-below", config=config(exact_below=202)),
+        Case("exact-more-queries", 130, 60, config(exact_below=100)),
+        Case("exact-non-causal", 50, 90, config(causal=0), lengths=(0, 33, 90)),
+        Case("presets-parts", 401, 401, replace(PRESETS["blocks"], exact_below=0, local_size=64, sample_size=17, num_blocks=2)),
+    ]
+    ragged = (0, 1, 37, 64, 150, 199, 203, 999)
+    variants = {"causal": {}, "non-causal": {"causal": 0}, "no-overlap": {"local_overlap": 0}, "uniform": {"stratified": 0}}
+    for name, changes in variants.items():
+        cases.append(Case(f"lengths-{name}", config=config(**changes), lengths=ragged, heads=(1, 1)))
+        cases.append(Case(f"lengths-{name}-chunk", 70, 203, config(**changes), lengths=ragged, heads=(1, 1)))
+        cases.append(Case(f"lengths-{name}-more-queries", 203, 90, config(**changes), lengths=(0, 1, 20, 90, 91), heads=(1, 1)))
+    for block, pool, local in ((16, 16, 16), (16, 1, 48), (48, 1, 48), (48, 16, 96), (48, 3, 96), (64, 4, 64), (64, 64, 128), (17, 17, 34)):
+        for causal in (0, 1):
+            changes = dict(causal=causal, block_size=block, pool_size=pool, local_size=local)
+            cases.append(Case(f"block{block}-pool{pool}-local{local}-causal{causal}", 259, 259, config(**changes)))
+    for blocks in (0, 1, 64):
+        cases += [Case(f"blocks{blocks}-causal{causal}", config=config(num_blocks=blocks, causal=causal)) for causal in (0, 1)]
+    for samples in (0, 1, 7, 500):
+        for stratified in (0, 1):
+            cases.append(Case(f"samples{samples}-stratified{stratified}", config=config(sample_size=samples, stratified=stratified)))
+    for sinks in (0, 1, 16, 17, 50, 203, 4096):
+        cases += [Case(f"sinks{sinks}-causal{causal}", config=config(sinks=sinks, causal=causal)) for causal in (0, 1)]
+    for overlap in (0, 1):
+        cases.append(Case(f"overlap{overlap}-sinks90", config=config(sinks=90, local_overlap=overlap)))
+    cases.append(Case("only-sinks", config=config(causal=0, num_blocks=0, sample_size=0)))
+    cases.append(Case("nothing", config=config(causal=0, num_blocks=0, sample_size=0, sinks=0)))
+    cases += [Case(fill, fill=fill) for fill in ("constant", "zero", "ties", "tiny")]
+    # Rule 23, two levels: more than 32 superblocks of 256.
+    long = config(block_size=64, local_size=64, num_blocks=5)
+    cases += [
+        Case("two-levels", 80, 9001, long, lengths=(9001, 8999, 6000)),
+        Case("two-levels-non-causal", 70, 8500, replace(long, causal=0, sinks=300), dims=(3, 2)),
+        Case("two-levels-block16", 70, 8600, replace(long, block_size=16, pool_size=2), heads=(2, 2), dims=(4, 4)),
+        Case("two-levels-block128", 70, 9000, replace(long, block_size=128, local_size=128, sinks=130, num_blocks=64), dims=(4, 4)),
+        Case("two-levels-block256", 70, 9500, replace(long, block_size=256, local_size=256, num_blocks=64), dims=(4, 4)),
+        Case("two-levels-ties", 70, 9001, long, dims=(2, 2), fill="ties"),
+        Case("two-levels-share", 66, 70001, long, heads=(1, 1), dims=(4, 4)),
+        Case("flat-above-32-superblocks", 70, 9001, replace(long, block_size=48, local_size=48), dims=(4, 4)),
+    ]
+    return cases
+
+
+CASES = grid()
+# Keys that poison the rows that see them: only the plan has an expected value.
+PLAN_ONLY = [
+    Case("nonfinite", fill="nonfinite"),
+    Case("nonfinite-non-causal", config=config(causal=0), fill="nonfinite"),
+    Case("overflow", fill="overflow"),
+    Case("two-levels-square", 8700, 8700, config(block_size=64, local_size=64), heads=(1, 1), dims=(2, 2)),
+]
+LOW = [(case, dtype) for case in CASES[:2] for dtype in (torch.float32, torch.bfloat16, torch.float16)]
