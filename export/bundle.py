@@ -86,8 +86,8 @@ class Bundle:
 
     def changed_files(self) -> list[str]:
         """Names of files that are missing or no longer have the manifest's sha256."""
-        files = self.manifest.get("files", {})
-        return [name for name, entry in files.items() if not (self.folder / name).is_file() or _sha256(self.folder / name) != entry["sha256"]]
+        files = {self.folder / name: entry["sha256"] for name, entry in self.manifest.get("files", {}).items()}
+        return [path.relative_to(self.folder).as_posix() for path, digest in files.items() if not path.is_file() or _sha256(path) != digest]
 
 
 def copy_side_files(model: Path, folder: Path, libraries: list[Path]) -> None:

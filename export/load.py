@@ -61,6 +61,13 @@ def torch_dtype(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
+def default_dtype(source: Source) -> str:
+    """fp32 without a CUDA device, else the model's half type (bf16 for a model in fp32, which the kernels do not take)."""
+    if not torch.cuda.is_available():
+        return "fp32"
+    return "fp16" if getattr(source.config, "dtype", None) == torch.float16 else "bf16"
+
+
 def inspect_source(path: Path) -> Source:
     """Reads the configuration and the weight files' headers; loads no weights.
 

@@ -30,16 +30,16 @@ def predict(source: Source, plan: ExportPlan) -> list[Item]:
     tokens = batch * rows
     # Residual, its normalised copy and the two halves of a gated MLP are alive together.
     activations = tokens * (2 * source.hidden_size + 2 * source.intermediate_size) * size
-    widest = max((layer.heads_q * layer.head_dim + layer.heads_kv * (layer.head_dim + layer.head_dim_v) for layer in source.layers), default=0)
+    cached = [layer.heads_kv * (layer.head_dim + layer.head_dim_v) for layer in source.layers]
+    widest = max((layer.heads_q * layer.head_dim + keys for layer, keys in zip(source.layers, cached, strict=True)), default=0)
     attention = tokens * (source.hidden_size + widest) * size
     outputs = (tokens if plan.task == "logits" else batch) * source.vocab_size * size
-    cache = sum(tokens * layer.heads_kv * (layer.head_dim + layer.head_dim_v) * size for layer in source.layers)
     heads = max((layer.heads_q for layer in source.layers), default=0)
     items = [
         Item("weights", source.num_parameters * size, f"{source.num_parameters:,} parameters in {plan.dtype}"),
         Item("activations", max(activations, attention), f"{batch} x {rows} tokens, one layer at a time"),
         Item("logits", outputs, "every position" if plan.task == "logits" else "last position of each row"),
-        Item("keys and values", cache if plan.task == "prefill" else 0, "outputs of the task prefill" if plan.task == "prefill" else "no outputs"),
+        *([Item("keys and values", tokens * sum(cached) * size, "outputs of the task prefill")] if plan.task == "prefill" else []),
         _workspace(source, plan),
         # Logits, their masked copy and the probabilities, in fp32.
         Item("function body", 3 * batch * heads * rows * rows * 4, "only where the file runs without our library: n x n logits a head"),
@@ -57,8 +57,8 @@ def _workspace(source: Source, plan: ExportPlan) -> Item:
         for layer in plan.planned:
             assert layer.config is not None
             sizes.append(workspace_bytes(by_name[layer.name], layer.config, plan))
-    except EnvironmentFault as fault:
-        return Item("workspace", None, f"unknown: {fault}")
+    except EnvironmentFault:
+        return Item("workspace", None, "unknown until the TensorRT library is built")
     return Item("workspace", max(sizes, default=0), "of the CUDA kernels, shared by all layers")
 
 

@@ -108,6 +108,30 @@ def check_range(option: str, values: Sequence[int], highest: int) -> Range:
     return (low, opt, high)
 
 
+def parse_batch(text: str) -> Range:
+    """Rows as N or min,opt,max. Raises UsageError."""
+    parts = text.split(",")
+    if len(parts) not in (1, 3) or not all(part.strip().isdigit() for part in parts):
+        raise UsageError(f"--batch is {text!r}; it takes one number, or min,opt,max such as 1,4,8")
+    numbers = [int(part) for part in parts]
+    low, opt, high = numbers if len(numbers) == 3 else numbers * 3
+    return (low, opt, high)
+
+
+def warnings(plan: ExportPlan, max_positions: int | None) -> list[str]:
+    """What is allowed and probably not meant."""
+    found = []
+    if max_positions is not None and plan.seq[2] > max_positions:
+        trained = f"the model was trained for {max_positions}: beyond that only time means anything"
+        found.append(f"sequences up to {plan.seq[2]} are exported, {trained}")
+    below = [layer.index for layer in plan.approximate if layer.config is not None and plan.seq[2] <= layer.config.exact_below]
+    if below:
+        found.append(f"no sequence is longer than exact_below in layers {', '.join(map(str, below))}: they never approximate")
+    if not plan.approximate and plan.preset != "exact":
+        found.append("no layer approximates; every layer of the result is exact")
+    return found
+
+
 def choice(option: str, value: str, allowed: Sequence[str]) -> str:
     """`value`, checked. Raises UsageError."""
     if value not in allowed:

@@ -1,0 +1,159 @@
+"""The command `export-model MODEL OUT`: options to a plan, then the stages; errors to exit codes. Nothing else."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import click
+import typer
+from rich.markup import escape
+
+from hyperattention.config import PRESETS, RANGES
+from hyperattention.errors import HyperAttentionError, UsageError
+
+INTERRUPTED = 130
+_DEFAULT_MAX = 32768
+_TUNED, _SHAPES, _CHECKS = ({"rich_help_panel": name} for name in ("Attributes of the op", "Shapes", "Validation"))
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def _attribute(name: str, text: str) -> Any:
+    low, high = RANGES[name]
+    preset = getattr(PRESETS["blocks"], name)
+    return typer.Option(f"--{name.replace('_', '-')}", help=f"{text} {low} to {high}. (default: {preset})", **_TUNED)
+
+
+@app.command()
+def export_model(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A directory as transformers saves it: config.json and weights.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make. A finished output is replaced.")],
+    layers: Annotated[str, typer.Option(help="Layers that approximate: all, none, odd, even, first:N, last:N, or 0-3,7.")] = "odd",
+    preset: Annotated[str, typer.Option(help="blocks, or exact: our own exact attention in every chosen layer.")] = "blocks",
+    keep_exact: Annotated[str, typer.Option(help="The other layers: op (exact path of the op) or onnx (n x n memory).")] = "op",
+    dtype: Annotated[Optional[str], typer.Option(help="fp32, fp16 or bf16. (default: fp32, on a GPU the model's half type)")] = None,
+    task: Annotated[str, typer.Option(help="logits, last-logits, or prefill (last logits, keys and values).")] = "logits",
+    input_ids: Annotated[str, typer.Option("--input-ids", help="tokens, or bytes for a model that reads bytes.")] = "tokens",
+    seed: Annotated[int, typer.Option(help="Base seed; layer i samples with seed + i.")] = 0,
+    min_seq: Annotated[int, typer.Option(help="Shortest sequence.", **_SHAPES)] = 1,
+    opt_seq: Annotated[Optional[int], typer.Option(help="Length to tune for. (default: a quarter of the longest)", **_SHAPES)] = None,
+    max_seq: Annotated[Optional[int], typer.Option(help="Longest sequence. (default: what the model was trained for)", **_SHAPES)] = None,
+    batch: Annotated[str, typer.Option(help="Rows: N, or min,opt,max.", **_SHAPES)] = "1",
+    selector: Annotated[str, typer.Option(help="How heavy blocks are found: blocks.", **_TUNED)] = "blocks",
+    block_size: Annotated[Optional[int], _attribute("block_size", "Keys of a block.")] = None,
+    num_blocks: Annotated[Optional[int], _attribute("num_blocks", "Heavy blocks of each query block.")] = None,
+    pool_size: Annotated[Optional[int], _attribute("pool_size", "Rows averaged for the selection.")] = None,
+    sample_size: Annotated[Optional[int], _attribute("sample_size", "Sampled keys of the residual.")] = None,
+    stratified: Annotated[Optional[int], _attribute("stratified", "One sample a slice.")] = None,
+    local_size: Annotated[Optional[int], _attribute("local_size", "Keys of a local block.")] = None,
+    local_overlap: Annotated[Optional[int], _attribute("local_overlap", "The local block before too.")] = None,
+    sinks: Annotated[Optional[int], _attribute("sinks", "First keys, always exact.")] = None,
+    exact_below: Annotated[Optional[int], _attribute("exact_below", "At most this many keys: exact attention.")] = None,
+    num_projections: Annotated[Optional[int], _attribute("num_projections", "Hash bits of sortlsh.")] = None,
+    validate: Annotated[bool, typer.Option(help="Measure the result against exact attention.", **_CHECKS)] = True,
+    text: Annotated[Optional[Path], typer.Option(help="Held-out text; a model that reads bytes needs one.", **_CHECKS)] = None,
+    lengths: Annotated[str, typer.Option(help="Lengths to measure at, e.g. 8192,32768.", **_CHECKS)] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", **_CHECKS)] = "auto",
+    max_delta_nats: Annotated[Optional[float], typer.Option(help="Gate. (default: 0.01)", **_CHECKS)] = None,
+    max_kl: Annotated[Optional[float], typer.Option(help="Gate. (default: 0.005)", **_CHECKS)] = None,
+    min_top1: Annotated[Optional[float], typer.Option(help="Gate. (default: 0.98)", **_CHECKS)] = None,
+    require_engine: Annotated[bool, typer.Option("--require-engine", help="Fail (3) where no TensorRT engine can be built.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, predicted memory and missing parts; write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors and warnings only.")] = False,
+) -> None:
+    """Turn a model into OUT: ONNX with the HyperAttention op, both native libraries, a TensorRT engine where there is a GPU, and a report.
+
+    Exit codes: 0 done, 1 accuracy gate (OUT is kept), 2 usage, 3 environment, 4 export, 5 engine build, 130 interrupted.
+    """
+    from hyperattention.export import load, memory, pipeline
+    from hyperattention.export import plan as planning
+    from hyperattention.export.console import Reporter
+
+    reporter = Reporter(quiet, as_json)
+    gates = {"--max-delta-nats": max_delta_nats, "--max-kl": max_kl, "--min-top1": min_top1}
+    attributes = dict(
+        selector=selector, block_size=block_size, num_blocks=num_blocks, pool_size=pool_size, sample_size=sample_size,
+        stratified=stratified, local_size=local_size, local_overlap=local_overlap, sinks=sinks, exact_below=exact_below,
+        num_projections=num_projections,
+    )  # fmt: skip
+    source = load.inspect_source(model)
+    longest = max_seq if max_seq is not None else min(source.max_positions or _DEFAULT_MAX, 4 * _DEFAULT_MAX)
+    plan = planning.make_plan(
+        source,
+        layers=layers,
+        preset=preset,
+        attributes={name: value for name, value in attributes.items() if value is not None},
+        dtype=dtype or load.default_dtype(source),
+        seq=(min_seq, opt_seq if opt_seq is not None else max(min_seq, longest // 4), longest),
+        batch=planning.parse_batch(batch),
+        task=task,
+        input_ids=input_ids,
+        seed=seed,
+        keep_exact=keep_exact,
+    )
+    warnings = planning.warnings(plan, source.max_positions)
+    items, missing = memory.predict(source, plan), pipeline.missing_parts()
+    reporter.plan(plan, source.architecture)
+    reporter.memory(items)
+    for warning in warnings:
+        reporter.warn(warning)
+    if validate and input_ids == "bytes" and text is None:
+        raise UsageError("--input-ids bytes: the validation needs held-out text; give --text FILE, or --no-validate")
+    if text is not None and not text.is_file():
+        raise UsageError(f"--text: there is no file {text}")
+    planned = {"plan": plan.to_json(), "memory": [vars(item) for item in items], "missing": missing, "warnings": warnings}
+    options = pipeline.Options(
+        out=out,
+        require_engine=require_engine,
+        validate=validate,
+        validation=tuple(
+            part
+            for option, value in {"--text": text, "--lengths": lengths or None, "--device": device, **gates}.items()
+            if value is not None
+            for part in (option, str(value))
+        ),
+    )
+    if dry_run:
+        for name, reason in missing.items():
+            reporter.say(escape(f"missing: {name}: {reason}"))
+        if as_json:
+            print(json.dumps(planned))
+        return
+    manifest = pipeline.run(source, plan, options, reporter)
+    reporter.say(f"{escape(str(out))} is ready" + (f"; report: {escape(str(out))}/report/report.html" if validate else ""))
+    if as_json:
+        print(json.dumps({**planned, "manifest": manifest}))
+
+
+def _terminate(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; exits with the code of the error raised (hyperattention/errors.py). Anything else keeps its traceback."""
+    signal.signal(signal.SIGTERM, _terminate)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        app(args=arguments, prog_name="export-model", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        _exit(error.exit_code, error.format_message(), arguments)
+    except HyperAttentionError as error:
+        from hyperattention.export.console import Reporter
+
+        Reporter().fail(str(error))
+        _exit(error.exit_code, str(error), arguments)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        print("interrupted; nothing was left behind", file=sys.stderr)
+        _exit(INTERRUPTED, "interrupted", arguments)
+
+
+def _exit(code: int, message: str, arguments: list[str]) -> None:
+    if "--json" in arguments:
+        print(json.dumps({"error": message, "exit_code": code}))
+    sys.exit(code)

@@ -1,0 +1,113 @@
+"""What the command line shows: stages with progress on standard error, tables of the plan, one JSON object on request."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from typing import Any, Iterator
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from hyperattention.export.memory import Item
+from hyperattention.export.plan import ExportPlan
+
+
+class Reporter:
+    """Progress and tables. quiet: errors and warnings only; json: everything for people goes to standard error."""
+
+    def __init__(self, quiet: bool = False, json: bool = False) -> None:
+        self.quiet = quiet
+        self.errors = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.out = self.errors if json else Console(highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """A named stage with a running clock; `step` says what it is doing."""
+        start = time.perf_counter()
+        if self.quiet or not self.errors.is_terminal:
+            self.step(name)
+            yield
+        else:
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
+            with Progress(*columns, console=self.errors, transient=True) as self._progress:
+                self._task = self._progress.add_task(name, total=None)
+                try:
+                    yield
+                finally:
+                    self._progress = None
+        self.say(f"[green]✓[/] {name} [dim]({time.perf_counter() - start:.1f} s)[/]")
+
+    def step(self, text: str, done: int | None = None, total: int | None = None) -> None:
+        """What the current stage is doing, and how far it is where that is known."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, description=text, completed=done, total=total)
+        elif not self.quiet:
+            self.errors.print(f"  {text}", style="dim", markup=False)
+
+    def say(self, text: str) -> None:
+        """One line for people, in rich's markup."""
+        if not self.quiet:
+            self.out.print(text)
+
+    def warn(self, text: str) -> None:
+        """A warning; shown even when quiet."""
+        self.errors.print(f"[yellow]warning:[/] {escape(text)}")
+
+    def fail(self, text: str) -> None:
+        """An error; always shown."""
+        self.errors.print(f"[red]error:[/] {escape(text)}")
+
+    def plan(self, plan: ExportPlan, architecture: str) -> None:
+        """Every decision of the plan."""
+        if self.quiet:
+            return
+        low, opt, high = plan.seq
+        rows = "x".join(str(n) for n in sorted(set(plan.batch)))
+        self.out.print(
+            f"{architecture}: task {plan.task}, {plan.dtype}, preset {plan.preset}, sequence {low} to {high} (best at {opt}), "
+            f"batch {rows}, input ids are {plan.input_ids}, seed {plan.seed}"
+        )
+        table = Table("layer", "name", "attention", "why", "seed", box=None, header_style="bold", pad_edge=False)
+        for layer in plan.layers:
+            seed = str(layer.config.seed) if layer.config and layer.mode == "approximate" else ""
+            table.add_row(str(layer.index), layer.name, layer.mode, layer.reason, seed)
+        self.out.print(table)
+        if plan.approximate:
+            config = plan.approximate[0].config
+            assert config is not None
+            shown = {name: value for name, value in config.attributes().items() if name not in ("seed", "scale", "causal")}
+            self.out.print("approximate layers: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
+
+    def memory(self, items: list[Item]) -> None:
+        """The memory prediction."""
+        if self.quiet:
+            return
+        table = Table("memory", "predicted", "of what", box=None, header_style="bold", pad_edge=False)
+        for item in items:
+            table.add_row(item.name, "?" if item.bytes is None else readable(item.bytes), item.note)
+        self.out.print(table)
+
+    def gates(self, found: dict[str, Any]) -> None:
+        """The verdict of the validation and its gates."""
+        if self.quiet:
+            return
+        verdict = found.get("verdict")
+        for line in [verdict.get("headline"), verdict.get("speed")] if isinstance(verdict, dict) else [verdict]:
+            if line:
+                self.out.print(str(line), markup=False)
+        for gate in found.get("gates", []):
+            mark = "[green]pass[/]" if gate["passed"] else "[red]FAIL[/]"
+            self.out.print(f"  {mark}  {gate['name']:<12} {gate['value']:.4g} {gate['sense']} {gate['limit']:.4g}  ({gate['where']})")
+
+
+def readable(size: int) -> str:
+    """Bytes with a binary unit: 1536 is 1.5 KiB."""
+    value, units = float(size), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"

@@ -1,0 +1,217 @@
+"""The stages of export-model in order: load, patch, ONNX, engine, validation, manifest.
+
+All work happens in a temporary folder beside OUT, which takes OUT's name at the end: an interrupted or failed run leaves
+neither. Only a run whose accuracy gates failed leaves OUT, with the report that says why.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Iterator
+
+from rich.markup import escape
+
+from hyperattention.errors import (
+    AccuracyFailed,
+    BuildFailed,
+    EnvironmentFault,
+    ExportFailed,
+    HyperAttentionError,
+    UsageError,
+)
+from hyperattention.export import bundle
+from hyperattention.export.console import Reporter
+from hyperattention.export.plan import ExportPlan
+from hyperattention.library import build_info, ort_library_path, trt_library_path
+
+if TYPE_CHECKING:
+    from hyperattention.export.load import Source
+
+_STEP = re.compile(r"\[\s*(\d+)/(\d+)\s+[\d.]+ s\] (.*)")
+_BY_CODE: dict[int, type[HyperAttentionError]] = {e.exit_code: e for e in (UsageError, EnvironmentFault, ExportFailed, BuildFailed)}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the stages need beside the plan. `validation` holds further arguments of `hyperattention validate`."""
+
+    out: Path
+    require_engine: bool = False
+    validate: bool = True
+    validation: tuple[str, ...] = ()
+
+
+def missing_parts() -> dict[str, str]:
+    """What this machine lacks, each with the reason and what to do: the libraries, and what an engine needs."""
+    from hyperattention.export.engine import runtime_available
+
+    missing = {}
+    for name, find in (("ONNX Runtime library", ort_library_path), ("TensorRT library", trt_library_path)):
+        try:
+            find()
+        except EnvironmentFault as fault:
+            missing[name] = str(fault)
+    reason = runtime_available()
+    if reason is not None:
+        missing["engine"] = reason
+    return missing
+
+
+def check_environment(options: Options, missing: dict[str, str]) -> None:
+    """Raises EnvironmentFault before any work where a stage that was asked for cannot run."""
+    if options.require_engine:
+        reason = missing.get("engine") or missing.get("TensorRT library")
+        if reason is not None:
+            raise EnvironmentFault(f"--require-engine: {reason}; run it on a GPU host, or leave the option out for ONNX alone")
+    if options.validate and "ONNX Runtime library" in missing and "engine" in missing:
+        raise EnvironmentFault(f"the result cannot be validated: {missing['ONNX Runtime library']}, or pass --no-validate")
+
+
+@contextmanager
+def output_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `out` when the block ends well or raises AccuracyFailed, and vanishes otherwise.
+
+    A finished output of ours is replaced. Raises UsageError where `out` is a file, holds something else, or cannot be written.
+    """
+    out = Path(os.path.abspath(out))
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"OUT {out} is a file; give a folder that does not exist yet")
+    try:
+        if out.is_dir() and any(out.iterdir()) and not (out / bundle.MANIFEST).is_file():
+            raise UsageError(f"OUT {out} holds files that export-model did not write; give a folder that does not exist yet")
+        made = [parent for parent in (out.parent, *out.parent.parents) if not parent.exists()]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        raise UsageError(f"OUT {out} cannot be written: {error.strerror}; give a folder you may write to") from error
+    try:
+        try:
+            yield work
+        except AccuracyFailed:
+            _move(work, out)
+            raise
+        _move(work, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        for parent in made:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+
+
+def _move(work: Path, out: Path) -> None:
+    work.chmod(0o777 & ~_umask())
+    if out.is_dir():
+        old = work.with_suffix(".old")
+        out.rename(old)
+        work.rename(out)
+        shutil.rmtree(old)
+    else:
+        work.rename(out)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def run(source: "Source", plan: ExportPlan, options: Options, reporter: Reporter) -> dict[str, Any]:
+    """All stages; returns the manifest. Raises what the stages raise, AccuracyFailed last of all."""
+    missing = missing_parts()
+    check_environment(options, missing)
+    with output_folder(options.out) as folder:
+        _export(source, plan, folder, reporter)
+        libraries = [find() for name, find in _LIBRARIES.items() if name not in missing]
+        bundle.copy_side_files(source.path, folder, libraries)
+        for name in _LIBRARIES:
+            if name in missing:
+                reporter.warn(f"OUT is without the {name}: {missing[name]}")
+        engine = None
+        if "engine" in missing or "TensorRT library" in missing:
+            reporter.say(escape(f"no engine: {missing.get('engine') or missing['TensorRT library']}"))
+        else:
+            engine = _engine(plan, folder, reporter)
+        model = {"name": source.path.resolve().name, "architecture": source.architecture, "parameters": source.num_parameters}
+        bundle.write_draft(folder, plan, model, engine, {path.name: build_info(path) for path in libraries})
+        failed = None
+        if options.validate:
+            failed = _validate(source.path, folder, options, reporter)
+        with reporter.stage("manifest"):
+            manifest = bundle.finish(folder)
+        if failed is not None:
+            raise failed
+    return manifest
+
+
+_LIBRARIES = {"ONNX Runtime library": ort_library_path, "TensorRT library": trt_library_path}
+
+
+def _export(source: "Source", plan: ExportPlan, folder: Path, reporter: Reporter) -> None:
+    import transformers
+
+    from hyperattention.export.load import load_model, torch_dtype
+    from hyperattention.export.onnx_graph import export_onnx
+    from hyperattention.export.patch import install
+
+    transformers.utils.logging.disable_progress_bar()  # ours says what is going on
+    with reporter.stage("load"):
+        model = load_model(source, torch_dtype(plan.dtype))
+        patched = install(model, plan)
+    with reporter.stage("ONNX"):
+        export_onnx(patched, plan, folder, reporter.step)
+
+
+def _engine(plan: ExportPlan, folder: Path, reporter: Reporter) -> dict[str, Any]:
+    from hyperattention.export.engine import build_engine
+
+    with reporter.stage("engine"):
+        return build_engine(folder, plan, trt_library_path(), reporter.step).to_json()
+
+
+def _validate(model: Path, folder: Path, options: Options, reporter: Reporter) -> AccuracyFailed | None:
+    """Runs `hyperattention validate` as a process of its own; imports go one way. Returns the failed gates, if any."""
+    arguments = ["run", str(folder), "--model", str(model), *options.validation, "--json"]
+    said: deque[str] = deque(maxlen=40)
+    with reporter.stage("validation"):
+        command = [sys.executable, "-m", "hyperattention.validate", *arguments]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment())
+        assert process.stdout is not None and process.stderr is not None
+        try:
+            for line in process.stderr:
+                if match := _STEP.match(line):
+                    reporter.step(match[3], int(match[1]), int(match[2]))
+                elif line.strip():
+                    said.append(line.rstrip())
+            output = process.stdout.read()
+            code = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    message = said[-1].removeprefix("hyperattention: ") if said else f"the validation ended with status {code}"
+    if code in _BY_CODE:
+        raise _BY_CODE[code](message)
+    if code not in (0, 1) or not (folder / bundle.REPORT).is_file():
+        raise RuntimeError("the validation crashed:\n" + "\n".join(said))
+    try:
+        reporter.gates(json.loads(output.strip().splitlines()[-1]))
+    except (json.JSONDecodeError, IndexError):
+        raise RuntimeError(f"the validation answered {output!r}") from None
+    return AccuracyFailed(message) if code == 1 else None
+
+
+def _environment() -> dict[str, str]:
+    """The child finds this package wherever this process found it."""
+    root = str(Path(sys.modules["hyperattention"].__path__[0]).parent)
+    path = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{path}" if path else root}
