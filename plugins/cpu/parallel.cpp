@@ -1,33 +1,32 @@
 #include "parallel.h"
 
-#include <exception>
-#include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 namespace ha::cpu {
 
+void FirstFailure::guard(const std::function<void()>& body) noexcept {
+  try {
+    body();
+  } catch (...) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!failure_) failure_ = std::current_exception();
+  }
+}
+
 OwnThreads::OwnThreads(int threads) : threads_(threads > 0 ? threads : int(std::thread::hardware_concurrency())) {}
 
 void OwnThreads::run(const std::function<void()>& worker) {
-  std::exception_ptr first;
-  std::mutex guard;
-  const auto caught = [&] {
-    try {
-      worker();
-    } catch (...) {
-      const std::lock_guard<std::mutex> lock(guard);
-      if (!first) first = std::current_exception();
-    }
-  };
+  FirstFailure failure;
   std::vector<std::thread> others;
   try {
-    for (int i = 1; i < threads_; ++i) others.emplace_back(caught);
-  } catch (...) {  // no more threads to be had: those that run, and this one, do all units
+    for (int i = 1; i < threads_; ++i) others.emplace_back([&] { failure.guard(worker); });
+  } catch (const std::system_error&) {  // no more threads to be had: those that run, and this one, do all units
   }
-  caught();
+  failure.guard(worker);
   for (auto& thread : others) thread.join();
-  if (first) std::rethrow_exception(first);
+  failure.rethrow();
 }
 
 }  // namespace ha::cpu

@@ -2,7 +2,9 @@
 #pragma once
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <functional>
+#include <mutex>
 
 namespace ha::cpu {
 
@@ -11,6 +13,19 @@ class Workers {
  public:
   virtual ~Workers() = default;
   virtual void run(const std::function<void()>& worker) = 0;
+};
+
+// Carries the first exception of several threads to the one that waits for them.
+class FirstFailure {
+ public:
+  void guard(const std::function<void()>& body) noexcept;
+  void rethrow() const {
+    if (failure_) std::rethrow_exception(failure_);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::exception_ptr failure_;
 };
 
 // Threads of its own, started for each run; the calling thread is one of them.
