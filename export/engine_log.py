@@ -79,7 +79,7 @@ class Share:
         share, width = 0.0, 1.0
         for done, steps in list(self._phases.values()):
             share, width = share + width * min(done, steps) / steps, width / steps
-        if share >= self._reported + _REPORTED_SHARE:  # TensorRT runs some phases again: never backwards
+        if share - self._reported > _REPORTED_SHARE - 1e-9:  # TensorRT runs some phases again: never backwards
             self._reported = share
             self.progress(f"building the engine, {min(share, 1.0):.0%}: {phase}")
 
