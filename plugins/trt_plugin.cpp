@@ -6,8 +6,8 @@
 #include <NvInferRuntime.h>
 
 #include <algorithm>
-#include <memory>
 
+#include "geometry.h"
 #include "trt_fields.h"
 #include "trt_log.h"
 
@@ -68,16 +68,19 @@ size_t workspace_of(const HaParams& params) {
   return bytes;
 }
 
-// Scratch for every problem up to `largest`. A kernel's need grows with the shape, but a smaller shape can take another
-// path (rule 5: few keys, or few queries), so the largest shape of each path counts.
+// Scratch for every problem up to `largest`. The kernels' need grows with the shape along each path, so beside the largest
+// shape count: the largest with few queries and with few keys, which take the exact path (rule 5); and one tile more of
+// each, because tiles are cut in position (rule 1) and fewer rows can touch one tile more when they begin inside one.
 size_t workspace_up_to(const HaParams& largest) {
-  size_t bytes = 0;
-  for (const int64_t seq_q : {largest.seq_q, std::min<int64_t>(largest.seq_q, 64)})
-    for (const int64_t seq_k : {largest.seq_k, std::min<int64_t>(largest.seq_k, largest.attributes.exact_below)}) {
-      HaParams params = largest;
-      params.seq_q = seq_q, params.seq_k = seq_k;
-      bytes = std::max(bytes, workspace_of(params));
-    }
+  size_t bytes = workspace_of(largest);
+  const auto also = [&](int64_t seq_q, int64_t seq_k) {
+    HaParams params = largest;
+    params.seq_q = seq_q, params.seq_k = seq_k;
+    bytes = std::max(bytes, workspace_of(params));
+  };
+  also(std::min<int64_t>(largest.seq_q, kDecodeRows), largest.seq_k);
+  also(largest.seq_q, std::min<int64_t>(largest.seq_k, largest.attributes.exact_below));
+  also(largest.seq_q + kSuperblock, largest.seq_k + kSuperblock);
   return bytes;
 }
 

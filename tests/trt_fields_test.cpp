@@ -226,38 +226,50 @@ void refused_shapes() {
   check({tensor({1, 4, 33, 48}), tensor({1, 2, 33, 48}), tensor({1, 2, 33, 48})}, "48");  // no kernel for this head size
 }
 
+size_t needed(int64_t batch, int64_t seq_q, int64_t seq_k) {
+  HaParams p{};
+  p.struct_size = sizeof(p), p.dtype = HA_BFLOAT16, p.batch = batch, p.heads_q = 8, p.heads_kv = 2;
+  p.seq_q = seq_q, p.seq_k = seq_k, p.head_dim = p.head_dim_v = 64;
+  p.attributes = {1, 0, HA_BLOCKS, 64, 8, 4, 256, 1, 1024, 1, 64, 4096, 7, 0};
+  size_t bytes = 0;
+  expect(workspace_size(&p, &bytes) == 0, "the library takes " + std::to_string(seq_q) + " x " + std::to_string(seq_k));
+  return bytes;
+}
+
+size_t planned(IPluginV3& plugin, int64_t batch, int64_t seq_q, int64_t seq_k) {
+  std::vector<DynamicPluginTensorDesc> in(3), out(1);
+  for (int i = 0; i < 3; ++i) {
+    in[i].desc = tensor({-1, i ? 2 : 8, -1, 64});
+    in[i].min = tensor({1, i ? 2 : 8, 1, 64}).dims;
+    in[i].opt = in[i].max = tensor({batch, i ? 2 : 8, i ? seq_k : seq_q, 64}).dims;
+  }
+  expect(build(plugin)->configurePlugin(in.data(), 3, out.data(), 1) == 0, "the profile is accepted: " + recorder.text);
+  return build(plugin)->getWorkspaceSize(in.data(), 3, out.data(), 1);
+}
+
+// Every shape inside the profile has to fit into what was planned for its largest.
 void workspace() {
   auto plugin = FieldList().make();
-  const auto within = [&](int64_t batch, int64_t length) {
-    std::vector<DynamicPluginTensorDesc> in(3), out(1);
-    for (int i = 0; i < 3; ++i) {
-      in[i].desc = tensor({-1, i ? 2 : 8, -1, 64});
-      in[i].min = tensor({1, i ? 2 : 8, 1, 64}).dims;
-      in[i].opt = in[i].max = tensor({batch, i ? 2 : 8, length, 64}).dims;
-    }
-    expect(build(*plugin)->configurePlugin(in.data(), 3, out.data(), 1) == 0, "the profile is accepted: " + recorder.text);
-    return build(*plugin)->getWorkspaceSize(in.data(), 3, out.data(), 1);
+  const auto fits = [&](size_t bytes, int64_t batch, int64_t seq_q, int64_t seq_k) {
+    const size_t need = needed(batch, seq_q, seq_k);
+    expect(need <= bytes, std::to_string(need) + " bytes at batch " + std::to_string(batch) + ", " + std::to_string(seq_q) + " x " +
+                              std::to_string(seq_k) + " do not fit into " + std::to_string(bytes));
   };
   size_t last = 0;
   for (const int64_t length : {1, 65, 4096, 4097, 20001, 131072}) {
-    const size_t bytes = within(3, length);
+    const size_t bytes = planned(*plugin, 3, length, length);
     expect(bytes >= last, "more at " + std::to_string(length) + ": " + std::to_string(bytes) + " after " + std::to_string(last));
     last = bytes;
     for (int64_t batch = 1; batch <= 3; ++batch)
       for (const int64_t seq_k : {int64_t{1}, int64_t{63}, length / 3 + 1, length / 2, length - 1, length})
-        for (const int64_t seq_q : {int64_t{1}, int64_t{64}, int64_t{65}, seq_k}) {
-          if (seq_q > length || seq_k < 1 || seq_k > length) continue;
-          HaParams p{};
-          p.struct_size = sizeof(p), p.dtype = HA_BFLOAT16, p.batch = batch, p.heads_q = 8, p.heads_kv = 2;
-          p.seq_q = seq_q, p.seq_k = seq_k, p.head_dim = p.head_dim_v = 64;
-          p.attributes = {1, 0, HA_BLOCKS, 64, 8, 4, 256, 1, 1024, 1, 64, 4096, 7, 0};
-          size_t need = 0;
-          expect(workspace_size(&p, &need) == 0 && need <= bytes,
-                 std::to_string(need) + " bytes at batch " + std::to_string(batch) + ", " + std::to_string(seq_q) + " x " +
-                     std::to_string(seq_k) + " fit into " + std::to_string(bytes));
-        }
+        for (const int64_t seq_q : {int64_t{1}, int64_t{64}, int64_t{65}, seq_k})
+          if (seq_q <= length && seq_k >= 1 && seq_k <= length) fits(bytes, batch, seq_q, seq_k);
   }
   expect(last > 0, "a long problem needs scratch");
+  // Chunks of a longer prefill: where the rows begin moves against the tiles.
+  const size_t chunk = planned(*plugin, 1, 256, 8192);
+  for (const int64_t seq_q : {65, 193, 255, 256})
+    for (int64_t seq_k = 7900; seq_k <= 8192; ++seq_k) fits(chunk, 1, seq_q, seq_k);
 }
 
 void cache_id() {
