@@ -163,8 +163,10 @@ def pool(x: Tensor, rows: int, first: int, eligible: range) -> tuple[Tensor, Ten
 def query_pools(q: Tensor, rows: int, g: Geometry, length: int) -> tuple[Tensor, Tensor]:
     """Query pools [..., P, D] and their factor 1/sqrt(max(1, q8.q8)); NaN where the pool is skipped."""
     values, _, used = pool(q, rows, g.first, range(0, g.live_rows(length)))
-    square = values.int().square().sum(-1).clamp(min=1).float()
-    return values, torch.where(used, 1.0 / square.sqrt(), float("nan"))
+    square = values.int().square().sum(-1).clamp(min=1)
+    # On the processor PyTorch's fp32 root is not IEEE's (17% off by an ulp); the fp64 root, rounded, is for every such integer.
+    root = square.double().sqrt().float()
+    return values, torch.where(used, 1.0 / root, float("nan"))
 
 
 def key_pools(k: Tensor, rows: int, g: Geometry, length: int) -> tuple[Tensor, Tensor]:
