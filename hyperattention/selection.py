@@ -154,7 +154,7 @@ def pool(x: Tensor, rows: int, first: int, eligible: range) -> tuple[Tensor, Ten
     mean = total / count.clamp(min=1)[:, None].float()
     largest = mean.abs().amax(-1)
     used = (count > 0) & torch.isfinite(mean).all(-1)
-    a = largest / 127.0
+    a = largest / torch.full_like(largest, 127.0)  # a plain number would become a multiplication by 1/127 on CUDA
     a = torch.where(a == 0, torch.ones_like(a), a)
     values = torch.where(used[..., None], mean / a[..., None], 0.0).round().clamp(-127, 127)
     return values.to(torch.int8), a, used
