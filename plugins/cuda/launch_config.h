@@ -1,0 +1,119 @@
+// How each kernel is launched and where its scratch lies: pure functions of shape and attributes, tested without a GPU.
+#pragma once
+#include "geometry.h"
+
+namespace ha {
+
+// --- attention ------------------------------------------------------------------------------------------------------
+
+constexpr int kTileRows = 128;  // query positions of one block of threads
+constexpr int kTileKeys = 64;   // keys of one step
+constexpr int kAttendThreads = 128;
+constexpr int kListRing = 4;  // steps whose key lists are held at once
+constexpr int kWalkBytes = 256;
+
+// Buffers that keys and values pass through: the most that let two blocks (64: three) share a multiprocessor.
+HA_INLINE constexpr int attend_buffers(int head_dim) { return head_dim == 64 ? 4 : 3; }
+
+// Byte offsets in shared memory.
+struct AttendShared {
+  int ring, walk, keys, bias, chosen, counts, bytes;  // the queries lie at 0
+};
+
+struct AttendConfig {
+  int64_t first_tile, tiles;  // position tiles of kTileRows that hold a row
+  int query_blocks;           // query blocks that one tile may touch; 0 on the exact path
+  AttendShared shared;
+};
+
+// Query blocks of `block` positions that a tile of kTileRows positions, cut at its multiples, may touch.
+HA_INLINE int blocks_per_tile(int block) {
+  if (kTileRows % block == 0) return kTileRows / block;
+  if (block % kTileRows == 0) return 1;
+  return (kTileRows + block - 2) / block + 1;
+}
+
+HA_INLINE AttendConfig attend_config(const Geometry& g) {
+  AttendConfig c{};
+  const Range tiles = g.tiles(kTileRows);
+  c.first_tile = tiles.start;
+  c.tiles = tiles.size();
+  c.query_blocks = g.exact() ? 0 : blocks_per_tile(g.a.block_size);
+  const int row_bytes = int(g.head_dim) * 2;
+  AttendShared& s = c.shared;
+  s.ring = kTileRows * row_bytes;
+  s.walk = s.ring + attend_buffers(int(g.head_dim)) * kTileKeys * row_bytes;
+  s.keys = s.walk + kWalkBytes;
+  s.bias = s.keys + (g.exact() ? 0 : kListRing * kTileKeys * 4);
+  s.chosen = s.bias + kListRing * c.query_blocks * kTileKeys * 4;
+  s.counts = s.chosen + c.query_blocks * g.a.num_blocks * 4;
+  s.bytes = s.counts + c.query_blocks * 4;
+  return c;
+}
+
+// --- selection ------------------------------------------------------------------------------------------------------
+
+constexpr int kSelectThreads = 128;
+constexpr int kSelectSharedLimit = 96 * 1024;  // every GPU of sm_80 and later grants this
+
+struct SelectConfig {
+  int blocks;                             // neighbouring query blocks of one block of threads: 1, 2 or 4
+  int64_t first, groups;                  // groups of `blocks` query blocks, cut at multiples, that hold a row
+  int64_t supers, kept, entries, bytes;   // most superblocks scored, kept, and key blocks scored for one query block
+  bool fits() const { return bytes <= kSelectSharedLimit; }
+};
+
+inline SelectConfig select_config(const Geometry& g) {
+  SelectConfig c{};
+  const Range tiles = g.query_blocks();
+  // Candidates grow with the position and with the length, so the last query block of a full row has the most.
+  const Range most = g.candidates((tiles.stop - 1) * g.a.block_size, g.seq_k);
+  c.entries = most.size();
+  if (g.may_use_superblocks() && most.size()) {
+    const int64_t supers = g.superblocks(most).size(), per = kSuperblock / g.a.block_size;
+    c.supers = supers > kKeptMin ? supers : 0;
+    c.kept = c.supers ? Geometry::kept_superblocks(supers) : 0;
+    // Query blocks with fewer candidates score all of them, at most kKeptMin superblocks.
+    c.entries = c.supers ? c.kept * per : c.entries;
+  }
+  const int widest = g.may_use_superblocks() ? kSuperblock / g.a.block_size : 1;
+  for (c.blocks = widest < 4 ? widest : 4; c.blocks > 1; c.blocks /= 2) {
+    c.bytes = c.blocks * (c.supers + c.kept + c.entries) * 4;
+    if (c.bytes <= kSelectSharedLimit) break;
+  }
+  c.bytes = c.blocks * (c.supers + c.kept + c.entries) * 4;
+  c.first = floor_div(tiles.start, c.blocks);
+  c.groups = tiles.size() ? floor_div(tiles.stop - 1, c.blocks) - c.first + 1 : 0;
+  return c;
+}
+
+// --- scratch --------------------------------------------------------------------------------------------------------
+
+// Byte offsets of the pools and the plan in the workspace.
+struct Workspace {
+  size_t q_fine, q_fine_scale, q_coarse, q_coarse_scale, k_fine, k_fine_scale, k_coarse, k_coarse_scale, blocks, bytes;
+};
+
+inline Workspace workspace(const Geometry& g) {
+  Workspace w{};
+  if (g.exact() || g.a.num_blocks == 0) return w;
+  const auto take = [&w](int64_t bytes) {
+    const size_t start = w.bytes;
+    w.bytes += (size_t(bytes) + 255) / 256 * 256;
+    return start;
+  };
+  const auto pools = [&](int64_t heads, int64_t count, size_t& values, size_t& scales) {
+    values = take(g.batch * heads * count * g.head_dim);
+    scales = take(g.batch * heads * count * 4);
+  };
+  pools(g.heads_q, g.query_pools(g.a.pool_size), w.q_fine, w.q_fine_scale);
+  pools(g.heads_kv, g.key_pools(g.a.pool_size), w.k_fine, w.k_fine_scale);
+  if (select_config(g).supers) {
+    pools(g.heads_q, g.query_pools(kCoarsePool), w.q_coarse, w.q_coarse_scale);
+    pools(g.heads_kv, g.key_pools(kCoarsePool), w.k_coarse, w.k_coarse_scale);
+  }
+  w.blocks = take(g.batch * g.heads_q * g.query_blocks().size() * g.a.num_blocks * 4);
+  return w;
+}
+
+}  // namespace ha

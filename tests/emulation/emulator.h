@@ -1,0 +1,68 @@
+// Runs the CUDA kernels' source on the processor, one fiber a thread, for tests where there is no GPU. It gives the names
+// of plugins/cuda/device.cuh with the same meaning: the lane layouts of mma.sync and ldmatrix are written out from the PTX
+// manual, a cp.async lands only when its group is waited for, shared memory starts as NaN, threads run in changing order.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+
+#define HA_KERNEL(threads, blocks_per_sm) void
+#define HA_DEVICE inline
+#define HA_CONSTANT
+
+namespace ha {
+
+using std::max;
+using std::min;
+
+// Runs `body` for every thread of every block. Aborts with a message when the threads of a block cannot all finish.
+void emulate(int64_t blocks, int threads, size_t shared, const std::function<void()>& body);
+
+int thread_index();
+int64_t block_index();
+unsigned char* shared_memory();
+uint32_t shared_address(const void* pointer);
+void sync_block();
+void sync_warp();
+
+void copy_async(uint32_t target, const void* source, bool valid);
+void copy_commit();
+void copy_wait(int pending);
+template <int kPending>
+void copy_wait() {
+  copy_wait(kPending);
+}
+
+void load_matrices(uint32_t (&r)[4], uint32_t address);
+void load_matrices_transposed(uint32_t (&r)[4], uint32_t address);
+template <class T>
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+void multiply_add_int8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+float shuffle_xor(float x, int mask);
+int shuffle_xor(int x, int mask);
+uint32_t ballot(bool x);
+uint32_t warp_max(uint32_t x);
+int warp_sum(int x);
+inline int count_bits(uint32_t x) { return __builtin_popcount(x); }
+
+inline float add_rn(float a, float b) { return a + b; }
+inline float mul_rn(float a, float b) { return a * b; }
+inline float div_rn(float a, float b) { return a / b; }
+inline float sqrt_rn(float a) { return std::sqrt(a); }
+inline float exp2_fast(float x) { return std::exp2(x); }
+
+uint32_t float_bits(float x);
+float bits_float(uint32_t x);
+float to_float(Bfloat16 x);
+float to_float(Half x);
+template <class T>
+uint32_t pack(float low, float high);
+
+template <class T>
+T load_once(const T* source) {
+  return *source;
+}
+inline Words4 load16(const void* source) { return *static_cast<const Words4*>(source); }
+
+}  // namespace ha
