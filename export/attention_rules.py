@@ -51,8 +51,18 @@ def find_problem(module: nn.Module, attention_mask: Any, scale: float | None, dr
     if scale is not None and not scale > 0:
         return f"scale {scale} on the logits; the operator takes one above 0"
     if attention_mask is not None and not _is_lengths(attention_mask):
-        return "a mask that is not plain causal (sliding window, chunked, packed positions or position bias)"
+        kind = _layer_type(module)
+        return f"{kind or 'a mask'} that is not plain causal" + ("" if kind else " (packed positions or a position bias)")
     return None
+
+
+def _layer_type(module: nn.Module) -> str | None:
+    """What the configuration calls this layer, where that is not full attention."""
+    types = getattr(getattr(module, "config", None), "layer_types", None)
+    index = getattr(module, "layer_idx", None)
+    if not types or not isinstance(index, int) or index >= len(types) or types[index] == "full_attention":
+        return None
+    return str(types[index]).replace("_", " ")
 
 
 def _is_lengths(mask: Any) -> bool:

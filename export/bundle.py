@@ -138,6 +138,7 @@ def finish(folder: Path) -> dict[str, Any]:
             "lengths": report.get("inputs", {}).get("lengths"),
             "tolerances": report.get("limits"),
             "verdict": report.get("verdict"),
+            "dtype": report.get("plan", {}).get("dtype"),  # fp32 where a half-precision target was judged through its twin
         }
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != DRAFT)
     manifest["files"] = {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}

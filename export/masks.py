@@ -41,19 +41,19 @@ def attention_mask_function(
 ) -> Tensor | None:
     """Lengths int32 [batch] (None without padding) where the mask is plain causal, else a boolean [batch, 1, q, kv].
 
-    Raises UsageError for left-padded masks, masks with holes, and caches that hold unused keys.
+    Raises UsageError for left-padded masks, masks with holes, and caches that hold unused keys or have dropped some.
     """
     if mask_function is not causal_mask_function:
         kwargs["allow_is_causal_skip"] = False
         return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs)
     if isinstance(q_offset, Tensor):
         raise UsageError("the cache is of fixed size (StaticCache), so keys lie behind the last query; use a DynamicCache")
+    if isinstance(kv_offset, int) and kv_offset:
+        raise UsageError(f"the cache has dropped its first {kv_offset} keys (config.sliding_window), but the layer attends to all of them")
     if attention_mask is None:
         return None
-    if attention_mask.shape[-1] != kv_offset + kv_length:
-        raise UsageError(
-            f"attention_mask covers {attention_mask.shape[-1]} keys, the attention has {kv_offset + kv_length}; give one entry a key"
-        )
+    if attention_mask.shape[-1] != kv_length:
+        raise UsageError(f"attention_mask covers {attention_mask.shape[-1]} keys, the attention has {kv_length}; give one entry a key")
     given = _given.get()
     return lengths_of(attention_mask) if given is None else given
 

@@ -6,7 +6,7 @@ import ctypes
 from dataclasses import dataclass
 
 from hyperattention.config import Config
-from hyperattention.errors import EnvironmentFault
+from hyperattention.errors import EnvironmentFault, UsageError
 from hyperattention.export.load import AttentionLayer, Source
 from hyperattention.export.plan import ExportPlan
 from hyperattention.library import HaAttributes, HaParams, open_library, trt_library_path
@@ -59,11 +59,16 @@ def _workspace(source: Source, plan: ExportPlan) -> Item:
             sizes.append(workspace_bytes(by_name[layer.name], layer.config, plan))
     except EnvironmentFault:
         return Item("workspace", None, "unknown until the TensorRT library is built")
+    except UsageError as error:
+        return Item("workspace", None, f"no engine: {error}")
     return Item("workspace", max(sizes, default=0), "of the CUDA kernels, shared by all layers")
 
 
 def workspace_bytes(layer: AttentionLayer, config: Config, plan: ExportPlan) -> int:
-    """Scratch of one CUDA call at the plan's largest shape, asked of the library itself. Raises EnvironmentFault where it is missing."""
+    """Scratch of one CUDA call at the plan's largest shape, asked of the library itself.
+
+    Raises EnvironmentFault where it is missing and UsageError for a layer it has no kernel for.
+    """
     library = open_library(trt_library_path())
     library.ha_last_error.restype = ctypes.c_char_p
     params = HaParams(
@@ -80,5 +85,5 @@ def workspace_bytes(layer: AttentionLayer, config: Config, plan: ExportPlan) -> 
     )
     size = ctypes.c_size_t()
     if library.ha_cuda_workspace_size(ctypes.byref(params), ctypes.byref(size)):
-        raise EnvironmentFault(library.ha_last_error().decode(errors="replace"))
+        raise UsageError(f"layer {layer.index} ({layer.name}): {library.ha_last_error().decode(errors='replace')}")
     return size.value

@@ -58,6 +58,9 @@ class TaskModule(nn.Module):
         if self.task == "last-logits":
             return (out.logits,)
         cache = [tensor for layer in out.past_key_values.layers if layer.keys is not None for tensor in (layer.keys, layer.values)]
+        if len(cache) + 1 != len(self.output_names):
+            layers = len(self.patched.plan.layers)
+            raise ExportFailed(f"the cache has {len(cache) // 2} layers, the model {layers} attention layers; use --task last-logits")
         return (out.logits, *cache)
 
 
@@ -151,7 +154,7 @@ def _trace(module: TaskModule) -> ModelProto:
             )
     except torch.onnx.errors.OnnxExporterError as error:
         name = type(module.model).__name__
-        raise ExportFailed(f"torch cannot export {name}: {_cause(error)}; try another --task or --keep-exact") from error
+        raise ExportFailed(f"torch cannot export {name}: {_cause(error)}") from error
     assert program is not None
     return program.model_proto
 

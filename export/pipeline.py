@@ -31,6 +31,7 @@ from hyperattention.errors import (
 )
 from hyperattention.export import bundle
 from hyperattention.export.console import Reporter
+from hyperattention.export.memory import workspace_bytes
 from hyperattention.export.plan import ExportPlan
 from hyperattention.library import build_info, ort_library_path, trt_library_path
 
@@ -51,28 +52,51 @@ class Options:
     validation: tuple[str, ...] = ()
 
 
+_LIBRARIES = {"ONNX Runtime library": ort_library_path, "TensorRT library": trt_library_path}
+
+
 def missing_parts() -> dict[str, str]:
     """What this machine lacks, each with the reason and what to do: the libraries, and what an engine needs."""
     from hyperattention.export.engine import runtime_available
 
     missing = {}
-    for name, find in (("ONNX Runtime library", ort_library_path), ("TensorRT library", trt_library_path)):
+    for name, find in _LIBRARIES.items():
         try:
             find()
         except EnvironmentFault as fault:
             missing[name] = str(fault)
-    reason = runtime_available()
+    reason = runtime_available() or missing.get("TensorRT library")
     if reason is not None:
         missing["engine"] = reason
     return missing
 
 
-def check_environment(options: Options, missing: dict[str, str]) -> None:
-    """Raises EnvironmentFault before any work where a stage that was asked for cannot run."""
+def engine_obstacle(source: "Source", plan: ExportPlan) -> str | None:
+    """Why the plugin cannot take this plan on any machine; None when it can."""
+    if not plan.planned:
+        return None
+    if plan.dtype == "fp32":
+        return "the plugin takes fp16 and bf16, the plan is fp32; choose with --dtype"
+    by_name = {layer.name: layer for layer in source.layers}
+    try:
+        for layer in plan.planned:
+            assert layer.config is not None
+            workspace_bytes(by_name[layer.name], layer.config, plan)
+    except UsageError as error:
+        return str(error)
+    except EnvironmentFault:
+        return None  # the library is missing, which missing_parts says
+    return None
+
+
+def check_environment(source: "Source", plan: ExportPlan, options: Options, missing: dict[str, str]) -> None:
+    """Before any work: raises EnvironmentFault where a stage that was asked for lacks something, UsageError where it cannot be."""
     if options.require_engine:
-        reason = missing.get("engine") or missing.get("TensorRT library")
-        if reason is not None:
-            raise EnvironmentFault(f"--require-engine: {reason}; run it on a GPU host, or leave the option out for ONNX alone")
+        if "engine" in missing:
+            raise EnvironmentFault(f"--require-engine: {missing['engine']}; run it on a GPU host, or leave the option out for ONNX alone")
+        obstacle = engine_obstacle(source, plan)
+        if obstacle is not None:
+            raise UsageError(f"--require-engine: {obstacle}")
     if options.validate and "ONNX Runtime library" in missing and "engine" in missing:
         raise EnvironmentFault(f"the result cannot be validated: {missing['ONNX Runtime library']}, or pass --no-validate")
 
@@ -128,7 +152,7 @@ def _umask() -> int:
 def run(source: "Source", plan: ExportPlan, options: Options, reporter: Reporter) -> dict[str, Any]:
     """All stages; returns the manifest. Raises what the stages raise, AccuracyFailed last of all."""
     missing = missing_parts()
-    check_environment(options, missing)
+    check_environment(source, plan, options, missing)
     with output_folder(options.out) as folder:
         _export(source, plan, folder, reporter)
         libraries = [find() for name, find in _LIBRARIES.items() if name not in missing]
@@ -137,8 +161,9 @@ def run(source: "Source", plan: ExportPlan, options: Options, reporter: Reporter
             if name in missing:
                 reporter.warn(f"OUT is without the {name}: {missing[name]}")
         engine = None
-        if "engine" in missing or "TensorRT library" in missing:
-            reporter.say(escape(f"no engine: {missing.get('engine') or missing['TensorRT library']}"))
+        reason = missing.get("engine") or engine_obstacle(source, plan)
+        if reason is not None:
+            reporter.say(escape(f"no engine: {reason}"))
         else:
             engine = _engine(plan, folder, reporter)
         model = {"name": source.path.resolve().name, "architecture": source.architecture, "parameters": source.num_parameters}
@@ -151,9 +176,6 @@ def run(source: "Source", plan: ExportPlan, options: Options, reporter: Reporter
         if failed is not None:
             raise failed
     return manifest
-
-
-_LIBRARIES = {"ONNX Runtime library": ort_library_path, "TensorRT library": trt_library_path}
 
 
 def _export(source: "Source", plan: ExportPlan, folder: Path, reporter: Reporter) -> None:
