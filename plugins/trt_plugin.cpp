@@ -95,7 +95,8 @@ bool bounded(const DynamicPluginTensorDesc* in, int32_t count) {
 class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBuild, public IPluginV3OneRuntime {
  public:
   Plugin(const Fields& fields, std::string layer)
-      : fields_(fields), layer_(std::move(layer)), selector_(selector_name(fields.attributes.selector)), description_(describe(fields)) {}
+      : fields_(fields), layer_(std::move(layer)), selector_(selector_name(fields.attributes.selector)), description_(describe(fields)),
+        metadata_(std::string(kName) + " " + description_) {}
 
   IPluginCapability* getCapabilityInterface(PluginCapabilityType type) noexcept override {
     if (type == PluginCapabilityType::kCORE) return static_cast<IPluginV3OneCore*>(this);
@@ -114,7 +115,8 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
 
   int32_t getNbOutputs() const noexcept override { return 1 + fields_.with_lse; }
   const char* getTimingCacheID() noexcept override { return description_.c_str(); }
-  const char* getMetadataString() noexcept override { return description_.c_str(); }
+  // Shown by the engine inspector, where the name tells our layers from others.
+  const char* getMetadataString() noexcept override { return metadata_.c_str(); }
 
   int32_t getOutputDataTypes(DataType* out, int32_t outputs, const DataType* in, int32_t inputs) const noexcept override {
     return guarded(layer(), [&] {
@@ -219,7 +221,7 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
   }
 
   const Fields fields_;
-  const std::string layer_, selector_, description_;
+  const std::string layer_, selector_, description_, metadata_;
   bool with_lengths_ = false;  // enqueue is not told how many inputs there are; onShapeChange always comes first
   std::vector<PluginField> list_;
   PluginFieldCollection collection_{};

@@ -76,7 +76,9 @@ def _create(trt, creator, fields: dict[str, int | float | str]):
 
 def _metadata(trt, plugin) -> dict[str, str]:
     text = plugin.get_capability_interface(trt.PluginCapabilityType.BUILD).metadata_string
-    return dict(item.split("=") for item in text.split())
+    name, *items = text.split()
+    assert name == OP_TYPE
+    return dict(item.split("=") for item in items)
 
 
 # --- the plugin in TensorRT's registry -------------------------------------------------------------------------------
