@@ -151,7 +151,9 @@ def layer_names(engine: Any) -> list[str]:
     layers = json.loads(text).get("Layers", [])
     if any(isinstance(layer, str) for layer in layers):
         raise EnvironmentFault("the engine holds only its layers' names; build it with profiling verbosity DETAILED to prove what runs")
-    return [layer["Name"] for layer in layers if "Plugin" in layer.get("LayerType", "") and OP_TYPE in json.dumps(layer)]
+    # The name is found in the layer's plugin type, and in the metadata that our plugin gives.
+    plugins = (layer for layer in layers if "PluginType" in layer or "Plugin" in layer.get("LayerType", ""))
+    return [layer["Name"] for layer in plugins if OP_TYPE in json.dumps(layer)]
 
 
 def _build(trt: Any, logger: Any, log: BuildLog, share: Share, folder: Path, plan: ExportPlan, workspace: int | None) -> bytes:

@@ -177,7 +177,7 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
   int32_t onShapeChange(const PluginTensorDesc* in, int32_t inputs, const PluginTensorDesc*, int32_t outputs) noexcept override {
     return guarded(layer(), [&] {
       check_counts(fields_, inputs, outputs);
-      with_lengths_ = inputs > kLengths;
+      inputs_ = inputs;
       workspace_of(actual(in));
     });
   }
@@ -185,9 +185,10 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
   int32_t enqueue(const PluginTensorDesc* in, const PluginTensorDesc*, const void* const* inputs, void* const* outputs, void* workspace,
                   cudaStream_t stream) noexcept override {
     return guarded(layer(), [&] {
+      if (inputs_ == 0) fail("enqueue was called before onShapeChange, so it is not known whether there are lengths");
       HaParams params = actual(in);
       params.q = inputs[0], params.k = inputs[1], params.v = inputs[2];
-      params.lengths = with_lengths_ ? static_cast<const int32_t*>(inputs[kLengths]) : nullptr;
+      params.lengths = inputs_ > kLengths ? static_cast<const int32_t*>(inputs[kLengths]) : nullptr;
       params.out = outputs[0];
       params.lse = fields_.with_lse ? static_cast<float*>(outputs[1]) : nullptr;
       params.workspace = workspace, params.workspace_size = workspace_of(params);
@@ -198,7 +199,7 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
 
   IPluginV3* attachToContext(IPluginResourceContext*) noexcept override {
     auto* copy = static_cast<Plugin*>(clone());
-    if (copy) copy->with_lengths_ = with_lengths_;
+    if (copy) copy->inputs_ = inputs_;
     return copy;
   }
 
@@ -217,12 +218,12 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
     return problem(fields_, in[0].desc.type, in[0].max, in[1].max, in[2].max, inputs > kLengths ? &in[kLengths].max : nullptr);
   }
   HaParams actual(const PluginTensorDesc* in) const {
-    return problem(fields_, in[0].type, in[0].dims, in[1].dims, in[2].dims, with_lengths_ ? &in[kLengths].dims : nullptr);
+    return problem(fields_, in[0].type, in[0].dims, in[1].dims, in[2].dims, inputs_ > kLengths ? &in[kLengths].dims : nullptr);
   }
 
   const Fields fields_;
   const std::string layer_, selector_, description_, metadata_;
-  bool with_lengths_ = false;  // enqueue is not told how many inputs there are; onShapeChange always comes first
+  int32_t inputs_ = 0;  // how many there are: onShapeChange is told, enqueue is not
   std::vector<PluginField> list_;
   PluginFieldCollection collection_{};
 };

@@ -215,6 +215,9 @@ void refused_shapes() {
     expect(runtime(*plugin)->onShapeChange(in.data(), static_cast<int32_t>(in.size()), &out, 1) != 0, "refused: " + reason);
     expect(recorder.text.find(reason) != std::string::npos, "logged '" + recorder.text + "', expected '" + reason + "'");
   };
+  const PluginTensorDesc good[3] = {tensor({1, 4, 33, 64}), tensor({1, 2, 33, 64}), tensor({1, 2, 33, 64})};
+  void* none[3] = {};
+  expect(runtime(*plugin)->enqueue(good, good, none, none, nullptr, nullptr) != 0, "enqueue needs onShapeChange before it");
   check({tensor({1, 4, 33, 64}), tensor({1, 3, 33, 64}), tensor({1, 3, 33, 64})}, "4 query heads over 3 key heads");
   check({tensor({1, 4, 33, 64}), tensor({1, 2, 33, 128}), tensor({1, 2, 33, 64})}, "Q and K must have one head size");
   check({tensor({2, 4, 33, 64}), tensor({1, 2, 33, 64}), tensor({1, 2, 33, 64})}, "the batch sizes must be equal");
