@@ -1,0 +1,189 @@
+"""How far the output is from exact attention, on the same text, at each length, and what it costs.
+
+Two regimes. All positions: every position attends approximately, as in scoring. Prefill, exact decode: the prompt is read
+approximately and the last positions attend exactly over the keys and values that this left behind, as a deployed model
+runs. The second carries the gates; the first shows the selector looking ahead, which can make it better than exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from hyperattention.export.patch import Patched
+from hyperattention.export.plan import ExportPlan
+from hyperattention.native import Library
+from hyperattention.validate.compare import (
+    TokenMetrics,
+    attention_error,
+    by_position,
+    estimate,
+    summarise,
+    tensor_error,
+    token_metrics,
+)
+from hyperattention.validate.implementation import check_plan
+from hyperattention.validate.inputs import DEPTHS, Corpus, Window, needle, recalled, windows
+from hyperattention.validate.operators import Operator
+from hyperattention.validate.runners import ModelRunner, TorchRunner, feed
+
+TAIL_BLOCK = 64  # neighbouring tokens of the exact tail that count as one observation
+ALL_BLOCK = 256
+
+
+@dataclass
+class Bench:
+    """The active runners of one validation and the model they share."""
+
+    patched: Patched
+    plan: ExportPlan
+    exact: TorchRunner
+    backend: ModelRunner
+    backend_exact: ModelRunner | None
+    operator: Operator
+    kernels: Library | None  # None: the plan has no layer for them
+    tail: int
+    repeats: int  # timed runs after a first one; 0 = every window's own run is the time
+    step: Callable[[str], None]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.patched.model.parameters()).device
+
+
+def is_exact(plan: ExportPlan, length: int) -> bool:
+    """Whether no layer of the plan approximates at `length`."""
+    return all(layer.config.is_exact(length, length) for layer in plan.approximate)
+
+
+def prefill_exact_decode(bench: Bench, window: Window) -> Tensor:
+    """Logits [tail, vocabulary] of the last positions, which attend exactly over the approximate prefill's keys and values."""
+    ids = window.inputs.to(bench.device)
+    split = ids.shape[1] - bench.tail
+    with torch.inference_mode():
+        with bench.patched.mode("plan", attention=bench.operator):
+            cache = bench.patched.forward(ids[:, :split], use_cache=True).past_key_values
+        with bench.patched.mode("exact"):
+            return bench.patched.forward(ids[:, split:], past_key_values=cache, use_cache=True).logits[0]
+
+
+def timed(runner: ModelRunner, given: dict, repeats: int) -> list[float]:
+    """Seconds of `repeats` further runs, or of the run just done where repeats is 0."""
+    if repeats == 0:
+        return [runner.inference_time]
+    seconds = []
+    for _ in range(repeats):
+        runner.infer(given)
+        seconds.append(runner.inference_time)
+    return seconds
+
+
+def measure_time(bench: Bench, corpus: Corpus, length: int) -> dict:
+    """Time only, on the text repeated to `length`; for lengths past what the model was trained for."""
+    ids = corpus.ids.repeat(-(-length // len(corpus.ids)))[None, :length]
+    row: dict = {"length": length, "backend": bench.backend.backend, "exact_s": None, "torch_exact_s": None, "time_only": True}
+    for key, runner in (("ours_s", bench.backend), ("exact_s", bench.backend_exact)):
+        if runner is not None:
+            bench.step(f"{length:,} tokens, time only: {runner.name}")
+            runner.infer(feed(ids))
+            row[key] = median(timed(runner, feed(ids), bench.repeats))
+    return {**row, "runs": max(1, bench.repeats)}
+
+
+def measure_length(bench: Bench, corpus: Corpus, length: int, count: int) -> tuple[dict, dict, list]:
+    """One length over `count` windows: its row of `approximation`, its row of `time`, and its rows of `layers`."""
+    everywhere: list[TokenMetrics] = []
+    tails: list[TokenMetrics] = []
+    seconds: list[float] = []
+    torch_seconds: list[float] = []
+    layers: list[dict] = []
+    exact_twin: dict | None = None
+    exact_seconds = None
+    chosen = windows(corpus, length, count)
+    for number, window in enumerate(chosen):
+        at = f"{length:,} tokens, window {number + 1} of {len(chosen)}"
+        bench.step(f"{at}: exact attention ({bench.exact.backend})")
+        with bench.patched.capture() as captured:
+            exact = bench.exact.infer(feed(window.inputs))["logits"][0]
+        torch_seconds += timed(bench.exact, feed(window.inputs), bench.repeats)
+        if number == 0:
+            layers = layer_rows(bench, list(captured), length)
+        captured.clear()
+        bench.step(f"{at}: ours ({bench.backend.backend})")
+        ours = bench.backend.infer(feed(window.inputs))["logits"][0]
+        seconds += timed(bench.backend, feed(window.inputs), bench.repeats)
+        if ours.shape[0] == exact.shape[0]:
+            everywhere.append(token_metrics(exact, ours, window.targets))
+        if number == 0 and bench.backend_exact is not None:
+            bench.step(f"{at}: exact twin ({bench.backend_exact.backend})")
+            other = bench.backend_exact.infer(feed(window.inputs))["logits"][0]
+            exact_seconds = median(timed(bench.backend_exact, feed(window.inputs), bench.repeats))
+            exact_twin = asdict(tensor_error(other, exact[-other.shape[0] :]))
+        bench.step(f"{at}: prefill, exact decode ({bench.operator.name})")
+        tails.append(token_metrics(exact[-bench.tail :], prefill_exact_decode(bench, window), window.targets[-bench.tail :]))
+    row = {
+        "length": length,
+        "exact": is_exact(bench.plan, length),
+        "tail": bench.tail,
+        "starts": [w.start for w in chosen],
+        "all_positions": summarise(everywhere, ALL_BLOCK) if everywhere else None,
+        "all_positions_backend": bench.backend.backend if everywhere else None,
+        "by_position": by_position(everywhere) if everywhere else [],
+        "prefill_exact_decode": summarise(tails, TAIL_BLOCK),
+        "prefill_backend": f"PyTorch, op by {bench.operator.name}",
+        "exact_twin": exact_twin,
+    }
+    time = {
+        "length": length,
+        "backend": bench.backend.backend,
+        "ours_s": median(seconds),
+        "exact_s": exact_seconds,
+        "torch_exact_s": median(torch_seconds),
+        "runs": len(seconds),
+    }
+    return row, time, layers
+
+
+def layer_rows(bench: Bench, captured: list, length: int) -> list[dict]:
+    """Each approximate layer alone, on the Q, K, V of the exact model: output, LSE, and the mass its exact part holds."""
+    rows = []
+    for c in captured:
+        if c.config.is_exact(c.q.shape[2], c.k.shape[2]):
+            continue
+        bench.step(f"{length:,} tokens, layer {c.layer} alone")
+        differences = check_plan(c, bench.kernels) if not rows else None
+        o, lse = bench.operator(c.q, c.k, c.v, c.config)
+        exact_o, exact_lse = bench.operator(c.q, c.k, c.v, c.config.exact())
+        row = {"layer": c.layer, "length": length, "plan_differences": differences, **attention_error(o, lse, exact_o, exact_lse)}
+        _, kept = bench.operator(c.q, c.k, c.v, replace(c.config, sample_size=0))
+        mass = torch.exp((kept.double() - exact_lse.double()).clamp(max=0.0))
+        row["mass"], row["mass_worst_head"] = float(mass.mean()), float(mass.mean(dim=(0, 2)).min())
+        rows.append(row)
+    return rows
+
+
+def measure_needle(bench: Bench, corpus: Corpus, length: int, seed: int, prompts: int) -> dict:
+    """Digits recalled at four depths, teacher forced, by exact attention and in both regimes; `prompts` prompts a depth."""
+    rows = []
+    for depth in DEPTHS:
+        scores: dict[str, list[float]] = {"exact": [], "all_positions": [], "prefill_exact_decode": []}
+        for number in range(prompts):
+            window = needle(corpus, length, depth, seed + number)
+            bench.step(f"needle at depth {depth}, prompt {number + 1} of {prompts}")
+            given = feed(window.inputs)
+            scores["exact"].append(recalled(bench.exact.infer(given)["logits"][0], window))
+            ours = bench.backend.infer(given)["logits"][0]
+            if ours.shape[0] >= len(window.answer):
+                scores["all_positions"].append(recalled(ours, window))
+            scores["prefill_exact_decode"].append(recalled(prefill_exact_decode(bench, window), window))
+        rows.append({"depth": depth, **{k: asdict(estimate([torch.tensor(v)], 1)) if v else None for k, v in scores.items()}})
+    return {"length": length, "prompts": prompts, "depths": rows}
+
+
+def needle_steps(prompts: int) -> int:
+    """Steps that `measure_needle` reports."""
+    return len(DEPTHS) * prompts

@@ -1,0 +1,53 @@
+"""Where the numbers come from: machine, versions, libraries. No path and no host name."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from hyperattention import __version__
+from hyperattention.errors import EnvironmentFault
+from hyperattention.library import build_info
+
+PACKAGES = ("torch", "transformers", "onnx", "onnxruntime-gpu", "onnxruntime", "polygraphy", "tensorrt", "tensorrt-cu12-bindings", "numpy")
+
+
+def describe(device: torch.device, libraries: list[Path]) -> dict:
+    """Processor, memory, GPU, package versions and what each native library says of its build."""
+    found = {"hyperattention": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    machine = {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), "memory_gb": round(_memory() / 2**30, 1)}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        machine["gpu"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
+        machine["cuda"] = torch.version.cuda
+    return {"machine": machine, "versions": found, "libraries": [_library(path) for path in libraries]}
+
+
+def _library(path: Path) -> dict:
+    try:
+        info = build_info(path)
+    except EnvironmentFault as fault:
+        return {"file": path.name, "problem": str(fault)}
+    return {"file": path.name, **{key: info[key] for key in ("version", "abi", "build_id", "architectures") if key in info}}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

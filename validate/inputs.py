@@ -1,0 +1,137 @@
+"""What the model reads while it is measured: windows of held-out text, and prompts with a planted key to recall.
+
+Attention on random tokens is the easiest case for any approximation, so text is the rule; random tokens are the marked
+exception for a model without tokenizer files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hyperattention.errors import UsageError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tokenizer_config.json")
+NEEDLE_DIGITS = 8
+DEPTHS = (0.1, 0.35, 0.6, 0.85)
+EDGE_ROWS = 512  # a needle keeps this distance from the end, so that it is never inside the exact tail
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token ids int64 [N] to cut windows from, and what to say about them in the report."""
+
+    ids: Tensor
+    name: str
+    kind: str  # "text" or "random"
+    tokens: str  # "bytes", "tokenizer" or "random"
+    sha256: str
+    note: str = ""
+
+    def describe(self) -> dict:
+        """For report.json; the file is named without its folder."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "tokens": self.tokens,
+            "sha256": self.sha256,
+            "size": len(self.ids),
+            "note": self.note,
+        }
+
+
+@dataclass(frozen=True)
+class Window:
+    """ids int64 [1, length + 1]: the inputs are all but the last, the targets all but the first."""
+
+    ids: Tensor
+    length: int
+    start: int = 0
+    answer: tuple[int, ...] = field(default=())
+
+    def __str__(self) -> str:
+        return f"{self.length}@{self.start}"
+
+    @property
+    def inputs(self) -> Tensor:
+        return self.ids[:, :-1]
+
+    @property
+    def targets(self) -> Tensor:
+        """int64 [length]."""
+        return self.ids[0, 1:]
+
+
+def load_corpus(text: Path | None, input_ids: str, model: Path, vocabulary: int, seed: int, needed: int) -> Corpus:
+    """Ids of `text`: its bytes, or the tokens of the tokenizer in `model`; random ones only where there is no tokenizer.
+
+    `needed` is the longest window. Raises UsageError for a text that is missing or too short.
+    """
+    if text is not None and not text.is_file():
+        raise UsageError(f"text file {text} does not exist; give a plain text file with --text")
+    data = text.read_bytes() if text is not None else b""
+    digest = hashlib.sha256(data).hexdigest()
+    if input_ids == "bytes":
+        if text is None:
+            raise UsageError("a model that reads bytes is validated on text; give a plain text file with --text")
+        ids = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
+        corpus = Corpus(ids, text.name, "text", "bytes", digest)
+    elif text is not None and any((model / name).is_file() for name in TOKENIZER_FILES):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        ids = torch.tensor(tokenizer(data.decode("utf-8", errors="replace"))["input_ids"], dtype=torch.int64)
+        corpus = Corpus(ids, text.name, "text", "tokenizer", digest)
+    else:
+        missing = "no text was given (--text FILE)" if text is None else "the model folder holds no tokenizer files"
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(0, vocabulary, (max(4 * needed, 4096) + 1,), generator=generator)
+        note = f"Random tokens, because {missing}. They are the easiest input for any approximation: judge on text before deploying."
+        return Corpus(ids, "random tokens", "random", "random", hashlib.sha256(ids.numpy().tobytes()).hexdigest(), note)
+    if len(ids) < needed + 1:
+        raise UsageError(
+            f"{corpus.name} has {len(ids)} tokens; the longest window needs {needed + 1}: give a longer text or shorter --lengths"
+        )
+    if int(ids.max()) >= vocabulary:
+        raise UsageError(f"{corpus.name} gives token {int(ids.max())}, the model knows {vocabulary}; does --input-ids fit the model?")
+    return corpus
+
+
+def windows(corpus: Corpus, length: int, count: int) -> list[Window]:
+    """`count` windows spread evenly over the corpus, without overlap where it is long enough."""
+    room = len(corpus.ids) - (length + 1)
+    if room < 0:
+        raise UsageError(f"{corpus.name} has {len(corpus.ids)} tokens; a window of {length} needs {length + 1}")
+    count = max(1, min(count, room // length + 1))
+    starts = [round(room * (2 * i + 1) / (2 * count)) for i in range(count)]
+    return [Window(corpus.ids[None, s : s + length + 1].clone(), length, s) for s in starts]
+
+
+def needle(corpus: Corpus, length: int, depth: float, seed: int) -> Window:
+    """A prompt of bytes with `# key <8 hex> = <8 digits>` at `depth` and `# recall <8 hex> = <8 digits>` at its end.
+
+    The answer is part of the window: its digits are the last targets, so that one forward pass scores them all.
+    """
+    draw = random.Random(f"{seed}/{length}/{depth}")
+    key, digits = f"{draw.getrandbits(32):08x}", "".join(draw.choice("0123456789") for _ in range(NEEDLE_DIGITS))
+    planted, question = f"# key {key} = {digits}\n".encode(), f"# recall {key} = {digits}".encode()
+    room = length + 1 - len(planted) - len(question)
+    if room < 2 * EDGE_ROWS:
+        raise UsageError(f"a needle prompt takes at least {2 * EDGE_ROWS + len(planted) + len(question)} bytes; {length} is too short")
+    start = draw.randrange(max(1, len(corpus.ids) - room))
+    text = bytes(corpus.ids[start : start + room].tolist())
+    at = text.rfind(b"\n", 0, min(int(depth * room), room - EDGE_ROWS)) + 1
+    body = text[:at] + planted + text[at:-1] + b"\n" + question
+    ids = torch.tensor(list(body), dtype=torch.int64)[None]
+    return Window(ids, length, start, tuple(ids[0, -NEEDLE_DIGITS:].tolist()))
+
+
+def recalled(logits: Tensor, window: Window) -> float:
+    """Share of the answer's digits that are the top choice; logits [length, vocabulary] or its last rows."""
+    count = len(window.answer)
+    return float((logits[-count:].argmax(-1).cpu() == torch.tensor(window.answer)).double().mean())

@@ -1,0 +1,50 @@
+"""The implementations of the op that a PyTorch model can be run with: the reference, the native kernels, exact attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hyperattention import library, reference
+from hyperattention.config import Config
+from hyperattention.native import Library
+
+Attention = Callable[[Tensor, Tensor, Tensor, Config, Tensor | None], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """`function`(q [B,Hq,Sq,D], k [B,Hkv,Sk,D], v [B,Hkv,Sk,Dv], config, lengths int [B] or None) -> o, lse float32 [B,Hq,Sq]."""
+
+    name: str
+    function: Attention
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, config: Config, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.function(q, k, v, config, lengths)
+
+
+def reference_operator() -> Operator:
+    """The definition: fp32 arithmetic in PyTorch."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, config: Config, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        out = reference.attention(q, k, v, config, lengths)
+        return out.o, out.lse
+
+    return Operator("reference", run)
+
+
+def native_library(device: torch.device) -> Library:
+    """The kernels for tensors on `device`: fp32 on the CPU, fp16 and bf16 on CUDA. Raises EnvironmentFault where they are not built."""
+    return library.load_cuda() if device.type == "cuda" else library.load_cpu()
+
+
+def native_operator(kernels: Library) -> Operator:
+    """A native library as an operator."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, config: Config, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        return kernels.forward(q, k, v, config, lengths)
+
+    return Operator("native CUDA kernels" if kernels.device_type == "cuda" else "native CPU kernels", run)

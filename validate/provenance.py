@@ -1,0 +1,90 @@
+"""Proof of what ran: every planned layer went through our library, not through the exact body that the file also carries.
+
+ONNX Runtime quietly inlines the node's function body when the library is missing, and TensorRT parsers may prefer the
+body to the plugin. Both give right-looking, exact and slow results, so a run counts only with this proof.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from hyperattention.config import DOMAIN, OP_TYPE, Config
+from hyperattention.errors import EnvironmentFault
+from hyperattention.export.plan import ExportPlan
+
+_MEND = "run `hyperattention doctor`, rebuild the library it names and export again"
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What one backend ran: how many layers were planned as the op, which nodes of ours ran, and how often each."""
+
+    runner: str
+    source: str
+    planned: int
+    found: tuple[str, ...]
+    runs: int
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+def check_graph(model: Path, plan: ExportPlan) -> list[str]:
+    """Names of the HyperAttention nodes of an ONNX file, whose attributes must be the plan's, layer by layer.
+
+    Raises EnvironmentFault where the count or an attribute differs.
+    """
+    import onnx
+
+    graph = onnx.load(str(model), load_external_data=False).graph
+    nodes = [node for node in graph.node if node.op_type == OP_TYPE and node.domain == DOMAIN]
+    layers = plan.planned
+    if len(nodes) != len(layers):
+        raise EnvironmentFault(f"{model.name} holds {len(nodes)} {OP_TYPE} nodes, the plan {len(layers)}; export again")
+    for node, layer in zip(nodes, layers, strict=True):
+        known = Config().attributes()
+        given = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.name in known}
+        given = {name: value.decode() if isinstance(value, bytes) else value for name, value in given.items()}
+        expected = layer.config.attributes()
+        # The scale is stored as float32.
+        wrong = {n: (given.get(n, known[n]), v) for n, v in expected.items() if not _same(given.get(n, known[n]), v)}
+        if wrong:
+            name, (found, planned) = next(iter(wrong.items()))
+            raise EnvironmentFault(f"{node.name} (layer {layer.index}) has {name} {found}, the plan says {planned}; export again")
+    return [node.name for node in nodes]
+
+
+def _same(a: object, b: object) -> bool:
+    return abs(a - b) <= 1e-6 * abs(b) if isinstance(b, float) and isinstance(a, float) else a == b
+
+
+def ort_proof(runner: str, profile: Path, nodes: list[str], runs: int) -> Proof:
+    """Reads ONNX Runtime's profile of a session: each of `nodes` must have run as our custom op in each of `runs` runs.
+
+    Raises EnvironmentFault otherwise, telling an inlined function body apart from a node that is missing.
+    """
+    events = json.loads(profile.read_text())
+    kernels = [e for e in events if e.get("cat") == "Node" and e.get("name", "").endswith("_kernel_time")]
+    ours = Counter(e["name"].removesuffix("_kernel_time") for e in kernels if e.get("args", {}).get("op_name") == OP_TYPE)
+    wanted = Counter({name: runs for name in nodes})
+    if ours != wanted:
+        others = sorted({e["args"].get("op_name", "?") for e in kernels if e.get("args", {}).get("op_name") != OP_TYPE})
+        raise EnvironmentFault(
+            f"{runner} ran {len(ours)} {OP_TYPE} nodes {sum(ours.values())} times, planned were {len(nodes)} nodes in {runs} runs. "
+            f"Where a node is missing, ONNX Runtime ran the exact function body in its place (operators seen: {', '.join(others) or 'none'}); "
+            f"{_MEND}"
+        )
+    return Proof(runner, "ONNX Runtime profile", len(nodes), tuple(sorted(ours)), runs)
+
+
+def engine_proof(runner: str, layers: list[str], planned: int, runs: int) -> Proof:
+    """`layers`: names of the engine's HyperAttention plugin layers. Raises EnvironmentFault unless they are as many as planned."""
+    if len(layers) != planned:
+        raise EnvironmentFault(
+            f"the TensorRT engine holds {len(layers)} {OP_TYPE} plugin layers ({', '.join(layers) or 'none'}), planned were {planned}: "
+            f"it would run something else than was built; {_MEND}"
+        )
+    return Proof(runner, "TensorRT engine inspector", planned, tuple(layers), runs)
