@@ -187,9 +187,11 @@ def _serialise(
         progress_monitor=make_monitor(trt, share),
     )
     try:
-        with G_LOGGER.verbosity(G_LOGGER.CRITICAL):  # what it would print is in the build log
+        with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):  # silent: what it would print is in the build log
             return bytes(EngineBytesFromNetwork((builder, network), config, save_timing_cache=str(cache))())
     except PolygraphyException as error:
+        if not log.errors:
+            log.write("ERROR", str(error).strip().partition("\n")[0])
         raise log.failure(f"TensorRT {trt.__version__} could not build the engine") from error
     finally:
         cache.with_name(cache.name + ".lock").unlink(missing_ok=True)
