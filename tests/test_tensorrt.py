@@ -50,6 +50,8 @@ BAD = (
     Bad("local", {"local_size": 1000}, "local_size 1000 is not a multiple of block_size 64"),
 )
 
+GOOD = {"defaults": Config(), "changed": Config(causal=0, scale=0.25, block_size=32, pool_size=8, seed=2**31 - 1).exact()}
+
 
 @pytest.fixture(scope="module")
 def trt():
@@ -100,7 +102,7 @@ def test_declared_fields(trt, creator) -> None:
 
 
 @pytest.mark.tensorrt
-@pytest.mark.parametrize("config", (Config(), Config(causal=0, scale=0.25, block_size=32, pool_size=8, seed=2**31 - 1).exact()), ids=str)
+@pytest.mark.parametrize("config", GOOD.values(), ids=GOOD)
 def test_good_fields(trt, creator, config: Config) -> None:
     """All fields, or the defaults for those left out, give the plugin that Config describes."""
     changed = {k: v for k, v in config.attributes().items() if v != Config().attributes()[k]}
