@@ -6,6 +6,8 @@
 namespace ha::cpu::HA_ISA {
 namespace {
 
+constexpr int kPart = 64;
+
 // --- attention -------------------------------------------------------------------------------------------------------
 
 // Dot products of kKeys keys with kVectors vectors of rows; keeps each row's largest.
@@ -15,20 +17,37 @@ void logits_of(const Tile& tile, const KeySet& keys, int row, int first, Floats*
   const float* key[kKeys];
 #pragma GCC unroll 8
   for (int j = 0; j < kKeys; ++j) key[j] = keys.k + int64_t{keys.index[first + j]} * dim;
-  Floats sum[kKeys][kVectors] = {};
   const float* query = tile.queries + row;
-  for (int d = 0; d < dim; ++d, query += kRows) {
-    Floats x[kVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) x[v] = load(query + v * kLanes);
-#pragma GCC unroll 8
-    for (int j = 0; j < kKeys; ++j) {
-      const Floats y = all(key[j][d]);
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[j][v] = fma(y, x[v], sum[j][v]);
-    }
-  }
   float* out = tile.logits + first * kRows + row;
+  Floats sum[kKeys][kVectors] = {};
+  // Long heads are summed in parts, which keeps the rounding error of a head of 256 at that of one of 64.
+  for (int start = 0, stop;; start = stop) {
+    stop = dim - start < kPart ? dim : start + kPart;
+    for (int d = start; d < stop; ++d, query += kRows) {
+      Floats x[kVectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) x[v] = load(query + v * kLanes);
+#pragma GCC unroll 8
+      for (int j = 0; j < kKeys; ++j) {
+        const Floats y = all(key[j][d]);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) sum[j][v] = fma(y, x[v], sum[j][v]);
+      }
+    }
+    if (start > 0)
+#pragma GCC unroll 8
+      for (int j = 0; j < kKeys; ++j)
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) sum[j][v] += load(out + j * kRows + v * kLanes);
+    if (stop == dim) break;
+#pragma GCC unroll 8
+    for (int j = 0; j < kKeys; ++j)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        store(out + j * kRows + v * kLanes, sum[j][v]);
+        sum[j][v] = Floats{};
+      }
+  }
 #pragma GCC unroll 8
   for (int j = 0; j < kKeys; ++j) {
 #pragma GCC unroll 8

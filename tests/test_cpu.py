@@ -1,0 +1,226 @@
+"""The processor's kernels, stage by stage against the reference, in every instruction set that this machine has."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from native import (
+    KERNEL_CASES,
+    Inputs,
+    Stages,
+    assert_equal_bits,
+    assert_within_twin,
+    expected,
+    expected_plan,
+    expected_pools,
+    inputs,
+    pool_sizes,
+)
+from operator_cases import PLAN_ONLY, Case, config
+
+from hyperattention.config import Config
+from hyperattention.errors import UsageError
+from hyperattention.library import HaAttributes, HaParams, ort_library_path
+from hyperattention.native import Library, _Call
+
+pytestmark = pytest.mark.native
+F32 = torch.float32
+PLAIN = Case("plain", 130, 203, config(), dims=(9, 7))
+
+
+def instruction_sets() -> list[str]:
+    """What HYPERATTENTION_CPU takes on this processor."""
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    flags = set(next((line for line in cpuinfo.splitlines() if line.startswith("flags")), "").split())
+    found = ["generic"]
+    if {"avx2", "fma"} <= flags:
+        found.append("avx2")
+        if {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"} <= flags:
+            found.append("avx512")
+    return found
+
+
+def load_copy(folder: Path, isa: str) -> Library:
+    """The library once more: each copy chooses its instruction set at its own first call."""
+    copy = folder / ort_library_path().name
+    shutil.copyfile(ort_library_path(), copy)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HYPERATTENTION_CPU", isa)
+        library = Library(copy, "ha_cpu_", "cpu")
+        Stages(library, inputs(PLAIN, F32), PLAIN.config).forward()
+    return library
+
+
+@pytest.fixture(scope="module", params=instruction_sets())
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Library:
+    return load_copy(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The reference's problems are tiny: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# --- stage by stage --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", KERNEL_CASES + PLAN_ONLY, ids=str)
+def test_plan_equals_the_references(library: Library, case: Case) -> None:
+    stages = Stages(library, inputs(case, F32), case.config, threads=1)
+    for side in ("queries", "keys"):
+        for rows in pool_sizes(case):
+            found = stages.pool(side, rows)
+            for name, mine, theirs in zip(("values", "factors"), found, expected_pools(case, F32, side, rows), strict=True):
+                assert_equal_bits(mine, theirs, f"{name} of {side} in pools of {rows}")
+    plan = expected_plan(case, F32)
+    assert_equal_bits(stages.select(), plan.blocks, "blocks")
+    index, weight = stages.samples()
+    assert_equal_bits(index, plan.sample_index, "sample index")
+    assert_equal_bits(weight, plan.sample_weight, "sample weight")
+
+
+@pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
+def test_attention_under_the_references_plan(library: Library, case: Case) -> None:
+    wanted = expected(case, F32)
+    stages = Stages(library, inputs(case, F32), case.config, threads=1)
+    found = stages.attend(wanted.plan.blocks)
+    for name, mine, exact, twin in zip(("o", "lse"), found, wanted.exact, wanted.twin, strict=True):
+        assert_within_twin(mine, exact, twin, name)
+    for name, mine, again in zip(("o", "lse"), found, stages.forward(), strict=True):
+        assert_equal_bits(again, mine, f"{name} of forward")
+
+
+# --- what may not matter ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [PLAIN, Case("exact", 200, 200, Config().exact(), heads=(3, 1)), KERNEL_CASES[-1]], ids=str)
+def test_thread_count_changes_no_bit(library: Library, case: Case) -> None:
+    first = Stages(library, inputs(case, F32), case.config, threads=1).forward()
+    for threads in (0, 2, 3):
+        for name, one, many in zip(("o", "lse"), first, Stages(library, inputs(case, F32), case.config, threads).forward(), strict=True):
+            assert_equal_bits(many, one, f"{name} with {threads} threads")
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e4], ids=str)
+@pytest.mark.parametrize("causal", [0, 1])
+@pytest.mark.parametrize("exact_below", [0, 4096], ids=["approximate", "exact"])
+def test_padding_reaches_no_live_row(library: Library, causal: int, exact_below: int, poison: float) -> None:
+    case = Case("padding", 203, 203, config(causal=causal, exact_below=exact_below), lengths=(150, 203, 1))
+    clean = inputs(case, F32)
+    q, k, v = clean.q.clone(), clean.k.clone(), clean.v.clone()
+    live = torch.arange(203) < clean.lengths[:, None]
+    for x in (q, k, v):
+        x.transpose(1, 2)[~live] = poison
+    dirty = replace(clean, q=q, k=k, v=v)
+    for name, mine, wanted in zip(
+        ("o", "lse"), Stages(library, dirty, case.config).forward(), Stages(library, clean, case.config).forward(), strict=True
+    ):
+        assert_equal_bits(mine.transpose(1, 2)[live], wanted.transpose(1, 2)[live], name)
+
+
+def test_nan_of_a_row_stays_in_that_row(library: Library) -> None:
+    x = inputs(PLAIN, F32)
+    q = x.q.clone()
+    q[0, 0, 5] = float("nan")
+    blocks = expected_plan(PLAIN, F32).blocks
+    o, lse = Stages(library, replace(x, q=q), PLAIN.config).attend(blocks)
+    clean, _ = Stages(library, x, PLAIN.config).attend(blocks)
+    assert o[0, 0, 5].isnan().all() and lse[0, 0, 5].isnan()
+    o[0, 0, 5] = clean[0, 0, 5]
+    assert_equal_bits(o, clean, "other rows")
+
+
+def test_lse_is_optional(library: Library) -> None:
+    x = inputs(PLAIN, F32)
+    call = _Call(library, x.q, x.k, x.v, PLAIN.config, x.lengths)
+    o = torch.empty(call.o_shape)
+    call.params.out = o.data_ptr()
+    call.run(library._forward)
+    assert_equal_bits(o, Stages(library, x, PLAIN.config).forward()[0], "o")
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 70, 80), (1, 2, 0, 80), (1, 2, 70, 0), (2, 2, 3, 0)], ids=str)
+def test_empty_problems(library: Library, shape: tuple[int, int, int, int]) -> None:
+    b, h, sq, sk = shape
+    o, lse = library.forward(torch.randn(b, h, sq, 8), torch.randn(b, h, sk, 8), torch.randn(b, h, sk, 4), config())
+    assert o.shape == (b, h, sq, 4) and lse.shape == (b, h, sq)
+    if sk == 0:
+        assert (o == 0).all() and (lse == -torch.inf).all()
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def problem(x: Inputs, **changes) -> HaParams:
+    g = x.geometry
+    sizes = {name: getattr(g, name) for name in "batch heads_q heads_kv seq_q seq_k head_dim head_dim_v".split()}
+    pointers = {name: getattr(x, name).data_ptr() for name in "qkv"}
+    attributes = HaAttributes.of(g.config)
+    for name in set(changes) & {field for field, _ in HaAttributes._fields_}:
+        setattr(attributes, name, changes.pop(name))
+    return HaParams(**{"struct_size": ctypes.sizeof(HaParams), "attributes": attributes, **sizes, **pointers, **changes})
+
+
+REFUSALS = {
+    "float16": ({"dtype": 1}, "dtype is float16; the processor's kernels take float32"),
+    "bfloat16": ({"dtype": 2}, "dtype is bfloat16; the processor's kernels take float32"),
+    "unknown-dtype": ({"dtype": 7}, "dtype is 7; it takes 0 (float32), 1 (float16) or 2 (bfloat16)"),
+    "other-build": ({"struct_size": 8}, "HaParams has 8 bytes"),
+    "head-size": ({"head_dim": 257}, "head_dim is 257; it takes an integer from 1 to 256"),
+    "value-size": ({"head_dim_v": 0}, "head_dim_v is 0; it takes an integer from 1 to 256"),
+    "heads": ({"heads_q": 3, "heads_kv": 2}, "3 query heads over 2 key heads"),
+    "attribute": ({"block_size": 257}, "block_size is 257; it takes an integer from 16 to 256"),
+    "no-keys": ({"k": None}, "k is a null pointer"),
+    "no-values": ({"v": None}, "v is a null pointer"),
+    "no-output": ({"out": None}, "out is a null pointer"),
+    "no-workspace": ({"workspace": None}, "workspace is a null pointer"),
+    "small-workspace": ({"workspace_size": 3}, "workspace has 3 bytes; this problem takes "),
+    "workspace-off-by-8": ({"workspace": 8}, "workspace is not aligned to 256 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals_say_what_is_allowed(library: Library, name: str) -> None:
+    changes, text = REFUSALS[name]
+    out = torch.zeros(130 * 7 * 2)
+    x = inputs(PLAIN, F32)
+    params = problem(x, **{"out": out.data_ptr(), "workspace": 256, "workspace_size": 1 << 40, **changes})
+    with pytest.raises(UsageError, match="(?s).*" + text.replace("(", r"\(").replace(")", r"\)")):
+        library.check(library._forward, ctypes.byref(params))
+    assert (out == 0).all()
+
+
+def test_attend_needs_a_plan(library: Library) -> None:
+    x = inputs(PLAIN, F32)
+    with pytest.raises(UsageError, match="plan_blocks is a null pointer"):
+        Stages(library, x, PLAIN.config)._attention(library._attend, None)
+
+
+@pytest.mark.parametrize(("side", "rows", "text"), [(2, 4, "side is 2; it takes 0"), (0, 0, "rows is 0; it takes an integer of at least 1")])
+def test_pool_refuses(library: Library, side: int, rows: int, text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        library.check(library._pool, ctypes.byref(problem(inputs(PLAIN, F32))), side, rows, None, None)
+
+
+def test_unknown_instruction_set_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="HYPERATTENTION_CPU is 'sse9'; this processor takes one of .*generic") as error:
+        load_copy(tmp_path, "sse9")
+    assert all(isa in str(error.value) for isa in instruction_sets())
+
+
+def test_workspace_is_a_function_of_shapes(library: Library) -> None:
+    x = inputs(PLAIN, F32)
+    sizes = {library.workspace_size(f * x.q, f * x.k, x.v, PLAIN.config) for f in (0, 1, float("nan"))}
+    assert len(sizes) == 1 and sizes.pop() > 0
+    assert library.workspace_size(x.q, x.k, x.v, PLAIN.config.exact()) == 0
+    long = library.workspace_size(*(torch.empty(1, 4, 32768, 64) for _ in "qkv"), Config())
+    assert long < 3 * 4 * 32768 * 64, "pools of 4 rows in int8 take a sixteenth of Q and K"
