@@ -110,11 +110,9 @@ class _Rows:
         return torch.zeros(visible.shape, dtype=self.wide, device=self.device).masked_fill(~visible, -torch.inf)
 
     def _contiguous(self, q: Tensor, position: Tensor, start: int, stop: int, causal: bool) -> tuple[Tensor, Tensor]:
-        """Rows at `position` against keys [start, stop)."""
+        """Rows at `position` against keys [start, stop), none of them past the length."""
         key = torch.arange(start, stop, device=self.device)
-        visible = (key < self.length).expand(len(position), -1)
-        if causal:
-            visible = visible & (key <= position[:, None])
+        visible = key <= position[:, None] if causal else torch.ones_like(key, dtype=torch.bool)
         return _part(q, self.k[:, :, start:stop], self.v[:, :, start:stop], self._bias(visible), self.scale, self.wide)
 
     def exact(self, o: Tensor, lse: Tensor) -> None:
