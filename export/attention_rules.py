@@ -37,22 +37,20 @@ def find_problem(module: nn.Module, attention_mask: Any, scale: float | None, dr
     padding, anything else for every other kind; `kwargs` are the remaining arguments of the attention function.
     """
     for name, value in sorted(kwargs.items()):
-        if name in _HARMLESS or value is None or value is False or (name == "is_causal" and value is True):
+        if name in _HARMLESS or name == "is_causal" or value is None or value is False:
             continue
         if name in _NAMED:
             return _NAMED[name].format(value=value)
-        if name == "is_causal":
-            return "attention that is not causal"
         return f"an argument of its attention that the operator does not know: {name}"
-    if getattr(module, "is_causal", True) is False and kwargs.get("is_causal") is not True:
+    is_causal = kwargs.get("is_causal")
+    if is_causal is False or (is_causal is None and getattr(module, "is_causal", True) is False):
         return "attention that is not causal (an encoder's or cross-attention)"
     if dropout:
         return f"dropout {dropout} in the attention"
     if scale is not None and not scale > 0:
         return f"scale {scale} on the logits; the operator takes one above 0"
     if attention_mask is not None and not _is_lengths(attention_mask):
-        kind = _layer_type(module)
-        return f"{kind or 'a mask'} that is not plain causal" + ("" if kind else " (packed positions or a position bias)")
+        return _layer_type(module) or "a mask that is not plain causal (packed positions or a position bias)"
     return None
 
 

@@ -7,9 +7,10 @@ layer's sizes, scale and peculiarities for any architecture that goes through tr
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import torch
 import transformers
@@ -77,7 +78,7 @@ def inspect_source(path: Path) -> Source:
     config = _read_config(path)
     _check_weights(path)
     try:
-        with torch.device("meta"):
+        with _quiet(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, AssertionError, ImportError, ZeroDivisionError) as error:
         raise UnsupportedModel(
@@ -102,9 +103,10 @@ def inspect_source(path: Path) -> Source:
 def load_model(source: Source, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
     """The model with its weights, in eval mode. Raises UsageError for weights that are unreadable or do not fit the config."""
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source.path, config=source.config, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
+        with _quiet():
+            # Tensors of another shape are reported below, by name, and never replaced by random ones.
+            options = dict(local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True)
+            model, info = AutoModelForCausalLM.from_pretrained(source.path, config=source.config, dtype=dtype, **options)
     except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError) as error:
         raise UsageError(f"the weights of {source.path.name} cannot be loaded: {_one_line(error)}; copy the directory again") from error
     complaints = {"missing_keys": "are missing from the weight files", "mismatched_keys": "have another shape than config.json says"}
@@ -114,6 +116,21 @@ def load_model(source: Source, dtype: torch.dtype, device: torch.device | str = 
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise UsageError(f"{', '.join(names[:3])}{more} {what}; copy the directory of {source.path.name} again")
     return model.to(device).eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' warnings and progress bars off; what they say is raised as errors of ours."""
+    logging = transformers.utils.logging
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _one_line(error: BaseException) -> str:
@@ -141,7 +158,8 @@ def _read_config(path: Path) -> Any:
             f"(code inside the model's directory is never run)"
         )
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True)
+        with _quiet():
+            return AutoConfig.from_pretrained(path, local_files_only=True)
     except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:
         raise UsageError(f"{file} cannot be read as a {data['model_type']} configuration: {_one_line(error)}") from error
     except Exception as error:
@@ -209,7 +227,7 @@ def _probe(model: nn.Module) -> tuple[AttentionLayer, ...]:
     try:
         model.set_attn_implementation(_PROBE)
         ids = torch.zeros(_PROBE_SHAPE, dtype=torch.long, device="meta")
-        with torch.no_grad():
+        with _quiet(), torch.no_grad():
             model(input_ids=ids, attention_mask=torch.ones(_PROBE_SHAPE, dtype=torch.bool, device="meta"), use_cache=False)
     except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, KeyError, IndexError) as error:
         raise UnsupportedModel(

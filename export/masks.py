@@ -46,7 +46,7 @@ def attention_mask_function(
     if mask_function is not causal_mask_function:
         kwargs["allow_is_causal_skip"] = False
         return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs)
-    if isinstance(q_offset, Tensor):
+    if isinstance(q_offset, Tensor) or kv_offset + kv_length != q_offset + q_length:
         raise UsageError("the cache is of fixed size (StaticCache), so keys lie behind the last query; use a DynamicCache")
     if isinstance(kv_offset, int) and kv_offset:
         raise UsageError(f"the cache has dropped its first {kv_offset} keys (config.sliding_window), but the layer attends to all of them")

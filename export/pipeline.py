@@ -179,13 +179,10 @@ def run(source: "Source", plan: ExportPlan, options: Options, reporter: Reporter
 
 
 def _export(source: "Source", plan: ExportPlan, folder: Path, reporter: Reporter) -> None:
-    import transformers
-
     from hyperattention.export.load import load_model, torch_dtype
     from hyperattention.export.onnx_graph import export_onnx
     from hyperattention.export.patch import install
 
-    transformers.utils.logging.disable_progress_bar()  # ours says what is going on
     with reporter.stage("load"):
         model = load_model(source, torch_dtype(plan.dtype))
         patched = install(model, plan)

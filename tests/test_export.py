@@ -1,0 +1,425 @@
+"""Plan, load and patch: decisions, refusals by name, padding, caches, and the exact twin against transformers' own attention."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers
+
+from hyperattention.config import INT32_MAX, Config
+from hyperattention.errors import HyperAttentionError, UnsupportedModel, UsageError
+from hyperattention.export.load import Source, inspect_source, load_model
+from hyperattention.export.masks import attention_mask_function, lengths_of
+from hyperattention.export.memory import predict
+from hyperattention.export.patch import IMPLEMENTATION, Patched, install, padding_mask
+from hyperattention.export.plan import ExportPlan, make_plan, parse_batch, parse_layers, warnings
+from hyperattention.reference import exact_attention
+
+ROWS = 150
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def source(folder: Path) -> Source:
+    return inspect_source(folder)
+
+
+def patched(source: Source, **options: Any) -> Patched:
+    plan = make_plan(source, **{"layers": "all", "attributes": tiny.SMALL, **options})
+    return install(load_model(source, torch.float32), plan)
+
+
+# --- plan ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("all", range(8)),
+        ("none", ()),
+        ("odd", (1, 3, 5, 7)),
+        ("even", (0, 2, 4, 6)),
+        ("first:3", (0, 1, 2)),
+        ("last:1", (7,)),
+        ("0-3,7", (0, 1, 2, 3, 7)),
+        ("5", (5,)),
+        ("2-2,2", (2,)),
+    ],
+)
+def test_layer_spec(spec: str, expected: Any) -> None:
+    assert parse_layers(spec, 8) == frozenset(expected)
+
+
+@pytest.mark.parametrize("spec", ["", "some", "8", "0-8", "3-1", "first:0", "last:9", "first:", "1,,2", "-1", "1-", "first:x", "ODD"])
+def test_layer_spec_refused(spec: str) -> None:
+    with pytest.raises(UsageError, match="--layers"):
+        parse_layers(spec, 8)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("3", (3, 3, 3)), ("1,4,8", (1, 4, 8)), ("1, 2, 2", (1, 2, 2))])
+def test_batch(text: str, expected: tuple[int, int, int]) -> None:
+    assert parse_batch(text) == expected
+
+
+def test_plan_round_trips_through_json(source: Source) -> None:
+    shape = dict(seq=(1, 100, 200), batch=(1, 2, 3))
+    plan = make_plan(source, layers="odd", task="prefill", dtype="bf16", seed=INT32_MAX, attributes=tiny.SMALL, **shape)
+    assert ExportPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+def test_plan_of_another_version_is_refused(source: Source) -> None:
+    data = make_plan(source).to_json()
+    with pytest.raises(UsageError, match="export the model again"):
+        ExportPlan.from_json({**data, "unknown": 1})
+
+
+def test_every_layer_is_decided(source: Source) -> None:
+    plan = make_plan(source, layers="odd", seed=40)
+    first, second = plan.layers
+    assert (first.mode, second.mode) == ("exact", "approximate")
+    assert first.config is not None and first.config.exact_below == INT32_MAX
+    assert second.config is not None and second.config.exact_below == 4096
+    assert (first.config.seed, second.config.seed) == (40, 41)
+    assert plan.planned == plan.layers and plan.approximate == (second,)
+
+
+def test_seeds_wrap_below_two_to_the_31(source: Source) -> None:
+    plan = make_plan(source, layers="all", seed=INT32_MAX)
+    assert [layer.config.seed for layer in plan.planned if layer.config] == [INT32_MAX, 0]
+
+
+def test_other_layers_may_keep_pytorchs_attention(source: Source) -> None:
+    plan = make_plan(source, layers="odd", keep_exact="onnx")
+    assert [(layer.mode, layer.config is None) for layer in plan.layers] == [("native", True), ("approximate", False)]
+
+
+def test_preset_exact_never_approximates(source: Source) -> None:
+    plan = make_plan(source, layers="all", preset="exact", attributes={"exact_below": 5})
+    assert {layer.mode for layer in plan.layers} == {"exact"}
+    assert all(layer.config is not None and layer.config.is_exact(10**6, 10**6) for layer in plan.layers)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(preset="paper"), "--preset is 'paper'"),
+        (dict(task="classify"), "--task"),
+        (dict(dtype="fp8"), "--dtype"),
+        (dict(input_ids="words"), "--input-ids"),
+        (dict(keep_exact="both"), "--keep-exact"),
+        (dict(seed=-1), "--seed is -1"),
+        (dict(seed=INT32_MAX + 1), "--seed"),
+        (dict(seq=(9, 8, 10)), "min <= opt <= max"),
+        (dict(seq=(0, 8, 10)), "1 <= min"),
+        (dict(seq=(1, 8, 2**25)), "max 33554432"),
+        (dict(batch=(2, 1, 2)), "--batch"),
+        (dict(attributes={"block_size": 8}), "block_size is 8; it takes an integer from 16 to 256"),
+        (dict(attributes={"pool_size": 7}), "pool_size"),
+        (dict(attributes={"selector": "sortlsh"}), "selector is 'sortlsh'"),
+        (dict(attributes={"causal": 0}), "causal"),
+    ],
+    ids=lambda value: next(iter(value)) + str(next(iter(value.values()))) if isinstance(value, dict) else "",
+)
+def test_plan_refuses(source: Source, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        make_plan(source, **options)
+
+
+def test_plan_warns_of_lengths_that_mean_nothing(source: Source) -> None:
+    plan = make_plan(source, layers="odd", seq=(1, 100, 1000))
+    found = warnings(plan, source.max_positions)
+    assert len(found) == 2 and "trained for 512" in found[0] and "never approximate" in found[1]
+    assert warnings(make_plan(source, layers="odd", seq=(1, 100, 512), attributes=tiny.SMALL), source.max_positions) == []
+
+
+def test_memory_prediction_names_its_parts(source: Source) -> None:
+    plan = make_plan(source, layers="odd", task="prefill", dtype="bf16", seq=(1, 100, 512), batch=(1, 2, 3))
+    items = {item.name: item.bytes for item in predict(source, plan)}
+    assert items["weights"] == 2 * source.num_parameters
+    assert items["keys and values"] == 2 * 3 * 512 * (2 * 2 * (8 + 8))
+    assert items["logits"] == 2 * 3 * tiny.VOCABULARY
+    assert items["function body"] == 3 * 3 * 4 * 512 * 512 * 4
+
+
+# --- load ------------------------------------------------------------------------------------------------------------
+
+
+def test_inspection_finds_sizes_without_loading(source: Source) -> None:
+    assert source.architecture == "LlamaForCausalLM" and len(source.layers) == 2
+    layer = source.layers[1]
+    assert (layer.index, layer.name, layer.problem) == (1, "model.layers.1.self_attn", None)
+    assert (layer.heads_q, layer.heads_kv, layer.head_dim, layer.head_dim_v) == (4, 2, 8, 8)
+    assert source.num_parameters == sum(p.numel() for p in load_model(source, torch.float32).parameters())
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model type, the problem of each layer, and configuration to change."""
+
+    model_type: str
+    problems: tuple[str | None, ...]
+    overrides: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        return self.model_type
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Architecture("llama", (None, None)),
+        Architecture("gpt2", (None, None)),
+        Architecture("opt", (None, None)),
+        Architecture("mistral", ("sliding window of 16 keys", "sliding window of 16 keys")),
+        Architecture("gemma2", ("sliding window of 16 keys", "softcap 50.0 on the logits")),
+        Architecture("gpt_oss", ("attention sinks (s_aux) in the softmax",) * 2),
+        Architecture("llama4_text", ("chunked attention",) * 3 + (None,)),
+    ],
+    ids=str,
+)
+def test_layers_are_judged_by_what_they_ask_for(case: Architecture, tmp_path: Path) -> None:
+    """And the patched model, exact, is the model as transformers runs it, padding included."""
+    source = inspect_source(tiny.save(tmp_path, case.model_type, **case.overrides))
+    assert tuple(layer.problem for layer in source.layers) == case.problems
+    model = load_model(source, torch.float32)
+    model.set_attn_implementation("eager")
+    ids, lengths = tiny.token_ids(2, ROWS), torch.tensor([ROWS, 101])
+    with torch.no_grad():
+        own = model(input_ids=ids, attention_mask=padding_mask(lengths, ROWS).long(), use_cache=False).logits
+    ours = install(model, make_plan(source, layers="all", attributes=tiny.SMALL))
+    with ours.mode("exact"):
+        exact = ours.forward(ids, lengths).logits
+    for row, length in enumerate(lengths.tolist()):
+        torch.testing.assert_close(exact[row, :length], own[row, :length], atol=2e-5, rtol=2e-5)
+    modes = {layer.mode for layer in ours.plan.layers}
+    assert modes == {"native" if problem else "approximate" for problem in case.problems}
+
+
+def test_a_layer_that_cannot_be_replaced_is_refused_by_number(tmp_path: Path) -> None:
+    source = inspect_source(tiny.save(tmp_path, "gemma2"))
+    with pytest.raises(UnsupportedModel, match=r"layer 1 \(model.layers.1.self_attn\) cannot be replaced: softcap 50.0"):
+        make_plan(source, layers="1")
+    assert {layer.mode for layer in make_plan(source, layers="odd").layers} == {"native"}
+
+
+def _truncate(path: Path) -> None:
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def _edit(path: Path, **values: Any) -> None:
+    file = path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def _drop_tensor(path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path / "model.safetensors")
+    del tensors["model.layers.1.self_attn.q_proj.weight"]
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+BROKEN = {
+    "truncated-weights": (_truncate, "truncated or broken"),
+    "empty-weights": (lambda p: (p / "model.safetensors").write_bytes(b""), "truncated or broken"),
+    "no-weights": (lambda p: (p / "model.safetensors").unlink(), "holds no weights"),
+    "no-config": (lambda p: (p / "config.json").unlink(), "holds no config.json"),
+    "config-not-json": (lambda p: (p / "config.json").write_text("{"), "is not valid JSON"),
+    "config-a-list": (lambda p: (p / "config.json").write_text("[]"), "names no model_type"),
+    "config-binary": (lambda p: (p / "config.json").write_bytes(b"\xff\xfe\x00"), "is not valid JSON"),
+    "unknown-architecture": (lambda p: _edit(p, model_type="hyperion"), "architecture 'hyperion' is unknown"),
+    "wrong-type": (lambda p: _edit(p, hidden_size="big"), "cannot be read as a llama configuration"),
+    "heads-do-not-divide": (lambda p: _edit(p, num_attention_heads=3, head_dim=None), "cannot"),
+    "not-a-language-model": (lambda p: _edit(p, model_type="vit"), "cannot build a causal language model of type 'vit'"),
+    "other-size": (lambda p: _edit(p, intermediate_size=50), "another shape than config.json says"),
+    "tensor-missing": (_drop_tensor, "q_proj.weight are missing from the weight files"),
+    "index-names-missing-file": (
+        lambda p: (p / "model.safetensors.index.json").write_text('{"weight_map": {"a": "part-1.safetensors"}}'),
+        "part-1.safetensors, which is missing",
+    ),
+    "index-broken": (lambda p: (p / "model.safetensors.index.json").write_text("{}"), "is broken"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_directory_is_refused(name: str, folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    breaks, words = BROKEN[name]
+    breaks(copy)
+    with pytest.raises(HyperAttentionError, match=words) as raised:
+        load_model(inspect_source(copy), torch.float32)
+    assert raised.value.exit_code == 2
+
+
+def test_model_outside_the_interface_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="BloomForCausalLM does not go through transformers' AttentionInterface"):
+        inspect_source(tiny.save(tmp_path, "bloom"))
+
+
+# --- patch -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ours(source: Source) -> Patched:
+    return patched(source)
+
+
+@pytest.mark.parametrize("mode", ["plan", "exact"])
+def test_padded_rows_equal_the_row_alone(ours: Patched, mode: str) -> None:
+    ids, lengths = tiny.token_ids(3, ROWS), torch.tensor([ROWS, 101, 1])
+    with ours.mode(mode):
+        together = ours.forward(ids, lengths).logits
+        for row, length in enumerate(lengths.tolist()):
+            alone = ours.forward(ids[row : row + 1, :length]).logits[0]
+            if mode == "exact" or length == ROWS:
+                torch.testing.assert_close(together[row, :length], alone, atol=1e-5, rtol=1e-5)
+    # Rule 5: whether a call is exact follows from the padded shape, and so may differ from the short row alone.
+    with ours.mode("plan"):
+        padded = torch.cat([ids[1:2, :101], torch.full((1, ROWS - 101), 5)], 1)
+        other = torch.cat([ids[1:2, :101], torch.full((1, ROWS - 101), 60)], 1)
+        a, b = (ours.forward(x, torch.tensor([101])).logits[0, :101] for x in (padded, other))
+        assert torch.equal(a, b), "padding reached a live row"
+
+
+def test_plan_mode_approximates_and_exact_mode_does_not(ours: Patched) -> None:
+    ids = tiny.token_ids(2, ROWS)
+    plan = ours.forward(ids).logits
+    with ours.mode("exact"):
+        exact = ours.forward(ids).logits
+    assert (plan - exact).abs().max() > 0.01
+    assert torch.equal(ours.forward(ids).logits, plan), "the mode is left behind"
+
+
+def test_exact_tail_after_a_cached_prefill(ours: Patched) -> None:
+    ids = tiny.token_ids(2, ROWS)
+    with ours.mode("exact"):
+        whole = ours.forward(ids).logits
+        cache = ours.forward(ids[:, :90], use_cache=True).past_key_values
+        tail = ours.forward(ids[:, 90:], past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(tail, whole[:, 90:], atol=1e-5, rtol=1e-5)
+
+
+def test_chunked_prefill_on_local_blocks_equals_one_call(ours: Patched) -> None:
+    ids = tiny.token_ids(1, 192)  # two chunks of more than 64 rows, which would be exact
+    whole = ours.forward(ids).logits
+    first = ours.forward(ids[:, :96], use_cache=True)
+    rest = ours.forward(ids[:, 96:], past_key_values=first.past_key_values, use_cache=True).logits
+    torch.testing.assert_close(torch.cat([first.logits, rest], 1), whole, atol=1e-4, rtol=1e-4)
+
+
+def test_capture_holds_every_planned_call(ours: Patched) -> None:
+    ids, lengths = tiny.token_ids(2, ROWS), torch.tensor([ROWS, 101])
+    with ours.capture() as captured:
+        ours.forward(ids, lengths)
+    assert [c.layer for c in captured] == [0, 1]
+    call = captured[1]
+    assert call.q.shape == (2, 4, ROWS, 8) and call.k.shape == (2, 2, ROWS, 8) and call.config == ours.plan.layers[1].config
+    assert call.lengths is not None and call.lengths.dtype == torch.int32 and call.lengths.tolist() == [ROWS, 101]
+    with ours.capture(frozenset({1})) as one, ours.mode("exact"):
+        ours.forward(ids)
+    assert [c.layer for c in one] == [1]
+    expected = exact_attention(one[0].q, one[0].k, one[0].v, True).o
+    torch.testing.assert_close(one[0].o, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_another_operator_can_take_its_place(ours: Patched) -> None:
+    seen = []
+
+    def zeros(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: Config, lengths: torch.Tensor | None) -> Any:
+        seen.append((config.seed, lengths))
+        return torch.zeros_like(q), q.new_zeros(q.shape[:-1])
+
+    with ours.mode("plan", attention=zeros):
+        ours.forward(tiny.token_ids(1, ROWS))
+    assert seen == [(0, None), (1, None)]
+
+
+def test_a_plan_of_another_model_is_refused(source: Source) -> None:
+    plan = make_plan(source)
+    other = replace(plan, layers=(replace(plan.layers[0], name="model.layers.9.self_attn"),))
+    with pytest.raises(UnsupportedModel, match="model.layers.9.self_attn, which LlamaForCausalLM does not have"):
+        install(load_model(source, torch.float32), other)
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [([0, 0, 1, 1, 1], "left-padded"), ([1, 1, 0, 1, 1], "not one run of ones"), ([0, 1, 1, 1, 0], "not one run of ones")],
+    ids=["left", "holed", "both-ends"],
+)
+def test_masks_that_are_not_right_padded_are_refused(ours: Patched, row: list[int], kind: str) -> None:
+    mask = torch.tensor([[1] * 5, row])
+    with pytest.raises(UsageError, match=f"row 1 of attention_mask is {kind}"):
+        lengths_of(mask)
+    with pytest.raises(UsageError, match=kind), torch.no_grad():
+        ours.model(input_ids=tiny.token_ids(2, 5), attention_mask=mask)
+
+
+def test_a_right_padded_mask_given_to_the_model_becomes_lengths(ours: Patched) -> None:
+    ids, lengths = tiny.token_ids(2, ROWS), torch.tensor([ROWS, 101])
+    with torch.no_grad():
+        direct = ours.model(input_ids=ids, attention_mask=padding_mask(lengths, ROWS).long()).logits
+    assert torch.equal(direct, ours.forward(ids, lengths).logits)
+
+
+def test_lengths_of_masks() -> None:
+    assert lengths_of(torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]])).tolist() == [3, 1, 0]
+
+
+def test_packed_positions_are_refused(ours: Patched) -> None:
+    positions = torch.cat([torch.arange(40), torch.arange(60)])[None]
+    with pytest.raises(UnsupportedModel, match=r"layer 0 .*packed positions"), torch.no_grad():
+        ours.model(input_ids=tiny.token_ids(1, 100), position_ids=positions, use_cache=False)
+
+
+def test_a_cache_of_fixed_size_is_refused(ours: Patched) -> None:
+    cache = transformers.StaticCache(config=ours.model.config, max_cache_len=200)
+    with pytest.raises(UsageError, match="DynamicCache"), torch.no_grad():
+        ours.model(input_ids=tiny.token_ids(1, 50), past_key_values=cache)
+
+
+def test_a_cache_that_drops_keys_is_refused() -> None:
+    with pytest.raises(UsageError, match="has dropped its first 3 keys"):
+        attention_mask_function(1, 5, 8, 6, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "words"),
+    [
+        ("argument", {"temperature_curve": 2.0}, "does not know: temperature_curve"),
+        ("softcap", {"softcap": 30.0}, "softcap 30.0"),
+        ("dropout", {"dropout": 0.1}, "dropout 0.1"),
+        ("direction", {"is_causal": False}, "not causal"),
+        ("bias", {"position_bias": torch.zeros(1)}, "position bias"),
+        ("packed", {"cu_seq_lens_q": torch.zeros(2)}, "packed sequences"),
+        ("scale", {"scaling": 0.5}, "scale 0.5, where the plan says 0.35"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " not in value else "",
+)
+def test_calls_the_operator_cannot_compute_are_refused(ours: Patched, name: str, kwargs: dict[str, Any], words: str) -> None:
+    function = transformers.AttentionInterface()[IMPLEMENTATION]
+    module = ours.model.get_submodule("model.layers.1.self_attn")
+    x = torch.randn(1, 4, 9, 8)
+    function(module, x, x[:, :2], x[:, :2], None, scaling=8**-0.5, position_ids=torch.arange(9), softcap=None)
+    with pytest.raises(UnsupportedModel, match=rf"layer 1 \(model.layers.1.self_attn\) uses .*{words}"):
+        function(module, x, x[:, :2], x[:, :2], None, **{"scaling": 8**-0.5, **kwargs})
+
+
+def test_lengths_of_the_wrong_shape_are_refused(ours: Patched) -> None:
+    with pytest.raises(UsageError, match="one length a row"):
+        ours.forward(tiny.token_ids(2, 5), torch.tensor([5]))
