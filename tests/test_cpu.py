@@ -117,7 +117,7 @@ def test_padding_reaches_no_live_row(library: Library, causal: int, exact_below:
     case = Case("padding", 203, 203, config(causal=causal, exact_below=exact_below), lengths=(150, 203, 1))
     clean = inputs(case, F32)
     q, k, v = clean.q.clone(), clean.k.clone(), clean.v.clone()
-    live = torch.arange(203) < clean.lengths[:, None]
+    live = torch.arange(203) < torch.tensor(case.lengths)[:, None]
     for x in (q, k, v):
         x.transpose(1, 2)[~live] = poison
     dirty = replace(clean, q=q, k=k, v=v)
@@ -165,7 +165,7 @@ def problem(x: Inputs, **changes) -> HaParams:
     sizes = {name: getattr(g, name) for name in "batch heads_q heads_kv seq_q seq_k head_dim head_dim_v".split()}
     pointers = {name: getattr(x, name).data_ptr() for name in "qkv"}
     attributes = HaAttributes.of(g.config)
-    for name in set(changes) & {field for field, _ in HaAttributes._fields_}:
+    for name in set(changes) & {field[0] for field in HaAttributes._fields_}:
         setattr(attributes, name, changes.pop(name))
     return HaParams(**{"struct_size": ctypes.sizeof(HaParams), "attributes": attributes, **sizes, **pointers, **changes})
 
@@ -205,7 +205,7 @@ def test_attend_needs_a_plan(library: Library) -> None:
         Stages(library, x, PLAIN.config)._attention(library._attend, None)
 
 
-@pytest.mark.parametrize(("side", "rows", "text"), [(2, 4, "side is 2; it takes 0"), (0, 0, "rows is 0; it takes an integer of at least 1")])
+@pytest.mark.parametrize(("side", "rows", "text"), [(2, 4, "side is 2; it takes 0"), (0, 0, "rows is 0; it takes an integer")])
 def test_pool_refuses(library: Library, side: int, rows: int, text: str) -> None:
     with pytest.raises(UsageError, match=text):
         library.check(library._pool, ctypes.byref(problem(inputs(PLAIN, F32))), side, rows, None, None)
@@ -222,5 +222,6 @@ def test_workspace_is_a_function_of_shapes(library: Library) -> None:
     sizes = {library.workspace_size(f * x.q, f * x.k, x.v, PLAIN.config) for f in (0, 1, float("nan"))}
     assert len(sizes) == 1 and sizes.pop() > 0
     assert library.workspace_size(x.q, x.k, x.v, PLAIN.config.exact()) == 0
-    long = library.workspace_size(*(torch.empty(1, 4, 32768, 64) for _ in "qkv"), Config())
+    tall = torch.empty(1, 4, 32768, 64)
+    long = library.workspace_size(tall, tall, tall, Config())
     assert long < 3 * 4 * 32768 * 64, "pools of 4 rows in int8 take a sixteenth of Q and K"

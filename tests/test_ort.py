@@ -1,0 +1,205 @@
+"""The op inside ONNX Runtime: one-node models against the reference, refusals, several sessions, and the profile."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from native import assert_equal_bits, assert_within_twin, expected, inputs
+from onnx import TensorProto, helper
+from operator_cases import CASES, Case, config
+
+from hyperattention.config import DOMAIN, OP_TYPE, RANGES, Config
+from hyperattention.library import load_cpu, ort_library_path
+
+pytestmark = pytest.mark.ort
+ort = pytest.importorskip("onnxruntime")
+F32 = torch.float32
+
+
+def one_node(attributes: dict, *, lengths: str | None = "lengths", lse: bool = True, rank: int | None = 4) -> bytes:
+    """A model of one HyperAttention node with symbolic shapes; `lengths` "" names the input and leaves it empty."""
+    shapes = {"q": ["batch", "heads", "rows", "size"], "k": ["batch", "groups", "keys", "size"], "v": ["batch", "groups", "keys", "out"]}
+    graph_inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape if rank else None) for name, shape in shapes.items()]
+    names = [*shapes]
+    if lengths is not None:
+        names.append(lengths)
+    if lengths:
+        graph_inputs.append(helper.make_tensor_value_info(lengths, TensorProto.INT32, ["batch"]))
+    outputs = ["o", "lse"] if lse else ["o"]
+    node = helper.make_node(OP_TYPE, names, outputs, name="attention", domain=DOMAIN, **attributes)
+    graph = helper.make_graph([node], "one", graph_inputs, [helper.make_tensor_value_info(o, TensorProto.FLOAT, None) for o in outputs])
+    imports = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
+    return helper.make_model(graph, opset_imports=imports, ir_version=10).SerializeToString()
+
+
+def session(model: bytes, threads: int = 1, profile: Path | None = None):
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # refusals are asked for here
+    options.register_custom_ops_library(str(ort_library_path()))
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def feed(case: Case) -> dict[str, np.ndarray]:
+    x = inputs(case, F32)
+    lengths = {} if x.lengths is None else {"lengths": x.lengths.numpy()}
+    return {"q": x.q.numpy(), "k": x.k.numpy(), "v": x.v.numpy(), **lengths}
+
+
+def run(case: Case, threads: int = 1) -> list[torch.Tensor]:
+    model = one_node(case.config.attributes(), lengths="lengths" if case.lengths else None)
+    return [torch.from_numpy(x) for x in session(model, threads).run(None, feed(case))]
+
+
+@pytest.mark.parametrize("case", CASES[::5], ids=str)
+def test_equals_the_reference_and_the_library(case: Case) -> None:
+    x, wanted = inputs(case, F32), expected(case, F32)
+    found = run(case)
+    library = load_cpu().forward(x.q, x.k, x.v, case.config, x.lengths)
+    for name, mine, exact, twin, same in zip(("o", "lse"), found, wanted.exact, wanted.twin, library, strict=True):
+        assert_within_twin(mine, exact, twin, name)
+        assert_equal_bits(mine, same, f"{name} of the C interface")
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_thread_count_changes_no_bit(threads: int) -> None:
+    case = Case("threads", 203, 203, heads=(6, 2))
+    for name, one, many in zip(("o", "lse"), run(case, 1), run(case, threads), strict=True):
+        assert_equal_bits(many, one, name)
+
+
+def test_attributes_have_configs_defaults() -> None:
+    case = Case("defaults", 700, 4200, Config(), dims=(16, 16))  # above exact_below: every attribute tells
+    (o,) = session(one_node({}, lengths=None, lse=False)).run(None, feed(case))
+    assert_equal_bits(torch.from_numpy(o), run(case)[0], "o")
+
+
+@pytest.mark.parametrize("lengths", [None, "", "lengths"], ids=["absent", "empty-name", "given"])
+@pytest.mark.parametrize("lse", [False, True], ids=["o", "o-lse"])
+def test_optional_input_and_output(lengths: str | None, lse: bool) -> None:
+    case = Case("optional", 70, 203, lengths=(203, 203))
+    given = feed(case)
+    if not lengths:
+        del given["lengths"]
+    found = session(one_node(case.config.attributes(), lengths=lengths, lse=lse)).run(None, given)
+    assert len(found) == 1 + lse
+    for mine, wanted in zip(found, run(case), strict=False):
+        assert_equal_bits(torch.from_numpy(mine), wanted, "output")
+
+
+def test_one_session_takes_any_shape() -> None:
+    shared = session(one_node(config().attributes()))
+    for rows, keys, batch in ((70, 203, 1), (203, 70, 2), (1, 5, 1), (300, 300, 3), (0, 9, 1), (66, 0, 1)):
+        case = Case("shapes", rows, keys, lengths=tuple(range(keys, keys - batch, -1)), dims=(9, 5))
+        for mine, exact, twin in zip(shared.run(None, feed(case)), expected(case, F32).exact, expected(case, F32).twin, strict=True):
+            assert_within_twin(torch.from_numpy(mine), exact, twin, str(case))
+
+
+def test_sessions_in_parallel_threads() -> None:
+    cases = [Case("parallel", rows, rows, config(seed=rows), heads=(4, 2)) for rows in (203, 211)]
+    alone = [run(case) for case in cases]
+    sessions = [session(one_node(case.config.attributes(), lengths=None), threads=2) for case in cases]
+    found: list[list] = [[], []]
+
+    def repeat(i: int) -> None:
+        for _ in range(10):
+            found[i].append(sessions[i].run(None, feed(cases[i])))
+
+    workers = [threading.Thread(target=repeat, args=(i,)) for i in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for outputs, wanted in zip(found, alone, strict=True):
+        assert len(outputs) == 10
+        for output in outputs:
+            for mine, theirs in zip(output, wanted, strict=True):
+                assert_equal_bits(torch.from_numpy(mine), theirs, "output beside another session")
+
+
+def test_inferred_shapes() -> None:
+    shapes = [o.shape for o in session(one_node({})).get_outputs()]
+    assert shapes == [["batch", "heads", "rows", "out"], ["batch", "heads", "rows"]]
+    model = onnx.load_from_string(one_node({}))
+    for value, shape in zip(model.graph.input, ((2, 4, 70, 8), (2, 2, 90, 8), (2, 2, 90, 5), (2,)), strict=True):
+        for dim, size in zip(value.type.tensor_type.shape.dim, shape, strict=True):
+            dim.dim_value = size
+    assert [o.shape for o in session(model.SerializeToString()).get_outputs()] == [[2, 4, 70, 5], [2, 4, 70]]
+    assert session(one_node({}, rank=None)).get_outputs()[0].shape in ([], None)
+
+
+def test_profile_shows_the_node(tmp_path: Path) -> None:
+    case = Case("profile")
+    profiled = session(one_node(case.config.attributes(), lengths=None), profile=tmp_path / "run")
+    profiled.run(None, feed(case))
+    events = json.loads(Path(profiled.end_profiling()).read_text())
+    nodes = [e["args"] for e in events if e.get("cat") == "Node" and e["name"].endswith("kernel_time")]
+    assert [(n["op_name"], n["provider"]) for n in nodes] == [(OP_TYPE, "CPUExecutionProvider")]
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+OUT_OF_RANGE = [(name, value, f"{name} is {value}; it takes an integer from {low} to {high}")
+                for name, (low, high) in RANGES.items() for value in (low - 1, high + 1)]  # fmt: skip
+REFUSED = [
+    *OUT_OF_RANGE,
+    ("seed", 2**40, "seed is 1099511627776; it takes an integer from 0 to"),
+    ("causal", 1.0, "causal is a float; it takes an integer"),
+    ("block_size", [64, 64], "block_size is of another type; it takes an integer"),
+    ("scale", 1, "scale is an integer; it takes a float"),
+    ("scale", -0.5, "scale is -0.5.*; it takes a finite number above 0"),
+    ("scale", float("nan"), "scale is .*nan; it takes a finite number above 0"),
+    ("selector", "sortlsh", "selector is 'sortlsh'; it takes one of blocks"),
+    ("selector", 0, "selector is an integer; it takes a string"),
+    ("pool_size", 3, "block_size 64 is not a multiple of pool_size 3"),
+    ("local_size", 100, "local_size 100 is not a multiple of block_size 64"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "text"), REFUSED, ids=[f"{name}-{value}" for name, value, _ in REFUSED])
+def test_session_refuses_attribute(name: str, value: object, text: str) -> None:
+    with pytest.raises(Exception, match="HyperAttention: " + text):
+        session(one_node({name: value}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"q": (2, 3, 70, 8)}, "3 query heads over 2 key heads; the first must be a multiple of the second"),
+        ({"q": (1, 2, 70, 8)}, r"Q, K, V have shapes \(1, 2, 70, 8\), .*must agree in batch"),
+        ({"k": (2, 2, 90, 9)}, r"Q, K, V have shapes .*\(2, 2, 90, 9\).*Q and K in head size"),
+        ({"v": (2, 2, 91, 8)}, r"Q, K, V have shapes .*K and V in heads and sequence"),
+        ({"v": (2, 1, 90, 8)}, r"Q, K, V have shapes .*K and V in heads and sequence"),
+        ({"q": (2, 70, 8)}, r"Q, K, V have shapes \(2, 70, 8\), .*each takes 4 dimensions"),
+        ({"q": (2, 2, 70, 257), "k": (2, 2, 90, 257)}, "head_dim is 257; it takes an integer from 1 to 256"),
+        ({"lengths": (3,)}, r"lengths has shape \(3\); it takes one length a batch row: \(2\)"),
+        ({"lengths": (2, 1)}, r"lengths has shape \(2, 1\); it takes one length a batch row"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_run_refuses_shapes(changes: dict, text: str) -> None:
+    shapes = {"q": (2, 2, 70, 8), "k": (2, 2, 90, 8), "v": (2, 2, 90, 8), "lengths": (2,), **changes}
+    model = onnx.load_from_string(one_node({}))
+    for value in model.graph.input:
+        value.type.tensor_type.ClearField("shape")
+    given = {name: np.ones(shape, np.int32 if name == "lengths" else np.float32) for name, shape in shapes.items()}
+    with pytest.raises(Exception, match="HyperAttention: " + text):
+        session(model.SerializeToString()).run(None, given)
+
+
+def test_other_types_are_refused_when_the_session_is_made() -> None:
+    model = onnx.load_from_string(one_node(replace(config(), seed=1).attributes(), lengths=None))
+    for value in model.graph.input:
+        value.type.tensor_type.elem_type = TensorProto.DOUBLE
+    with pytest.raises(Exception, match="tensor\\(double\\)"):
+        session(model.SerializeToString())
