@@ -106,7 +106,9 @@ HA_INLINE Sample draw_sample(const HaAttributes& a, int64_t total, int64_t s, in
   if (!a.stratified) return {a.sinks + int64_t((u * uint64_t(total)) >> 32), float(total) / float(a.sample_size)};
   const int64_t m = min64(a.sample_size, total);
   if (s >= m) return {-1, 0.0f};
-  const int64_t low = s * total / m, size = (s + 1) * total / m - low;
+  // floor(s total / m) without a 64-bit division: total = whole m + rest, and s rest stays below 2^24.
+  const int32_t whole = int32_t(total) / int32_t(m), rest = int32_t(total) % int32_t(m);
+  const int64_t low = s * whole + int32_t(s) * rest / int32_t(m), size = (s + 1) * whole + int32_t(s + 1) * rest / int32_t(m) - low;
   return {a.sinks + low + int64_t((u * uint64_t(size)) >> 32), float(size)};
 }
 

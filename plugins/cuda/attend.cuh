@@ -16,6 +16,10 @@ HA_DEVICE uint32_t tile_offset(int row, int chunk) {
   return uint32_t(row * D * 2 + ((chunk ^ (row & 7)) << 4));
 }
 
+// The address 2 k chunks to the right of `address`, which lies in chunk 0 or 1 of its row. Tiles begin at multiples of their
+// row size, so the exclusive or reaches the chunk's bits only.
+HA_DEVICE uint32_t next_chunks(uint32_t address, int k) { return address ^ uint32_t(k << 5); }
+
 // What one warp keeps in registers: 32 rows as two m16 tiles. In the layout of m16n8k16's accumulator, lane 4 g + t holds
 // rows g and g + 8 and columns 2 t and 2 t + 1 of each 16 x 8 tile.
 template <class T, int D>
@@ -47,15 +51,17 @@ struct WarpState {
 #pragma unroll
         for (int i = 0; i < 4; ++i) logits[m][n][i] = 0.0f;
     const int matrix = lane / 8, row = lane % 8;
+    const uint32_t query = queries + tile_offset<D>(matrix % 2 * 8 + row, matrix / 2);
+    const uint32_t key = keys + tile_offset<D>(matrix / 2 * 8 + row, matrix % 2);
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) {
       uint32_t a[2][4];
 #pragma unroll
-      for (int m = 0; m < 2; ++m) load_matrices(a[m], queries + tile_offset<D>(m * 16 + matrix % 2 * 8 + row, 2 * k + matrix / 2));
+      for (int m = 0; m < 2; ++m) load_matrices(a[m], next_chunks(query, k) + m * 16 * D * 2);
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) {
         uint32_t b[4];
-        load_matrices(b, keys + tile_offset<D>(n * 16 + matrix / 2 * 8 + row, 2 * k + matrix % 2));
+        load_matrices(b, next_chunks(key, k) + n * 16 * D * 2);
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
           multiply_add<T>(logits[m][2 * n], a[m], b[0], b[1]);
@@ -107,12 +113,13 @@ struct WarpState {
   template <int kKeys>
   HA_DEVICE void multiply_values(uint32_t values, int lane) {
     const int matrix = lane / 8, row = lane % 8;
+    const uint32_t value = values + tile_offset<D>(matrix % 2 * 8 + row, matrix / 2);
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {
 #pragma unroll
       for (int n = 0; n < D / 16; ++n) {
         uint32_t b[4];
-        load_matrices_transposed(b, values + tile_offset<D>(k * 16 + matrix % 2 * 8 + row, 2 * n + matrix / 2));
+        load_matrices_transposed(b, next_chunks(value, n) + k * 16 * D * 2);
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
           multiply_add<T>(o[m][2 * n], p[m][k], b[0], b[1]);
@@ -158,7 +165,7 @@ struct AttendTile {
     const Step step = walk.describe(j);
     if (!step.listed()) return;
     constexpr int kStride = kAttendThreads / kTileKeys;
-    walk.write_entry(Geometry(args.p), step, thread_index() % kTileKeys, thread_index() / kTileKeys, kStride, list_keys(j), list_bias(j));
+    walk.write_entry(step, thread_index() % kTileKeys, thread_index() / kTileKeys, kStride, list_keys(j), list_bias(j));
   }
 
   // Starts the copy of half step h: keys (even) or values (odd) of step h / 2. Keys past the length are zeros (rule 2).

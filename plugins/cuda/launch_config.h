@@ -54,6 +54,8 @@ HA_INLINE AttendConfig attend_config(const Geometry& g) {
 // --- selection ------------------------------------------------------------------------------------------------------
 
 constexpr int kSelectThreads = 128;
+constexpr int kSelectMostBlocks = 4;
+constexpr int kSelectBlockBytes = 128;  // what is known of each query block
 constexpr int kSelectSharedLimit = 96 * 1024;  // every GPU of sm_80 and later grants this
 
 struct SelectConfig {
@@ -77,11 +79,10 @@ inline SelectConfig select_config(const Geometry& g) {
     c.entries = c.supers ? c.kept * per : c.entries;
   }
   const int widest = g.may_use_superblocks() ? kSuperblock / g.a.block_size : 1;
-  for (c.blocks = widest < 4 ? widest : 4; c.blocks > 1; c.blocks /= 2) {
-    c.bytes = c.blocks * (c.supers + c.kept + c.entries) * 4;
-    if (c.bytes <= kSelectSharedLimit) break;
-  }
-  c.bytes = c.blocks * (c.supers + c.kept + c.entries) * 4;
+  c.blocks = widest < kSelectMostBlocks ? widest : kSelectMostBlocks;
+  const auto bytes = [&c] { return kSelectBlockBytes + c.blocks * (c.supers + c.kept + c.entries) * 4; };
+  while (c.blocks > 1 && bytes() > kSelectSharedLimit) c.blocks /= 2;
+  c.bytes = bytes();
   c.first = floor_div(tiles.start, c.blocks);
   c.groups = tiles.size() ? floor_div(tiles.stop - 1, c.blocks) - c.first + 1 : 0;
   return c;

@@ -39,25 +39,25 @@ struct Fragment {
 struct PoolView {
   const int8_t* values;
   const float* scales;
-  int64_t count;
+  int count;
 
   HA_DEVICE PoolView(const Pools& pools, int64_t slice, int64_t head_dim)
-      : values(pools.values + slice * pools.count * head_dim), scales(pools.scales + slice * pools.count), count(pools.count) {}
+      : values(pools.values + slice * pools.count * head_dim), scales(pools.scales + slice * pools.count), count(int(pools.count)) {}
 };
 
-// Up to 16 query pools as A operand: pool `first` + row; those outside [low, high) are skipped (factor NaN).
+// Up to 16 query pools as A operand: pool `first` + row; those at or past `stop` or not there are skipped (factor NaN).
 template <int D>
 struct QueryTile {
   Fragment<D> upper, lower;  // rows lane / 4 and lane / 4 + 8
   float factor[2];
 
-  HA_DEVICE void load(const PoolView& q, int64_t first, int64_t low, int64_t high, int lane) {
+  HA_DEVICE void load(const PoolView& q, int first, int stop, int lane) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t pool = first + lane / 4 + half * 8;
-      const bool inside = pool >= low && pool < high;
+      const int pool = first + lane / 4 + half * 8;
+      const bool inside = pool >= 0 && pool < min(stop, q.count);
       Fragment<D>& fragment = half ? lower : upper;
-      if (inside) fragment.load(q.values + pool * D, lane);
+      if (inside) fragment.load(q.values + int64_t(pool) * D, lane);
       else fragment.clear();
       factor[half] = inside ? load_once(q.scales + pool) : NAN;
     }
@@ -76,60 +76,62 @@ struct QueryTile {
   }
 };
 
-// Candidates of one query block and where its scores lie.
+// Candidates of one query block. One thread fills it in; it lies in shared memory.
 struct Block {
-  int64_t index;  // -1: holds no row
-  Range candidates, supers;
-  bool two_levels;
-  int kept, shift;  // superblocks kept; key blocks a superblock = 1 << shift
+  int start, stop;              // candidate key blocks
+  int super_start, super_stop;  // superblocks that hold them; empty where all candidates are scored (rule 23)
+  int kept, shift;              // superblocks kept; key blocks a superblock = 1 << shift
+  bool present;                 // holds a query row
 
-  HA_DEVICE Block(const Geometry& g, int64_t block, int64_t length)
-      : index(block), candidates{0, 0}, supers{0, 0}, two_levels(false), kept(0), shift(0) {
+  HA_DEVICE void fill(const Geometry& g, int64_t block, int64_t length) {
+    *this = Block{};
     const Range tiles = g.query_blocks();
-    if (block < tiles.start || block >= tiles.stop) {
-      index = -1;
-      return;
-    }
-    candidates = g.candidates(block * g.a.block_size, length);
-    if (!candidates.size() || !g.uses_superblocks(candidates)) return;
-    two_levels = true;
-    supers = g.superblocks(candidates);
+    present = block >= tiles.start && block < tiles.stop;
+    if (!present) return;
+    const Range candidates = g.candidates(block * g.a.block_size, length);
+    start = int(candidates.start);
+    stop = start + int(candidates.size());
+    if (start == stop || !g.uses_superblocks(candidates)) return;
+    const Range supers = g.superblocks(candidates);
+    super_start = int(supers.start);
+    super_stop = int(supers.stop);
     kept = int(Geometry::kept_superblocks(supers.size()));
     while (g.a.block_size << shift < kSuperblock) ++shift;
   }
-  HA_DEVICE int entries() const { return two_levels ? kept << shift : int(candidates.size()); }
+  HA_DEVICE bool two_levels() const { return kept > 0; }
+  HA_DEVICE int entries() const { return two_levels() ? kept << shift : stop - start; }
   // Key block of entry e, ascending in e; `list` = this block's kept superblocks.
   HA_DEVICE int key_block(const int32_t* list, int e) const {
-    return two_levels ? (list[e >> shift] << shift) + (e & ((1 << shift) - 1)) : int(candidates.start) + e;
+    return two_levels() ? (list[e >> shift] << shift) + (e & ((1 << shift) - 1)) : start + e;
   }
 };
+static_assert(sizeof(Block) * kSelectMostBlocks <= kSelectBlockBytes);
 
 // Rule 23's first level for all query blocks of the group at once: their coarse pools are the rows of one product.
 template <int D>
-HA_DEVICE void score_supers(const SelectArgs& args, const Geometry& g, const PoolView& q, const PoolView& k, int64_t group,
-                            int64_t length, uint32_t* scores, int warp, int lane) {
-  const int rows = g.a.block_size / kCoarsePool, blocks = args.config.blocks;  // coarse pools a query block
-  const int64_t first = group * blocks * rows - floor_div(g.first(), kCoarsePool);
+HA_DEVICE void score_supers(const SelectArgs& args, const Block* infos, const PoolView& q, const PoolView& k, int first,
+                            uint32_t* scores, int warp, int lane) {
+  const int rows = args.p.attributes.block_size / kCoarsePool, blocks = args.config.blocks;  // coarse pools a query block
   QueryTile<D> query;
-  query.load(q, first, max64(first, 0), min64(first + blocks * rows, q.count), lane);
+  query.load(q, first, first + blocks * rows, lane);
   // For the block of rows lane / 4 and lane / 4 + 8: its superblocks, the key pools that take part, where scores go.
   int begin[2] = {0, 0}, end[2] = {0, 0}, pools[2] = {0, 0};
   int start = INT32_MAX, stop = 0;  // superblocks of any block in the group
   for (int i = 0; i < blocks; ++i) {
-    const Block block(g, group * blocks + i, length);
-    if (!block.two_levels) continue;
-    start = int(min64(start, block.supers.start));
-    stop = int(max64(stop, block.supers.stop));
+    const Block& block = infos[i];
+    if (!block.two_levels()) continue;
+    start = min(start, block.super_start);
+    stop = max(stop, block.super_stop);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if ((lane / 4 + half * 8) / rows != i) continue;
-      begin[half] = int(block.supers.start);
-      end[half] = int(block.supers.stop);
-      pools[half] = int(min64(block.candidates.stop * rows, k.count));
+      begin[half] = block.super_start;
+      end[half] = block.super_stop;
+      pools[half] = min(block.stop * rows, k.count);
     }
   }
   constexpr int kTiles = kSuperblock / kCoarsePool / kPoolColumns;
-  const int last = int(k.count) - 1;
+  const int last = k.count - 1;
   for (int super = start + warp; super < stop; super += kWarps) {
     Fragment<D> keys[kTiles];
     float scale[kTiles][2];
@@ -172,22 +174,19 @@ HA_DEVICE void score_supers(const SelectArgs& args, const Geometry& g, const Poo
 
 // Scores of the candidate key blocks of one query block. A warp scores one key block at a time.
 template <int D>
-HA_DEVICE void score_blocks(const Geometry& g, const PoolView& q, const PoolView& k, const Block& block, const int32_t* list,
+HA_DEVICE void score_blocks(const PoolView& q, const PoolView& k, const Block& block, const int32_t* list, int first, int per_block,
                             uint32_t* scores, int part, int parts, int lane) {
-  const int per_block = g.a.block_size / g.a.pool_size;
-  const int64_t first = block.index * per_block - floor_div(g.first(), g.a.pool_size);
-  const int64_t low = max64(first, 0), high = min64(first + per_block, q.count);
   const int row_tiles = (per_block + kPoolRows - 1) / kPoolRows;
   QueryTile<D> query;
-  query.load(q, first, low, high, lane);
-  const int entries = block.entries(), start = int(block.candidates.start), stop = int(block.candidates.stop);
+  query.load(q, first, first + per_block, lane);
+  const int entries = block.entries(), start = block.start, stop = block.stop;
   for (int e = part; e < entries; e += parts) {
     const int key_block = block.key_block(list, e);
     if (key_block < start || key_block >= stop) {
       if (lane == 0) scores[e] = 0;  // part of a kept superblock, no candidate
       continue;
     }
-    const int pool0 = key_block * per_block, pool1 = min(pool0 + per_block, int(k.count));
+    const int pool0 = key_block * per_block, pool1 = min(pool0 + per_block, k.count);
     float best = -INFINITY;
     for (int pool = pool0; pool < pool1; pool += 2 * kPoolColumns) {
       Fragment<D> keys[2];
@@ -203,7 +202,7 @@ HA_DEVICE void score_blocks(const Geometry& g, const PoolView& q, const PoolView
         }
       }
       for (int tile = 0; tile < row_tiles; ++tile) {
-        if (row_tiles > 1) query.load(q, first + tile * kPoolRows, low, high, lane);
+        if (row_tiles > 1) query.load(q, first + tile * kPoolRows, first + per_block, lane);
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           float product[2][2];
@@ -219,7 +218,7 @@ HA_DEVICE void score_blocks(const Geometry& g, const PoolView& q, const PoolView
 }
 
 template <int D>
-HA_KERNEL(kSelectThreads, 8) select_kernel(const HA_CONSTANT SelectArgs args) {
+HA_KERNEL(kSelectThreads, D == 64 ? 6 : 5) select_kernel(const HA_CONSTANT SelectArgs args) {
   const Geometry g(args.p);
   const SelectConfig& config = args.config;
   const int warp = thread_index() / 32, lane = thread_index() % 32;
@@ -227,39 +226,45 @@ HA_KERNEL(kSelectThreads, 8) select_kernel(const HA_CONSTANT SelectArgs args) {
   const int64_t group = config.first + config.groups - 1 - block_index() % config.groups;
   const int64_t slice = block_index() / config.groups, batch = slice / g.heads_q;
   const int64_t kv_slice = batch * g.heads_kv + slice % g.heads_q / g.group();
-  const int64_t length = g.length(args.p.lengths, batch);
 
-  uint32_t* const super_scores = reinterpret_cast<uint32_t*>(shared_memory());
+  Block* const infos = reinterpret_cast<Block*>(shared_memory());
+  uint32_t* const super_scores = reinterpret_cast<uint32_t*>(shared_memory() + kSelectBlockBytes);
   uint32_t* const block_scores = super_scores + config.blocks * config.supers;
   int32_t* const kept = reinterpret_cast<int32_t*>(block_scores + config.blocks * config.entries);
+  if (thread_index() < config.blocks)
+    infos[thread_index()].fill(g, group * config.blocks + thread_index(), g.length(args.p.lengths, batch));
+  sync_block();
 
   const int parts = kWarps / config.blocks, mine = warp / parts, part = warp % parts;  // warps a query block
-  const Block block(g, group * config.blocks + mine, length);
+  const int64_t query_block = group * config.blocks + mine;
+  const Block& block = infos[mine];
   int32_t* const list = kept + mine * config.kept;
 
   if (config.supers) {
     const PoolView q(args.q_coarse, slice, D), k(args.k_coarse, kv_slice, D);
-    score_supers<D>(args, g, q, k, group, length, super_scores, warp, lane);
+    const int64_t first = group * config.blocks * (g.a.block_size / kCoarsePool) - floor_div(g.first(), kCoarsePool);
+    score_supers<D>(args, infos, q, k, int(first), super_scores, warp, lane);
     sync_block();
-    if (block.two_levels && part == 0)
-      keep_best(super_scores + mine * config.supers, int(block.supers.size()), block.kept, lane,
-                [&](int rank, int index) { list[rank] = int32_t(block.supers.start) + index; });
+    if (block.two_levels() && part == 0)
+      keep_best(super_scores + mine * config.supers, block.super_stop - block.super_start, block.kept, lane,
+                [&](int rank, int index) { list[rank] = block.super_start + index; });
     sync_block();
   }
   uint32_t* const scores = block_scores + mine * config.entries;
-  if (block.index >= 0) {
+  if (block.present) {
     const PoolView q(args.q_fine, slice, D), k(args.k_fine, kv_slice, D);
-    score_blocks<D>(g, q, k, block, list, scores, part, parts, lane);
+    const int per_block = g.a.block_size / g.a.pool_size;
+    const int64_t first = query_block * per_block - floor_div(g.first(), g.a.pool_size);
+    score_blocks<D>(q, k, block, list, int(first), per_block, scores, part, parts, lane);
   }
   sync_block();
-  if (block.index < 0 || part) return;
+  if (!block.present || part) return;
   const Range tiles = g.query_blocks();
   const int entries = block.entries();
   const int count = min(g.a.num_blocks, count_at_least(scores, entries, 1, lane));
-  int32_t* const out = args.blocks + (slice * tiles.size() + block.index - tiles.start) * g.a.num_blocks;
+  int32_t* const out = args.blocks + (slice * tiles.size() + query_block - tiles.start) * g.a.num_blocks;
   for (int i = count + lane; i < g.a.num_blocks; i += 32) out[i] = -1;
-  if (count)
-    keep_best(scores, entries, count, lane, [&](int rank, int e) { out[rank] = int32_t(block.key_block(list, e)); });
+  if (count) keep_best(scores, entries, count, lane, [&](int rank, int e) { out[rank] = block.key_block(list, e); });
 }
 
 template <int D>

@@ -41,6 +41,11 @@ struct Walk {
     return c > 0 ? int(c * a.local_size) : 0;
   }
 
+  HA_DEVICE int sample_candidates(int local_block) const {
+    const int far = a.causal ? max(0, local_block - a.local_overlap) * a.local_size : length;
+    return max(0, min(far, length) - a.sinks);
+  }
+
   HA_DEVICE bool pairs() const { return a.block_size == kTileKeys; }
 
   // One thread fills in the tile of query positions first .. first + kTileRows - 1 ...
@@ -85,7 +90,7 @@ struct Walk {
     }
     const int last_local = int(g.local_block(last_row));
     sampled_local = int(g.local_block(first_row));
-    while (sampled_local <= last_local && g.residual_candidates(sampled_local, length) == 0) ++sampled_local;
+    while (sampled_local <= last_local && sample_candidates(sampled_local) == 0) ++sampled_local;
     total += sink_steps + heavy_steps + sample_list_steps * (last_local - sampled_local + 1);
   }
 
@@ -120,8 +125,8 @@ struct Walk {
 
   // Entry `slot` of a kList or kSample step: writes its key (-1 = none) and its bias for query blocks q0, q0 + stride, ...
   // (-inf = masked).
-  HA_DEVICE void write_entry(const Geometry& g, const Step& step, int slot, int q0, int stride, int32_t* keys, float* bias) const {
-    const int at = step.start + slot, last = int(g.seq_k) - 1;
+  HA_DEVICE void write_entry(const Step& step, int slot, int q0, int stride, int32_t* keys, float* bias) const {
+    const int at = step.start + slot;
     int key = -1;
     float weight = 1.0f;
     if (step.part == Part::kList) {
@@ -130,18 +135,18 @@ struct Walk {
         key = chosen[step.owner * a.num_blocks + at / a.block_size] * a.block_size + at % a.block_size;
       if (key < a.sinks || key >= limit) key = -1;
     } else if (at < a.sample_size) {
-      const Sample sample = draw_sample(a, g.residual_candidates(step.owner, length), at, head, g.draw_start(step.owner));
+      const Sample sample = draw_sample(a, sample_candidates(step.owner), at, head, a.causal ? int64_t(step.owner) * a.local_size : 0);
       key = int(sample.key);
       weight = sample.weight;
     }
-    if (q0 == 0) keys[slot] = min(key, last);
+    if (q0 == 0) keys[slot] = key;
     const float value = log2f(weight);
     for (int q = q0; q < query_blocks; q += stride) {
       bool visible = key >= 0;
       if (step.part == Part::kList) {
         visible = visible && q == step.owner;
       } else {
-        visible = visible && int(g.local_block(int64_t(first_query_block + q) * a.block_size)) == step.owner;
+        visible = visible && (!a.causal || (first_query_block + q) * a.block_size / a.local_size == step.owner);
         for (int i = 0; i < counts[q] && visible; ++i) visible = chosen[q * a.num_blocks + i] != key / a.block_size;
       }
       bias[q * kTileKeys + slot] = visible ? value : -INFINITY;
