@@ -8,7 +8,6 @@ MODEL := models/byte-lm-4m
 TEXT := tests/data/heldout.txt
 PACKAGE := $(shell find hyperattention export validate -type f -not -path '*/lib/*' -not -name '*.pyc')
 
-.DELETE_ON_ERROR:
 .PHONY: demo test test-tensorrt test-gpu lint native clean help
 
 help:
