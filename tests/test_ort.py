@@ -23,6 +23,15 @@ ort = pytest.importorskip("onnxruntime")
 F32 = torch.float32
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The reference's problems are tiny: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def one_node(attributes: dict, *, lengths: str | None = "lengths", lse: bool = True, rank: int | None = 4) -> bytes:
     """A model of one HyperAttention node with symbolic shapes; `lengths` "" names the input and leaves it empty."""
     shapes = {"q": ["batch", "heads", "rows", "size"], "k": ["batch", "groups", "keys", "size"], "v": ["batch", "groups", "keys", "out"]}
