@@ -144,6 +144,7 @@ def measure_length(bench: Bench, corpus: Corpus, length: int, count: int) -> tup
         "exact_s": exact_seconds,
         "torch_exact_s": median(torch_seconds),
         "runs": len(seconds),
+        "time_only": False,
     }
     return row, time, layers
 

@@ -19,7 +19,7 @@ from polygraphy.comparator.struct import IterationResult, RunResults
 from torch import Tensor
 
 from hyperattention import reference
-from hyperattention.config import DECODE_ROWS, Config
+from hyperattention.config import Config
 from hyperattention.export.plan import ExportPlan
 from hyperattention.native import Library
 from hyperattention.selection import Geometry, Plan, make_plan
@@ -56,22 +56,23 @@ def check_length(plan: ExportPlan, shortest: int) -> int:
 
 
 def op_cases(captured: list) -> list[OpCase]:
-    """The first approximate layer whole, padded, as a chunk of the queries and on the exact path; the last rows of the others."""
+    """The first approximate layer whole, padded and on the exact path; the last rows of the others (or of the only one)."""
     approximate = [c for c in captured if not c.config.is_exact(c.q.shape[2], c.k.shape[2])]
     first, *others = approximate or captured[:1]
-    cases = [OpCase(first.layer, "whole window", first.q, first.k, first.v, first.config)]
     length = first.k.shape[2]
+    rows = min(ROWS, length)
     valid = length - length // 4 - 3
     k, v = first.k.clone(), first.v.clone()
     k[:, :, valid:], v[:, :, valid:] = POISON, POISON
     lengths = torch.full((first.q.shape[0],), valid, dtype=torch.int32, device=first.q.device)
-    cases.append(OpCase(first.layer, "padded", first.q, k, v, first.config, lengths))
-    rows = min(length, max(DECODE_ROWS + 1, length // 3 + 5))
-    cases.append(OpCase(first.layer, "last third of the queries", first.q[:, :, -rows:], first.k, first.v, first.config))
-    short = max(2, min(length, first.config.exact_below) - 3)
+    short = max(2, min(length, first.config.exact_below, ROWS) - 3)
     q = first.q[:, :, short - short // 2 - 1 : short]
-    cases.append(OpCase(first.layer, "exact path, half the queries", q, first.k[:, :, :short], first.v[:, :, :short], first.config))
-    return cases + [OpCase(c.layer, f"last {min(ROWS, length)} queries", c.q[:, :, -ROWS:], c.k, c.v, c.config) for c in others]
+    return [
+        OpCase(first.layer, "whole window", first.q, first.k, first.v, first.config),
+        OpCase(first.layer, f"padded, last {rows} queries", first.q[:, :, -rows:], k, v, first.config, lengths),
+        OpCase(first.layer, "exact path, half the queries", q, first.k[:, :, :short], first.v[:, :, :short], first.config),
+        *(OpCase(c.layer, f"last {rows} queries", c.q[:, :, -rows:], c.k, c.v, c.config) for c in others or [first]),
+    ]
 
 
 def _spread(error: Tensor) -> tuple[float, float]:
@@ -156,29 +157,30 @@ def one_ulp(model: torch.nn.Module, seed: int) -> Iterator[None]:
 
 
 def check_model(
-    backend: ModelRunner, definition: ModelRunner, model: torch.nn.Module, input_ids: Tensor, seed: int, report: Callable[[str], None]
+    backend: ModelRunner, definition: ModelRunner, model: torch.nn.Module, input_ids: Tensor, seed: int, step: Callable[[str], None]
 ) -> list[dict]:
-    """The whole-model table: the window as it is, and padded to three quarters. Runners must be active.
+    """The whole-model table: the window as it is, and padded behind three quarters. Runners must be active.
 
     Compares what the backend answers (all positions, or the last valid one) with the same rows of the reference.
     """
     length = input_ids.shape[1]
-    rows = []
+    rows, noise = [], 0.0
     for kind, valid in (("whole window", length), ("padded", length - length // 4 - 3)):
         given = feed(input_ids, torch.tensor([valid], dtype=torch.int32))
-        report(f"whole model, {kind}: {backend.name}")
+        step(f"whole model, {kind}: {backend.name}")
         ours = backend.infer(given)["logits"][0]
-        report(f"whole model, {kind}: reference")
-        first = definition.infer(given)["logits"][0, :valid]
-        report(f"whole model, {kind}: reference, embeddings one ulp off")
-        with one_ulp(model, seed):
-            second = definition.infer(given)["logits"][0, :valid]
-        if ours.shape[0] == 1:
-            first, second = first[-1:], second[-1:]
-        ours = ours[: first.shape[0]]
-        noise, found = tensor_error(second, first), tensor_error(ours, first)
-        rows.append({"case": kind, **asdict(found), "noise": noise.relative_l2, "ratio": _ratio(found.relative_l2, noise.relative_l2)})
-        rows[-1]["polygraphy"] = _polygraphy(backend.name, ours, first, noise.relative_l2)
+        step(f"whole model, {kind}: reference")
+        other = definition.infer(given)["logits"][0, :valid]
+        last = slice(-1, None) if ours.shape[0] == 1 else slice(None)
+        if not rows:
+            step("whole model: reference with embeddings one ulp off")
+            with one_ulp(model, seed):
+                shifted = definition.infer(given)["logits"][0, :valid]
+            noise = tensor_error(shifted[last], other[last]).relative_l2
+        ours, other = ours[: other[last].shape[0]], other[last]
+        found = tensor_error(ours, other)
+        rows.append({"case": kind, **asdict(found), "noise": noise, "ratio": _ratio(found.relative_l2, noise)})
+        rows[-1]["polygraphy"] = _polygraphy(backend.name, ours, other, noise)
     return rows
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hyperattention import library, reference
-from hyperattention.config import Config
+from hyperattention.config import INT32_MAX, Config
+from hyperattention.export.patch import exact_attention
 from hyperattention.native import Library
 
 Attention = Callable[[Tensor, Tensor, Tensor, Config, Tensor | None], tuple[Tensor, Tensor]]
@@ -27,9 +28,13 @@ class Operator:
 
 
 def reference_operator() -> Operator:
-    """The definition: fp32 arithmetic in PyTorch."""
+    """The definition: fp32 arithmetic in PyTorch. A layer planned as exact is left to PyTorch's own exact attention, which is
+    faster than the reference's tiles and just as independent of the kernels; its LSE is then NaN, not computed."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, config: Config, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        if config.exact_below == INT32_MAX and config.causal:
+            o = exact_attention(q, k, v, config.resolved_scale(q.shape[-1]))
+            return o, q.new_full(q.shape[:3], torch.nan, dtype=torch.float32)
         out = reference.attention(q, k, v, config, lengths)
         return out.o, out.lse
 
