@@ -52,6 +52,10 @@ class Case:
             k = k * 1e-43
         elif self.fill == "overflow":  # finite rows whose fp32 sum is not
             k[:, :, 40:90] = k[:, :, 40:90].sign() * 3e38
+        elif self.fill == "cancelling":  # the sum of a pool depends on its order
+            for x in (q, k):
+                x[:, :, 1::4] += 3e7
+                x[:, :, 2::4] -= 3e7
         elif self.fill == "nonfinite":
             k[:, :, 16:35, 0] = float("nan")  # all of key block 1 and a pool of block 2
             k[:, :, 60, 1], k[:, :, 101, 2], k[:, :, 128:160] = float("inf"), -float("inf"), float("nan")
@@ -136,11 +140,13 @@ def grid() -> list[Case]:
 
 
 CASES = grid()
-# Keys that poison the rows that see them: only the plan has an expected value.
+# Keys that poison the rows that see them or swamp their logits: only the plan has an expected value.
 PLAN_ONLY = [
     Case("nonfinite", fill="nonfinite"),
     Case("nonfinite-non-causal", config=config(causal=0), fill="nonfinite"),
     Case("overflow", fill="overflow"),
+    Case("cancelling", fill="cancelling"),
+    Case("cancelling-pool16", config=config(pool_size=16, causal=0), fill="cancelling"),
     Case("two-levels-square", 8700, 8700, config(block_size=64, local_size=64), heads=(1, 1), dims=(2, 2)),
 ]
 LOW = [(case, dtype) for case in CASES[:2] for dtype in (torch.float32, torch.bfloat16, torch.float16)]
