@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
-import click
 import typer
 from rich.markup import escape
 
@@ -139,21 +138,22 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        app(args=arguments, prog_name="export-model", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        _exit(error.exit_code, error.format_message(), arguments)
+        app(args=arguments, prog_name="export-model")
     except HyperAttentionError as error:
         from hyperattention.export.console import Reporter
 
         Reporter().fail(str(error))
-        _exit(error.exit_code, str(error), arguments)
-    except (KeyboardInterrupt, click.exceptions.Abort):
+        code, message = error.exit_code, str(error)
+    except KeyboardInterrupt:
+        code, message = INTERRUPTED, "interrupted"
+    except SystemExit as status:
+        # typer has printed its own message by now; it turns Ctrl-C into 1, which is a gate's code here.
+        code = INTERRUPTED if status.code == 1 else int(status.code or 0)
+        message = "interrupted" if code == INTERRUPTED else "an option or argument was refused"
+    else:
+        return
+    if code == INTERRUPTED:
         print("interrupted; nothing was left behind", file=sys.stderr)
-        _exit(INTERRUPTED, "interrupted", arguments)
-
-
-def _exit(code: int, message: str, arguments: list[str]) -> None:
-    if "--json" in arguments:
+    if code and "--json" in arguments:
         print(json.dumps({"error": message, "exit_code": code}))
     sys.exit(code)

@@ -9,7 +9,7 @@ from hyperattention.config import Config
 from hyperattention.errors import EnvironmentFault, UsageError
 from hyperattention.export.load import AttentionLayer, Source
 from hyperattention.export.plan import ExportPlan
-from hyperattention.library import HaAttributes, HaParams, open_library, trt_library_path
+from hyperattention.library import HaAttributes, HaParams, open_library, ort_library_path, trt_library_path
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 _CODES = {"fp32": 0, "fp16": 1, "bf16": 2}
@@ -53,23 +53,25 @@ def predict(source: Source, plan: ExportPlan) -> list[Item]:
 def _workspace(source: Source, plan: ExportPlan) -> Item:
     by_name = {layer.name: layer for layer in source.layers}
     sizes = []
+    kernels = "CPU" if plan.dtype == "fp32" else "CUDA"
     try:
         for layer in plan.planned:
             assert layer.config is not None
-            sizes.append(workspace_bytes(by_name[layer.name], layer.config, plan))
+            sizes.append(workspace_bytes(by_name[layer.name], layer.config, plan, kernels))
     except EnvironmentFault:
-        return Item("workspace", None, "unknown until the TensorRT library is built")
+        return Item("workspace", None, f"unknown until the library with the {kernels} kernels is built")
     except UsageError as error:
-        return Item("workspace", None, f"no engine: {error}")
-    return Item("workspace", max(sizes, default=0), "of the CUDA kernels, shared by all layers")
+        return Item("workspace", None, f"the {kernels} kernels do not take this: {error}")
+    return Item("workspace", max(sizes, default=0), f"of the {kernels} kernels, shared by all layers")
 
 
-def workspace_bytes(layer: AttentionLayer, config: Config, plan: ExportPlan) -> int:
-    """Scratch of one CUDA call at the plan's largest shape, asked of the library itself.
+def workspace_bytes(layer: AttentionLayer, config: Config, plan: ExportPlan, kernels: str) -> int:
+    """Scratch of one call of the "CPU" or "CUDA" kernels at the plan's largest shape, asked of the library itself.
 
     Raises EnvironmentFault where it is missing and UsageError for a layer it has no kernel for.
     """
-    library = open_library(trt_library_path())
+    library = open_library(trt_library_path() if kernels == "CUDA" else ort_library_path())
+    measure = library.ha_cuda_workspace_size if kernels == "CUDA" else library.ha_cpu_workspace_size
     library.ha_last_error.restype = ctypes.c_char_p
     params = HaParams(
         ctypes.sizeof(HaParams),
@@ -84,6 +86,6 @@ def workspace_bytes(layer: AttentionLayer, config: Config, plan: ExportPlan) -> 
         attributes=HaAttributes.of(config),
     )
     size = ctypes.c_size_t()
-    if library.ha_cuda_workspace_size(ctypes.byref(params), ctypes.byref(size)):
+    if measure(ctypes.byref(params), ctypes.byref(size)):
         raise UsageError(f"layer {layer.index} ({layer.name}): {library.ha_last_error().decode(errors='replace')}")
     return size.value

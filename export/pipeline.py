@@ -81,7 +81,7 @@ def engine_obstacle(source: "Source", plan: ExportPlan) -> str | None:
     try:
         for layer in plan.planned:
             assert layer.config is not None
-            workspace_bytes(by_name[layer.name], layer.config, plan)
+            workspace_bytes(by_name[layer.name], layer.config, plan, "CUDA")
     except UsageError as error:
         return str(error)
     except EnvironmentFault:
@@ -220,12 +220,11 @@ def _validate(model: Path, folder: Path, options: Options, reporter: Reporter) -
     message = said[-1].removeprefix("hyperattention: ") if said else f"the validation ended with status {code}"
     if code in _BY_CODE:
         raise _BY_CODE[code](message)
-    if code not in (0, 1) or not (folder / bundle.REPORT).is_file():
+    answer = output.strip().splitlines()[-1:]
+    # Python ends with 1 after a traceback too; only the verdict tells a failed gate from that.
+    if code not in (0, 1) or not answer or not (folder / bundle.REPORT).is_file():
         raise RuntimeError("the validation crashed:\n" + "\n".join(said))
-    try:
-        reporter.gates(json.loads(output.strip().splitlines()[-1]))
-    except (json.JSONDecodeError, IndexError):
-        raise RuntimeError(f"the validation answered {output!r}") from None
+    reporter.gates(json.loads(answer[0]))
     return AccuracyFailed(message) if code == 1 else None
 
 
