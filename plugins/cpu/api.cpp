@@ -71,6 +71,10 @@ extern "C" int ha_cpu_pool(const HaParams* params, int32_t side, int32_t rows, i
     ha::cpu::check_queries_and_keys(*params);
     ha::cpu::require(side == HA_QUERIES || side == HA_KEYS, "side is " + std::to_string(side) + "; it takes 0 (queries) or 1 (keys)");
     ha::cpu::require(rows >= 1, "rows is " + std::to_string(rows) + "; it takes an integer of at least 1");
+    const Geometry g(*params);
+    const bool some = g.batch * (side == HA_QUERIES ? g.query_pools(rows) : g.key_pools(rows)) > 0;
+    ha::cpu::need(values, "values", some);
+    ha::cpu::need(scales, "scales", some);
     OwnThreads threads(params->threads);
     ha::cpu::pool(*params, HaSide(side), rows, values, scales, threads);
   });
@@ -92,6 +96,8 @@ extern "C" int ha_cpu_samples(const HaParams* params, int32_t* index, float* wei
     ha::cpu::check_problem(*params);
     const Geometry g(*params);
     if (g.exact()) return;
+    ha::cpu::need(index, "index", g.a.sample_size > 0 && g.batch > 0);
+    ha::cpu::need(weight, "weight", g.a.sample_size > 0 && g.batch > 0);
     const ha::Range tiles = g.local_blocks();
     for (int64_t line = 0; line < g.batch * g.heads_q * tiles.size(); ++line) {
       const int64_t tile = tiles.start + line % tiles.size(), head = line / tiles.size();
