@@ -41,15 +41,19 @@ struct WarpState {
     }
   }
 
-  // logits = Q K^T for kKeys keys. `queries` and `keys` are shared-memory addresses of the warp's first row of each.
   template <int kKeys>
-  HA_DEVICE void multiply_keys(uint32_t queries, uint32_t keys, int lane) {
+  HA_DEVICE void clear_logits() {
 #pragma unroll
     for (int m = 0; m < 2; ++m)
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) logits[m][n][i] = 0.0f;
+  }
+
+  // logits += Q K^T for kKeys keys. `queries` and `keys` are shared-memory addresses of the warp's first row of each.
+  template <int kKeys>
+  HA_DEVICE void multiply_keys(uint32_t queries, uint32_t keys, int lane) {
     const int matrix = lane / 8, row = lane % 8;
     const uint32_t query = queries + tile_offset<D>(matrix % 2 * 8 + row, matrix / 2);
     const uint32_t key = keys + tile_offset<D>(matrix / 2 * 8 + row, matrix % 2);
@@ -133,7 +137,7 @@ struct WarpState {
 template <class T, int D>
 struct AttendTile {
   static constexpr int kBuffers = attend_buffers(D), kChunks = D / 8, kTileBytes = kTileKeys * D * 2;
-  static constexpr int kWarpRows = 32;
+  static constexpr int kRowBytes = D * 2, kRowsPerPass = kAttendThreads / kChunks;
 
   const AttendArgs& args;
   const Walk& walk;
@@ -141,147 +145,118 @@ struct AttendTile {
   unsigned char* shared;
   uint32_t shared_base;
   int first_position;  // of the tile
+  int total, length;   // steps of the walk, valid keys
+  float factor;        // turns logits into base 2
 
+  HA_DEVICE Step* step_at(int j) const { return reinterpret_cast<Step*>(shared + args.config.shared.steps) + j % kStepRing; }
+  HA_DEVICE Row& row_at(int row) const { return reinterpret_cast<Row*>(shared + args.config.shared.rows)[row]; }
   HA_DEVICE int32_t* list_keys(int j) const {
-    return reinterpret_cast<int32_t*>(shared + args.config.shared.keys) + j % kListRing * kTileKeys;
+    return reinterpret_cast<int32_t*>(shared + args.config.shared.keys) + j % kStepRing * kTileKeys;
   }
   HA_DEVICE float* list_bias(int j) const {
-    return reinterpret_cast<float*>(shared + args.config.shared.bias) + j % kListRing * walk.query_blocks * kTileKeys;
+    return reinterpret_cast<float*>(shared + args.config.shared.bias) + j % kStepRing * args.config.query_blocks * kTileKeys;
   }
   HA_DEVICE uint32_t buffer(int half_step) const { return shared_base + args.config.shared.ring + half_step % kBuffers * kTileBytes; }
 
   HA_DEVICE void load_queries(const Geometry& g, const char* q) const {
     const int chunk = thread_index() % kChunks;
-    for (int row = thread_index() / kChunks; row < kTileRows; row += kAttendThreads / kChunks) {
+    for (int row = thread_index() / kChunks; row < kTileRows; row += kRowsPerPass) {
       const int64_t index = int64_t(first_position) + row - g.first();
       const bool valid = index >= 0 && index < g.seq_q;
-      copy_async(shared_base + tile_offset<D>(row, chunk), q + ((valid ? index : 0) * D + chunk * 8) * 2, valid);
+      copy_async(shared_base + tile_offset<D>(row, chunk), q + (valid ? index : 0) * kRowBytes + chunk * 16, valid);
     }
   }
 
-  // The list of step j, if it has one. A barrier must lie between this and the list's readers.
-  HA_DEVICE void prepare(int j) const {
-    if (j >= walk.total) return;
-    const Step step = walk.describe(j);
-    if (!step.listed()) return;
+  // Step j is described, then its list written, with a barrier between them and before its keys are loaded.
+  HA_DEVICE void describe(int j) const {
+    if (j < total && thread_index() < kAttendThreads / 32) walk.write_step(j, thread_index(), step_at(j));
+  }
+  HA_DEVICE void list(int j) const {
+    if (j >= total || !step_at(j)->listed()) return;
     constexpr int kStride = kAttendThreads / kTileKeys;
-    walk.write_entry(step, thread_index() % kTileKeys, thread_index() / kTileKeys, kStride, list_keys(j), list_bias(j));
+    walk.write_entry(*step_at(j), thread_index() % kTileKeys, thread_index() / kTileKeys, kStride, factor, list_keys(j), list_bias(j));
   }
 
   // Starts the copy of half step h: keys (even) or values (odd) of step h / 2. Keys past the length are zeros (rule 2).
   HA_DEVICE void load(int h) const {
     const int j = h / 2;
-    if (j < walk.total) {
-      const Step step = walk.describe(j);
-      const char* const source = h % 2 ? v : k;
-      const uint32_t target = buffer(h);
-      const int chunk = thread_index() % kChunks;
-      const bool listed = step.listed(), pair = step.part == Part::kPair;
-      const int32_t* const keys = list_keys(j);
+    if (j < total) {
+      const Step& step = *step_at(j);
+      const int row = thread_index() / kChunks, chunk = thread_index() % kChunks;
+      const char* const source = (h % 2 ? v : k) + chunk * 16;
+      const uint32_t target = buffer(h) + tile_offset<D>(row, chunk);
+      constexpr int kPasses = kTileKeys / kRowsPerPass, kHalf = kTileKeys / 2;
+      const int lower = step.lower, upper = step.upper;
+      if (step.listed()) {
+        const int32_t* const keys = list_keys(j) + row;
 #pragma unroll
-      for (int i = 0; i < kTileKeys * kChunks / kAttendThreads; ++i) {
-        const int row = thread_index() / kChunks + i * (kAttendThreads / kChunks);
-        int key = step.start + row;
-        if (listed) key = keys[row];
-        if (pair) {
-          const int start = row < kTileKeys / 2 ? step.start : step.upper;
-          key = start < 0 ? -1 : start + row % (kTileKeys / 2);
+        for (int i = 0; i < kPasses; ++i) {
+          const int key = keys[i * kRowsPerPass];
+          copy_async(target + i * kRowsPerPass * kRowBytes, source + int64_t(max(key, 0)) * kRowBytes, key >= 0);
         }
-        const bool valid = key >= 0 && key < walk.length;
-        copy_async(target + tile_offset<D>(row, chunk), source + (int64_t(valid ? key : 0) * D + chunk * 8) * 2, valid);
+      } else if (min(lower, upper) >= 0 && max(lower, upper) + kHalf <= length) {
+        const char* const starts[2] = {source + int64_t(lower + row) * kRowBytes, source + int64_t(upper + row) * kRowBytes};
+#pragma unroll
+        for (int i = 0; i < kPasses; ++i)
+          copy_async(target + i * kRowsPerPass * kRowBytes, starts[i / (kPasses / 2)] + i % (kPasses / 2) * kRowsPerPass * kRowBytes, true);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kPasses; ++i) {
+          const int start = i < kPasses / 2 ? lower : upper, key = start + row + i % (kPasses / 2) * kRowsPerPass;
+          const bool valid = start >= 0 && key < length;
+          copy_async(target + i * kRowsPerPass * kRowBytes, source + int64_t(valid ? key : 0) * kRowBytes, valid);
+        }
       }
     }
     copy_commit();
   }
 
-  // Turns logits of a step of consecutive keys into masked base-2 logits.
+  // What a step's logits start from: zero, -inf where a row does not see a key, or the list's biases. Masking the
+  // accumulator before the product costs no register beyond it.
   template <int kKeys>
-  HA_DEVICE void mask_range(WarpState<T, D>& state, Part part, int start, float factor, int warp_position, int lane) const {
+  HA_DEVICE void start_logits(WarpState<T, D>& state, int j, Mode mode, int warp, int lane) const {
+    const Step& step = *step_at(j);
+    const int start = (kKeys < kTileKeys && warp >= kAttendThreads / 64 ? step.upper : step.lower) + lane % 4 * 2;
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const Bounds b = walk.bounds(part, warp_position + m * 16 + half * 8 + lane / 4);
+        const int index = warp * kWarpRows + m * 16 + half * 8 + lane / 4;
+        const Row row = row_at(index);
+        if (kKeys == kTileKeys && mode == Mode::kBiased) {
+          const float* const bias = list_bias(j) + row.query_block * kTileKeys + lane % 4 * 2;
 #pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int key = start + n * 8 + lane % 4 * 2 + i;
-            float& x = state.logits[m][n][2 * half + i];
-            x = key >= b.low && key < b.high ? x * factor : -INFINITY;
-          }
-        }
-      }
-    }
-  }
-
-  HA_DEVICE void add_bias(WarpState<T, D>& state, const float* bias, float factor, int warp_position, int lane) const {
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int position = warp_position + m * 16 + half * 8 + lane / 4;
-        const int query_block = int(floor_div(position, walk.a.block_size)) - walk.first_query_block;
-        const float* const row = bias + query_block * kTileKeys + lane % 4 * 2;
-#pragma unroll
-        for (int n = 0; n < kTileKeys / 8; ++n) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            float& x = state.logits[m][n][2 * half + i];
-            const float added = row[n * 8 + i];
-            x = added == -INFINITY ? -INFINITY : fmaf(x, factor, added);  // a masked logit may be NaN
-          }
-        }
-      }
-    }
-  }
-
-  // Whether any row of the warp sees a key of the step.
-  HA_DEVICE bool active(const Step& step, int start, int keys, int warp_first, int warp_last) const {
-    if (warp_first > warp_last) return false;
-    if (step.part == Part::kSample) return true;
-    if (step.part == Part::kList) {
-      const int first = (walk.first_query_block + step.owner) * walk.a.block_size;
-      return warp_last >= first && warp_first < first + walk.a.block_size;
-    }
-    return start >= 0 && start < walk.bounds(step.part, warp_last).high && start + keys > walk.bounds(step.part, warp_first).low;
-  }
-
-  // One step: scores and probabilities, then values, each behind its barrier.
-  template <int kKeys>
-  HA_DEVICE void step(WarpState<T, D>& state, const Step& step, int j, int warp, int lane, float factor) const {
-    const int half = kKeys == kTileKeys ? 0 : warp / 2;
-    const uint32_t offset = uint32_t(half * kKeys * D * 2);
-    const int position = first_position + warp * kWarpRows;
-    const int warp_first = max(position, walk.first_row), warp_last = min(position + kWarpRows - 1, walk.last_row);
-    const int start = half ? step.upper : step.start;
-    const bool busy = active(step, start, kKeys, warp_first, warp_last);
-
-    if (kBuffers % 2) prepare(j + kBuffers / 2);
-    copy_wait<kBuffers - 2>();
-    sync_block();
-    load(2 * j + kBuffers - 1);
-    if (busy) {
-      state.template multiply_keys<kKeys>(shared_base + warp * kWarpRows * D * 2, buffer(2 * j) + offset, lane);
-      if (step.listed()) {
-        add_bias(state, list_bias(j), factor, position, lane);
-        state.template softmax<kKeys>(1.0f);
-      } else {
-        const Bounds first = walk.bounds(step.part, position), last = walk.bounds(step.part, position + kWarpRows - 1);
-        if (start >= last.low && start + kKeys <= first.high) {
-          state.template softmax<kKeys>(factor);
+          for (int i = 0; i < kKeys / 4; ++i) state.logits[m][i / 2][2 * half + i % 2] = bias[i / 2 * 8 + i % 2];
         } else {
-          mask_range<kKeys>(state, step.part, start, factor, position, lane);
-          state.template softmax<kKeys>(1.0f);
+          const Bounds b = walk.bounds(step.part, first_position + index, row.far);
+#pragma unroll
+          for (int i = 0; i < kKeys / 4; ++i) {
+            const int key = start + i / 2 * 8 + i % 2;
+            state.logits[m][i / 2][2 * half + i % 2] = key >= b.low && key < b.high ? 0.0f : -INFINITY;
+          }
         }
       }
     }
+  }
 
-    if (kBuffers % 2 == 0) prepare(j + kBuffers / 2);
+  // One step: scores and probabilities, then values, each behind its barrier. kKeys < kTileKeys: a pair.
+  template <int kKeys>
+  HA_DEVICE void run_step(WarpState<T, D>& state, int j, int warp, int lane) const {
+    const uint32_t offset = kKeys == kTileKeys ? 0 : uint32_t(warp / 2 * kKeys * kRowBytes);
+    const Mode mode = step_at(j)->modes[warp];
+
+    load(2 * j + kBuffers - 1);
+    if (mode != Mode::kSkip) {
+      if (mode == Mode::kPlain) state.template clear_logits<kKeys>();
+      else start_logits<kKeys>(state, j, mode, warp, lane);
+      state.template multiply_keys<kKeys>(shared_base + warp * kWarpRows * kRowBytes, buffer(2 * j) + offset, lane);
+      state.template softmax<kKeys>(factor);
+    }
+
     copy_wait<kBuffers - 2>();
     sync_block();
     load(2 * j + kBuffers);
-    if (busy) state.template multiply_values<kKeys>(buffer(2 * j + 1) + offset, lane);
+    if (mode != Mode::kSkip) state.template multiply_values<kKeys>(buffer(2 * j + 1) + offset, lane);
   }
 
   // Divides by the sums and writes O and LSE; O passes through the warp's own query rows to leave in 16-byte pieces.
@@ -327,17 +302,20 @@ HA_KERNEL(kAttendThreads, D == 64 ? 3 : 2) attend_kernel(const HA_CONSTANT Atten
   const int64_t kv_slice = batch * g.heads_kv + head / g.group();
   const int warp = thread_index() / 32, lane = thread_index() % 32;
 
-  static_assert(sizeof(Walk) <= kWalkBytes);
+  static_assert(sizeof(Walk) <= kWalkBytes && sizeof(Step) == kStepBytes);
   unsigned char* const shared = shared_memory();
   Walk& walk = *reinterpret_cast<Walk*>(shared + args.config.shared.walk);
   const int64_t kv_start = kv_slice * g.seq_k * D * 2;
-  const Tile tile{args,
+  Tile tile{args,
                   walk,
                   static_cast<const char*>(args.p.k) + kv_start,
                   static_cast<const char*>(args.p.v) + kv_start,
                   shared,
                   shared_address(shared),
-                  int((args.config.first_tile + tile_index) * kTileRows)};
+                  int((args.config.first_tile + tile_index) * kTileRows),
+                  0,
+                  int(g.length(args.p.lengths, batch)),
+                  (g.a.scale > 0.0f ? g.a.scale : 1.0f / sqrtf(float(D))) * kLog2E};
   tile.load_queries(g, static_cast<const char*>(args.p.q) + slice * g.seq_q * D * 2);
   if (thread_index() == 0) {
     walk.chosen = reinterpret_cast<int32_t*>(shared + args.config.shared.chosen);
@@ -345,24 +323,32 @@ HA_KERNEL(kAttendThreads, D == 64 ? 3 : 2) attend_kernel(const HA_CONSTANT Atten
     walk.start(args, g, tile.first_position, batch, head);
   }
   sync_block();
+  static_assert(kAttendThreads == kTileRows && sizeof(Row) == kRowInfoBytes);
+  tile.row_at(thread_index()) = walk.row(tile.first_position + thread_index());
   if (thread_index() < args.config.query_blocks) walk.read_plan(g, args.p.plan_blocks, slice, thread_index());
   sync_block();
   if (thread_index() == 0) walk.plan_steps(g);
   sync_block();
 
-  for (int j = 0; j < (Tile::kBuffers + 1) / 2; ++j) tile.prepare(j);
+  tile.total = walk.total;
+  for (int j = 0; j < 3; ++j) tile.describe(j);
+  sync_block();
+  for (int j = 0; j < 2; ++j) tile.list(j);
   sync_block();
   for (int h = 0; h < Tile::kBuffers - 1; ++h) tile.load(h);
 
   WarpState<T, D> state;
   state.clear();
-  const float scale = g.a.scale > 0.0f ? g.a.scale : 1.0f / sqrtf(float(D));
-  for (int j = 0; j < walk.total; ++j) {
-    const Step step = walk.describe(j);
-    if (step.part == Part::kPair)
-      tile.template step<kTileKeys / 2>(state, step, j, warp, lane, scale * kLog2E);
+  for (int j = 0; j < tile.total; ++j) {
+    // Here, where no logits and probabilities fill the registers.
+    tile.describe(j + 3);
+    tile.list(j + 2);
+    copy_wait<Tile::kBuffers - 2>();
+    sync_block();
+    if (tile.step_at(j)->part == Part::kPair)
+      tile.template run_step<kTileKeys / 2>(state, j, warp, lane);
     else
-      tile.template step<kTileKeys>(state, step, j, warp, lane, scale * kLog2E);
+      tile.template run_step<kTileKeys>(state, j, warp, lane);
   }
   copy_wait<0>();
   sync_block();

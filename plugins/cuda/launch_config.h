@@ -9,15 +9,16 @@ namespace ha {
 constexpr int kTileRows = 128;  // query positions of one block of threads
 constexpr int kTileKeys = 64;   // keys of one step
 constexpr int kAttendThreads = 128;
-constexpr int kListRing = 4;  // steps whose key lists are held at once
-constexpr int kWalkBytes = 256;
+constexpr int kWarpRows = 32;
+constexpr int kStepRing = 4;  // steps that are described, and whose key lists are held, at once
+constexpr int kStepBytes = 32, kRowInfoBytes = 8, kWalkBytes = 256;
 
 // Buffers that keys and values pass through: the most that let two blocks (64: three) share a multiprocessor.
 HA_INLINE constexpr int attend_buffers(int head_dim) { return head_dim == 64 ? 4 : 3; }
 
 // Byte offsets in shared memory.
 struct AttendShared {
-  int ring, walk, keys, bias, chosen, counts, bytes;  // the queries lie at 0
+  int ring, walk, rows, steps, keys, bias, chosen, counts, bytes;  // the queries lie at 0
 };
 
 struct AttendConfig {
@@ -43,9 +44,11 @@ HA_INLINE AttendConfig attend_config(const Geometry& g) {
   AttendShared& s = c.shared;
   s.ring = kTileRows * row_bytes;
   s.walk = s.ring + attend_buffers(int(g.head_dim)) * kTileKeys * row_bytes;
-  s.keys = s.walk + kWalkBytes;
-  s.bias = s.keys + (g.exact() ? 0 : kListRing * kTileKeys * 4);
-  s.chosen = s.bias + kListRing * c.query_blocks * kTileKeys * 4;
+  s.rows = s.walk + kWalkBytes;
+  s.steps = s.rows + kTileRows * kRowInfoBytes;
+  s.keys = s.steps + kStepRing * kStepBytes;
+  s.bias = s.keys + (g.exact() ? 0 : kStepRing * kTileKeys * 4);
+  s.chosen = s.bias + kStepRing * c.query_blocks * kTileKeys * 4;
   s.counts = s.chosen + c.query_blocks * g.a.num_blocks * 4;
   s.bytes = s.counts + c.query_blocks * 4;
   return c;

@@ -7,14 +7,23 @@ namespace ha {
 
 enum class Part : int { kLocal, kSinks, kPair, kList, kSample };
 
-// kLocal, kSinks: keys start .. + 63. kPair: keys start .. + 31 for the tile's lower 64 rows, upper .. + 31 for the upper;
-// -1 = none. kList and kSample: keys and biases lie in the step's list; `owner` is the query block or local block that the
-// list belongs to and `start` its first entry.
-struct Step {
+// How a warp treats a step: no row sees a key, every row sees all, consecutive keys cut by rows, or by the list's biases.
+enum class Mode : int { kSkip, kPlain, kMasked, kBiased };
+
+// kLocal, kSinks, kPair: keys lower .. + 31 and upper .. + 31; of a pair the first belong to the tile's lower 64 rows, the
+// others to its upper ones, and -1 = none. kList and kSample: keys and biases lie in the step's list; `owner` is the query
+// block or local block that the list belongs to and `lower` its first entry.
+struct alignas(16) Step {
+  int lower, upper, owner;
   Part part;
-  int start, upper, owner;
+  Mode modes[kAttendThreads / 32];  // of each warp
 
   HA_DEVICE bool listed() const { return part == Part::kList || part == Part::kSample; }
+};
+
+// What masks need to know of a query row.
+struct Row {
+  int far, query_block;  // first key that is not local; query block, counted from the tile's first
 };
 
 struct Bounds {
@@ -27,6 +36,7 @@ struct Walk {
   HaAttributes a;
   bool exact;
   int length, head, first_row, last_row;  // positions of the tile's first and last query row
+  int warp_first[kAttendThreads / 32], warp_last[kAttendThreads / 32];  // of each warp's; first > last: it has none
   int query_blocks, first_query_block;    // query blocks the tile may touch
   int sampled_local;                      // the tile's first local block that has samples
   int local_start, local_steps, sink_steps, heavy_steps, sample_list_steps, total;
@@ -34,7 +44,7 @@ struct Walk {
   int32_t* counts;  // [query_blocks]
 
   HA_DEVICE int far(int position) const {
-    if (exact) return a.causal ? 0 : length;
+    if (exact) return 0;
     if (!a.causal) return length;
     if (position < 0) return 0;
     const int64_t c = position / a.local_size - a.local_overlap;
@@ -56,6 +66,10 @@ struct Walk {
     head = int(head_);
     first_row = int(max64(first, g.first()));
     last_row = int(min64(int64_t(first) + kTileRows, g.first() + g.seq_q) - 1);
+    for (int w = 0; w < kAttendThreads / 32; ++w) {
+      warp_first[w] = max(first + w * kWarpRows, first_row);
+      warp_last[w] = min(first + w * kWarpRows + kWarpRows - 1, last_row);
+    }
     query_blocks = args.config.query_blocks;
     first_query_block = int(floor_div(first, a.block_size));
   }
@@ -72,6 +86,8 @@ struct Walk {
     }
     counts[q] = count;
   }
+
+  HA_DEVICE Row row(int position) const { return {far(position), exact ? 0 : (position - first_query_block * a.block_size) / a.block_size}; }
 
   // ... and one thread counts the steps.
   HA_DEVICE void plan_steps(const Geometry& g) {
@@ -96,37 +112,72 @@ struct Walk {
 
   HA_DEVICE static int steps_of(int keys) { return keys > 0 ? (keys + kTileKeys - 1) / kTileKeys : 0; }
 
-  HA_DEVICE Step describe(int j) const {
-    if (j < local_steps) return {Part::kLocal, local_start + j * kTileKeys, 0, 0};
-    j -= local_steps;
-    if (j < sink_steps) return {Part::kSinks, j * kTileKeys, 0, 0};
-    j -= sink_steps;
-    if (j < heavy_steps) {
-      if (pairs()) {
-        const int at = j / 2, part = j % 2 * (kTileKeys / 2);
-        return {Part::kPair, at < counts[0] ? chosen[at] * kTileKeys + part : -1,
-                at < counts[1] ? chosen[a.num_blocks + at] * kTileKeys + part : -1, 0};
-      }
-      int q = 0;
-      for (int steps; j >= (steps = steps_of(counts[q] * a.block_size)); ++q) j -= steps;
-      return {Part::kList, j * kTileKeys, 0, q};
+  // The keys that a row at `position` with far(position) = `limit` sees of a step of consecutive keys.
+  HA_DEVICE Bounds bounds(Part part, int position, int limit) const {
+    if (part == Part::kLocal) return {limit, a.causal ? min(position + 1, length) : length};
+    return {part == Part::kSinks ? 0 : a.sinks, min(part == Part::kSinks ? min(a.sinks, limit) : limit, length)};
+  }
+
+  // Writes step j, as far as warp `w` is concerned; warp 0's caller writes what they share.
+  HA_DEVICE void write_step(int j, int w, Step* target) const {
+    Step step{};
+    describe(j, step);
+    if (w == 0) {
+      target->lower = step.lower;
+      target->upper = step.upper;
+      target->owner = step.owner;
+      target->part = step.part;
     }
-    j -= heavy_steps;
-    return {Part::kSample, j % sample_list_steps * kTileKeys, 0, sampled_local + j / sample_list_steps};
+    target->modes[w] = mode(step, w);
   }
 
-  // The keys that a row at `position` sees of a step of consecutive keys.
-  HA_DEVICE Bounds bounds(Part part, int position) const {
-    if (exact) return {0, a.causal ? min(position + 1, length) : length};
-    if (part == Part::kLocal) return {far(position), min(position + 1, length)};
-    if (part == Part::kSinks) return {0, min(a.sinks, min(far(position), length))};
-    return {a.sinks, min(far(position), length)};
+ private:
+  HA_DEVICE void describe(int j, Step& step) const {
+    if (j < local_steps + sink_steps) {
+      step.part = j < local_steps ? Part::kLocal : Part::kSinks;
+      step.lower = j < local_steps ? local_start + j * kTileKeys : (j - local_steps) * kTileKeys;
+      step.upper = step.lower + kTileKeys / 2;
+      return;
+    }
+    j -= local_steps + sink_steps;
+    if (j < heavy_steps && pairs()) {
+      step.part = Part::kPair;
+      const int at = j / 2, part = j % 2 * (kTileKeys / 2);
+      step.lower = at < counts[0] ? chosen[at] * kTileKeys + part : -1;
+      step.upper = at < counts[1] ? chosen[a.num_blocks + at] * kTileKeys + part : -1;
+    } else if (j < heavy_steps) {
+      step.part = Part::kList;
+      for (int steps; j >= (steps = steps_of(counts[step.owner] * a.block_size)); ++step.owner) j -= steps;
+      step.lower = j * kTileKeys;
+    } else {
+      step.part = Part::kSample;
+      j -= heavy_steps;
+      step.owner = sampled_local + j / sample_list_steps;
+      step.lower = j % sample_list_steps * kTileKeys;
+    }
   }
 
+  HA_DEVICE Mode mode(const Step& step, int w) const {
+    const int first = warp_first[w], last = warp_last[w];
+    if (first > last) return Mode::kSkip;
+    if (step.part == Part::kSample) return Mode::kBiased;
+    if (step.part == Part::kList) {
+      const int start = (first_query_block + step.owner) * a.block_size;
+      return last >= start && first < start + a.block_size ? Mode::kBiased : Mode::kSkip;
+    }
+    // Both bounds grow with the position.
+    const bool pair = step.part == Part::kPair;
+    const int start = pair && w >= kAttendThreads / 64 ? step.upper : step.lower, stop = start + (pair ? kTileKeys / 2 : kTileKeys);
+    const Bounds low = bounds(step.part, first, far(first)), high = bounds(step.part, last, far(last));
+    if (start < 0 || start >= high.high || stop <= low.low) return Mode::kSkip;
+    return start >= high.low && stop <= low.high ? Mode::kPlain : Mode::kMasked;
+  }
+
+ public:
   // Entry `slot` of a kList or kSample step: writes its key (-1 = none) and its bias for query blocks q0, q0 + stride, ...
-  // (-inf = masked).
-  HA_DEVICE void write_entry(const Step& step, int slot, int q0, int stride, int32_t* keys, float* bias) const {
-    const int at = step.start + slot;
+  // (-inf = masked), in units of logits before `factor` turns them into base 2.
+  HA_DEVICE void write_entry(const Step& step, int slot, int q0, int stride, float factor, int32_t* keys, float* bias) const {
+    const int at = step.lower + slot;
     int key = -1;
     float weight = 1.0f;
     if (step.part == Part::kList) {
@@ -140,7 +191,7 @@ struct Walk {
       weight = sample.weight;
     }
     if (q0 == 0) keys[slot] = key;
-    const float value = log2f(weight);
+    const float value = log2f(weight) / factor;
     for (int q = q0; q < query_blocks; q += stride) {
       bool visible = key >= 0;
       if (step.part == Part::kList) {
