@@ -130,6 +130,7 @@ HA_DEVICE void score_supers(const SelectArgs& args, const Block* infos, const Po
       pools[half] = min(block.stop * rows, k.count);
     }
   }
+  if (start >= stop) return;  // no query block of this group has two levels
   constexpr int kTiles = kSuperblock / kCoarsePool / kPoolColumns;
   const int last = k.count - 1;
   for (int super = start + warp; super < stop; super += kWarps) {
