@@ -7,6 +7,7 @@ TensorRT plugin's fields, under the same names. docs/operator.md explains each o
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import asdict, dataclass, fields, replace
 
 from hyperattention.errors import UsageError
@@ -18,6 +19,9 @@ INT32_MAX = 2**31 - 1
 # Sq at or below this attends exactly whatever the other attributes say (operator rule 5).
 DECODE_ROWS = 64
 SELECTORS = ("blocks",)
+
+# Smallest and largest `scale` but 0; both are ordinary fp32 numbers.
+SCALES = (1e-20, 1e20)
 
 # name: (smallest, largest) accepted integer.
 RANGES: dict[str, tuple[int, int]] = {
@@ -69,9 +73,11 @@ class Config:
                 raise UsageError(f"{name} is {value}; it takes an integer from {low} to {high}")
         if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)):
             raise UsageError(f"scale is {self.scale!r}; it takes a number, 0 for 1/sqrt(head size)")
-        if not (math.isfinite(self.scale) and self.scale >= 0):
-            raise UsageError(f"scale is {self.scale}; it takes a finite number above 0, or 0 for 1/sqrt(head size)")
-        object.__setattr__(self, "scale", float(self.scale))
+        low, high = SCALES
+        if not (self.scale == 0 or low <= self.scale <= high):
+            raise UsageError(f"scale is {self.scale}; it takes 0 for 1/sqrt(head size), or a number from {low} to {high}")
+        # Every backend holds it in fp32: the same number everywhere.
+        object.__setattr__(self, "scale", struct.unpack("f", struct.pack("f", self.scale))[0])
         if self.selector not in SELECTORS:
             raise UsageError(f"selector is {self.selector!r}; it takes one of {', '.join(SELECTORS)}")
         if self.block_size % self.pool_size:

@@ -1,7 +1,5 @@
 #include "config.h"
 
-#include <cmath>
-
 #include "geometry.h"
 
 #ifndef HA_VERSION
@@ -64,8 +62,8 @@ void check_attributes(const HaAttributes& a) {
     const int64_t value = a.*field.member;
     require(value >= field.low && value <= field.high, range_text(field.name, std::to_string(value), field.low, field.high));
   }
-  require(std::isfinite(a.scale) && a.scale >= 0,
-          "scale is " + std::to_string(a.scale) + "; it takes a finite number above 0, or 0 for 1/sqrt(head size)");
+  require(a.scale == 0 || (a.scale >= 1e-20f && a.scale <= 1e20f),
+          "scale is " + std::to_string(a.scale) + "; it takes 0 for 1/sqrt(head size), or a number from 1e-20 to 1e+20");
   require(a.selector == HA_BLOCKS, "selector is " + std::to_string(a.selector) + "; it takes one of blocks (0)");
   require(a.block_size % a.pool_size == 0, "block_size " + std::to_string(a.block_size) + " is not a multiple of pool_size " +
                                                std::to_string(a.pool_size) + "; choose a pool_size that divides it");

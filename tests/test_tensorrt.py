@@ -44,7 +44,7 @@ BAD = (
     Bad("negative-seed", {"seed": -1}, "seed is -1; it takes an integer from 0 to 2147483647"),
     Bad("flag", {"causal": 2}, "causal is 2; it takes an integer from 0 to 1"),
     Bad("scale", {"scale": -0.5}, "scale is -0.5"),
-    Bad("nan-scale", {"scale": float("nan")}, "scale is nan; it takes a finite number above 0, or 0 for 1/sqrt(head size)"),
+    Bad("nan-scale", {"scale": float("nan")}, "scale is nan; it takes 0 for 1/sqrt(head size), or a number from 1e-20 to 1e+20"),
     Bad("selector", {"selector": "nearest"}, "selector is 'nearest'; it takes one of blocks"),
     Bad("pools", {"pool_size": 3}, "block_size 64 is not a multiple of pool_size 3"),
     Bad("local", {"local_size": 1000}, "local_size 1000 is not a multiple of block_size 64"),
