@@ -96,6 +96,7 @@ def export_onnx(
     proto = _trace(TaskModule(patched, plan.task))
     progress("writing and checking model.onnx")
     _clean(proto)
+    _share_transposed(proto)
     nodes = hyper_nodes(proto)
     if len(nodes) != len(plan.planned):
         raise ExportFailed(f"the graph has {len(nodes)} HyperAttention nodes, the plan {len(plan.planned)}; please report the model")
@@ -199,6 +200,23 @@ def _clean(proto: ModelProto) -> None:
     for part in parts:
         del part.metadata_props[:]
         part.doc_string = ""
+
+
+def _share_transposed(proto: ModelProto) -> None:
+    """A weight that is stored as it is and transposed (tied embeddings, after the exporter's folding) is stored once."""
+    graph = proto.graph
+    by_shape: dict[tuple[int, ...], list[onnx.TensorProto]] = {}
+    for tensor in [t for t in graph.initializer if len(t.dims) == 2 and min(t.dims) > 1]:
+        array = onnx.numpy_helper.to_array(tensor).T
+        for kept in by_shape.get(tuple(tensor.dims)[::-1], []):
+            other = onnx.numpy_helper.to_array(kept)
+            if (array[0] == other[0]).all() and (array == other).all():
+                graph.initializer.remove(tensor)
+                node = helper.make_node("Transpose", [kept.name], [tensor.name], name=f"transposed_{kept.name}", perm=[1, 0])
+                graph.node.insert(0, node)
+                break
+        else:
+            by_shape.setdefault(tuple(tensor.dims), []).append(tensor)
 
 
 def _save(proto: ModelProto, path: Path, external_threshold: int) -> None:

@@ -38,6 +38,7 @@ from hyperattention.library import build_info, ort_library_path, trt_library_pat
 if TYPE_CHECKING:
     from hyperattention.export.load import Source
 
+VALIDATE = (sys.executable, "-m", "hyperattention.validate", "run")
 _STEP = re.compile(r"\[\s*(\d+)/(\d+)\s+[\d.]+ s\] (.*)")
 _BY_CODE: dict[int, type[HyperAttentionError]] = {e.exit_code: e for e in (UsageError, EnvironmentFault, ExportFailed, BuildFailed)}
 
@@ -199,10 +200,9 @@ def _engine(plan: ExportPlan, folder: Path, reporter: Reporter) -> dict[str, Any
 
 def _validate(model: Path, folder: Path, options: Options, reporter: Reporter) -> AccuracyFailed | None:
     """Runs `hyperattention validate` as a process of its own; imports go one way. Returns the failed gates, if any."""
-    arguments = ["run", str(folder), "--model", str(model), *options.validation, "--json"]
+    command = [*VALIDATE, str(folder), "--model", str(model), *options.validation, "--json"]
     said: deque[str] = deque(maxlen=40)
     with reporter.stage("validation"):
-        command = [sys.executable, "-m", "hyperattention.validate", *arguments]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment())
         assert process.stdout is not None and process.stderr is not None
         try:

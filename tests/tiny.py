@@ -43,6 +43,8 @@ def save(folder: Path, model_type: str = "llama", **overrides: Any) -> Path:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(6)
+            else:  # no two alike: the exporter stores equal tensors once
+                parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     return folder
 
