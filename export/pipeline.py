@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,15 +110,11 @@ def output_folder(out: Path) -> Iterator[Path]:
     out = Path(os.path.abspath(out))
     if out.exists() and not out.is_dir():
         raise UsageError(f"OUT {out} is a file; give a folder that does not exist yet")
+    # Named before it is made, so that an interruption at any point finds it.
+    work = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    made = [parent for parent in out.parents if not parent.exists()]
     try:
-        if out.is_dir() and any(out.iterdir()) and not (out / bundle.MANIFEST).is_file():
-            raise UsageError(f"OUT {out} holds files that export-model did not write; give a folder that does not exist yet")
-        made = [parent for parent in (out.parent, *out.parent.parents) if not parent.exists()]
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    except OSError as error:
-        raise UsageError(f"OUT {out} cannot be written: {error.strerror}; give a folder you may write to") from error
-    try:
+        _make(out, work)
         try:
             yield work
         except AccuracyFailed:
@@ -133,8 +128,16 @@ def output_folder(out: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
+def _make(out: Path, work: Path) -> None:
+    try:
+        if out.is_dir() and any(out.iterdir()) and not (out / bundle.MANIFEST).is_file():
+            raise UsageError(f"OUT {out} holds files that export-model did not write; give a folder that does not exist yet")
+        work.mkdir(parents=True)
+    except OSError as error:
+        raise UsageError(f"OUT {out} cannot be written: {error.strerror}; give a folder you may write to") from error
+
+
 def _move(work: Path, out: Path) -> None:
-    work.chmod(0o777 & ~_umask())
     if out.is_dir():
         old = work.with_suffix(".old")
         out.rename(old)
@@ -142,12 +145,6 @@ def _move(work: Path, out: Path) -> None:
         shutil.rmtree(old)
     else:
         work.rename(out)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def run(source: "Source", plan: ExportPlan, options: Options, reporter: Reporter) -> dict[str, Any]:
