@@ -1,115 +1,91 @@
-"""Comparisons of the CUDA kernels with the reference, stage by stage; run on a GPU and on the emulated kernels alike."""
+"""The CUDA kernels against the reference, stage by stage: the same checks on a GPU and on the emulated kernels."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from native import (
+    KERNEL_CASES,
+    Inputs,
+    Stages,
+    assert_equal_bits,
+    assert_within_twin,
+    expected,
+    expected_plan,
+    expected_pools,
+    inputs,
+    pool_sizes,
+)
+from operator_cases import PLAN_ONLY, Case
 
-from hyperattention import reference
 from hyperattention.native import Library
-from hyperattention.selection import COARSE_POOL, Geometry, draw_samples, key_pools, make_plan, query_pools, select_blocks
-from tests.operator_cases import Case
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A case in a low precision with a head size the kernels take, on `device`."""
+    """An operator case in a head size and dtype that the CUDA kernels take."""
 
     case: Case
-    head_dim: int = 64
-    dtype: str = "bf16"
+    dtype: str
 
     def __str__(self) -> str:
-        return f"{replace(self.case, dims=(self.head_dim, self.head_dim))}-{self.dtype}"
+        return f"{self.case}-{self.dtype}"
 
-    def tensors(self, device: str) -> tuple[Tensor, Tensor, Tensor]:
-        case = replace(self.case, dims=(self.head_dim, self.head_dim))
-        return tuple(x.to(DTYPES[self.dtype]).to(device) for x in case.inputs())  # type: ignore[return-value]
-
-    def lengths(self, device: str) -> Tensor | None:
-        lengths = self.case.lengths_tensor()
-        return None if lengths is None else lengths.to(device)
+    def inputs(self, device: str) -> Inputs:
+        x = inputs(self.case, DTYPES[self.dtype])
+        lengths = None if x.lengths is None else x.lengths.to(device)
+        return replace(x, q=x.q.to(device), k=x.k.to(device), v=x.v.to(device), lengths=lengths)
 
 
-def geometry(problem: Problem, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Geometry:
-    return Geometry.of(q, k, v, problem.case.config, lengths)
+def problems(cases: list[Case], head_dim: int, dtype: str) -> list[Problem]:
+    """The cases at one head size, each once."""
+    return [Problem(case, dtype) for case in dict.fromkeys(replace(case, dims=(head_dim, head_dim)) for case in cases)]
 
 
-def same(name: str, got: Tensor, want: Tensor) -> None:
-    """Equal bit for bit, NaN equal to NaN."""
-    assert got.shape == want.shape and got.dtype == want.dtype, f"{name}: {got.shape} {got.dtype}, expected {want.shape} {want.dtype}"
-    wrong = (got != want) & ~((got != got) & (want != want))
-    if wrong.any():
-        at = tuple(int(i) for i in wrong.nonzero()[0])
-        raise AssertionError(f"{name}: {int(wrong.sum())} of {wrong.numel()} differ, first at {at}: {got[at]}, expected {want[at]}")
+PROBLEMS = problems(KERNEL_CASES, 64, "bf16") + problems(KERNEL_CASES, 128, "fp16")
+PLAN_PROBLEMS = problems(PLAN_ONLY, 64, "bf16") + problems(PLAN_ONLY, 128, "fp16")
 
 
-def check_pools(library: Library, problem: Problem, device: str) -> None:
-    """Both sides and both levels, rules 18 and 20."""
-    q, k, v = problem.tensors(device)
-    lengths = problem.lengths(device)
-    g, c = geometry(problem, q, k, v, lengths), problem.case.config
-    for rows in {c.pool_size, COARSE_POOL}:
-        for side, x, pools in (("queries", q, query_pools), ("keys", k, key_pools)):
-            values, scales = library.pool(q, k, v, c, side, rows, lengths)
-            want = [pools(x[b], rows, g, length) for b, length in enumerate(g.clamp(lengths))]
-            same(f"{side} {rows} values", values, torch.stack([w[0] for w in want]))
-            same(f"{side} {rows} scales", scales, torch.stack([w[1] for w in want]))
+def check_plan(library: Library, problem: Problem, device: str) -> None:
+    """Pools, blocks and samples, bit for bit."""
+    case, dtype = problem.case, DTYPES[problem.dtype]
+    stages = Stages(library, problem.inputs(device), case.config)
+    for side in ("queries", "keys"):
+        for rows in pool_sizes(case):
+            found = stages.pool(side, rows)
+            for name, mine, wanted in zip(("values", "factors"), found, expected_pools(case, dtype, side, rows), strict=True):
+                assert_equal_bits(mine.cpu(), wanted, f"{name} of {side} in pools of {rows}")
+    plan = expected_plan(case, dtype)
+    assert_equal_bits(stages.select().cpu(), plan.blocks, "blocks")
+    index, weight = stages.samples()
+    assert_equal_bits(index.cpu(), plan.sample_index, "sample index")
+    assert_equal_bits(weight.cpu(), plan.sample_weight, "sample weight")
 
 
-def check_blocks(library: Library, problem: Problem, device: str) -> None:
-    """Rules 19 to 23."""
-    q, k, v = problem.tensors(device)
-    lengths = problem.lengths(device)
-    blocks = library.select(q, k, v, problem.case.config, lengths)
-    same("blocks", blocks, select_blocks(q, k, geometry(problem, q, k, v, lengths), lengths))
+def check_attention(library: Library, problem: Problem, device: str) -> None:
+    """O and LSE under the reference's plan within twice the naive twin's error; forward gives the same bits."""
+    case = problem.case
+    wanted = expected(case, DTYPES[problem.dtype])
+    stages = Stages(library, problem.inputs(device), case.config)
+    found = stages.attend(wanted.plan.blocks.to(device))
+    for name, mine, exact, twin in zip(("o", "lse"), found, wanted.exact, wanted.twin, strict=True):
+        assert_within_twin(mine.cpu(), exact, twin, name)
+    for name, mine, again in zip(("o", "lse"), found, stages.forward(), strict=True):
+        assert_equal_bits(again, mine, f"{name} of forward")
 
 
-def check_samples(library: Library, problem: Problem, device: str) -> None:
-    """Rules 10 to 15."""
-    q, k, v = problem.tensors(device)
-    lengths = problem.lengths(device)
-    index, weight = library.samples(q, k, v, problem.case.config, lengths)
-    want_index, want_weight = draw_samples(geometry(problem, q, k, v, lengths), lengths, device)
-    same("sample index", index, want_index)
-    same("sample weight", weight, want_weight)
-
-
-def error(got: Tensor, want: Tensor) -> Tensor:
-    """Relative L2 error of each row."""
-    difference = (got.double() - want).norm(dim=-1)
-    return difference / want.norm(dim=-1).clamp(min=1e-30)
-
-
-def check_attention(library: Library, problem: Problem, device: str, forward: bool = False) -> None:
-    """Within twice the naive low-precision twin's error against fp64 under the same plan, plus one rounding of the output."""
-    q, k, v = problem.tensors(device)
-    lengths, c, dtype = problem.lengths(device), problem.case.config, DTYPES[problem.dtype]
-    plan = make_plan(q, k, geometry(problem, q, k, v, lengths), lengths)
-    if forward:
-        o, lse = library.forward(q, k, v, c, lengths)
-    else:
-        o, lse = library.attend(q, k, v, c, plan.blocks, lengths)
-    want = reference.attention(q.double(), k.double(), v.double(), c, lengths, plan)
-    naive = reference.attention(q, k, v, c, lengths, plan, arithmetic=dtype)
-    assert o.shape == want.o.shape and o.dtype == dtype and lse.shape == want.lse.shape and lse.dtype == torch.float32
-    empty = want.lse == -torch.inf
-    assert bool((lse[empty] == -torch.inf).all()) and bool((o[empty] == 0).all()), "a row without a visible key is not 0 and -inf"
-    seen = ~empty
-    # A NaN of the inputs that a row sees is NaN here too; what else a row holds is compared.
-    finite = seen & torch.isfinite(want.o).all(-1) & torch.isfinite(want.lse)
-    if not finite.any():
-        return
-    ulp = torch.finfo(dtype).eps
-    ours, twin = error(o, want.o)[finite], error(naive.o, want.o)[finite]
-    bound = 2 * twin.square().mean().sqrt() + ulp / 4
-    assert ours.square().mean().sqrt() <= bound, f"O: error {ours.square().mean().sqrt():.3e}, bound {bound:.3e}"
-    worst = 2 * twin.max() + 2 * ulp
-    assert ours.max() <= worst, f"O: worst row {ours.max():.3e}, bound {worst:.3e}"
-    lse_ours, lse_twin = ((x.double() - want.lse)[finite].abs() for x in (lse, naive.lse))
-    bound = 2 * lse_twin.max() + 1e-4 * (1 + want.lse[finite].abs().max())
-    assert lse_ours.max() <= bound, f"LSE: worst row {lse_ours.max():.3e}, bound {bound:.3e}"
+def check_padding(library: Library, case: Case, poison: float, device: str) -> None:
+    """What lies past the lengths changes no bit of a live row."""
+    clean = Problem(case, "bf16").inputs(device)
+    q, k, v = clean.q.clone(), clean.k.clone(), clean.v.clone()
+    assert case.lengths and case.seq_q == case.seq_k
+    live = (torch.arange(case.seq_k) < torch.tensor(case.lengths)[:, None]).to(device)
+    for x in (q, k, v):
+        x.transpose(1, 2)[~live] = poison
+    dirty = replace(clean, q=q, k=k, v=v)
+    found, wanted = (Stages(library, x, case.config).forward() for x in (dirty, clean))
+    for name, mine, theirs in zip(("o", "lse"), found, wanted, strict=True):
+        assert_equal_bits(mine.transpose(1, 2)[live], theirs.transpose(1, 2)[live], name)

@@ -30,6 +30,15 @@ void require_pointer(const void* pointer, int64_t elements, const char* name) {
   require(reinterpret_cast<uintptr_t>(pointer) % 16 == 0, HA_INVALID, std::string(name) + " is not aligned to 16 bytes; the CUDA kernels need it");
 }
 
+void check_selectable(const Geometry& g) {
+  if (g.exact() || g.a.num_blocks == 0) return;
+  const SelectConfig config = select_config(g);
+  require(config.fits(), HA_UNSUPPORTED,
+          "selection over " + std::to_string(g.seq_k) + " keys with block_size " + std::to_string(g.a.block_size) + " needs " +
+              std::to_string(config.bytes) + " bytes of shared memory, the CUDA kernel takes " + std::to_string(kSelectSharedLimit) +
+              ": raise block_size (64, 128 and 256 go furthest), or split the sequence");
+}
+
 unsigned char* scratch(const HaParams& p, size_t bytes) {
   if (bytes == 0) return nullptr;
   require(p.workspace && p.workspace_size >= bytes, HA_INVALID,
@@ -47,6 +56,7 @@ void pool(const HaParams& p, int32_t side, Pools fine, Pools coarse) {
 void select(const HaParams& p, int32_t* blocks) {
   const Geometry g(p);
   if (g.exact() || g.a.num_blocks == 0 || g.batch == 0) return;
+  check_selectable(g);
   require(blocks, HA_INVALID, "blocks is a null pointer; it takes device memory for the plan");
   const Workspace w = workspace(g);
   unsigned char* const base = scratch(p, w.bytes);
@@ -98,7 +108,9 @@ void forward(HaParams p) {
 extern "C" int ha_cuda_workspace_size(const HaParams* params, size_t* bytes) {
   return ha::guarded([&] {
     ha::check_supported(*params);
-    *bytes = ha::workspace(ha::Geometry(*params)).bytes;
+    const ha::Geometry g(*params);
+    ha::check_selectable(g);
+    *bytes = ha::workspace(g).bytes;
   });
 }
 

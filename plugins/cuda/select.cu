@@ -277,11 +277,6 @@ void launch_instance(const SelectArgs& args) {
 }  // namespace
 
 void launch_select(const SelectArgs& args) {
-  if (!args.config.fits())
-    throw Error(HA_UNSUPPORTED, "selection over " + std::to_string(args.p.seq_k) + " keys with block_size " +
-                                    std::to_string(args.p.attributes.block_size) + " needs " + std::to_string(args.config.bytes) +
-                                    " bytes of shared memory, the CUDA kernel takes " + std::to_string(kSelectSharedLimit) +
-                                    ": raise block_size to a power of two, or split the sequence");
   if (args.p.head_dim == 64) return launch_instance<64>(args);
   if (args.p.head_dim == 128) return launch_instance<128>(args);
 }

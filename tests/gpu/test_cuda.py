@@ -1,0 +1,244 @@
+"""The CUDA kernels on a GPU: stage by stage against the reference, guard bytes around everything, streams, graphs, lengths.
+
+The tests whose names begin with test_sanitizer run little else on the device and are meant for compute-sanitizer:
+`compute-sanitizer --tool memcheck python -m pytest tests/gpu/test_cuda.py -k sanitizer`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cuda_checks import DTYPES, PLAN_PROBLEMS, PROBLEMS, Problem, check_attention, check_padding, check_plan
+from native import Inputs, Stages, assert_equal_bits, assert_within_twin
+from operator_cases import Case, config
+
+from hyperattention import op, reference
+from hyperattention.config import PRESETS, Config
+from hyperattention.errors import UsageError
+from hyperattention.library import load_cuda
+from hyperattention.native import Library
+from hyperattention.selection import Geometry, Plan, make_plan
+
+pytestmark = pytest.mark.gpu
+BLOCKS = PRESETS["blocks"]
+
+
+@pytest.fixture(scope="module")
+def library() -> Library:
+    return load_cuda()
+
+
+# --- small problems: every rule at odd sizes -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("problem", PROBLEMS + PLAN_PROBLEMS, ids=str)
+def test_plan_equals_the_references(library: Library, problem: Problem) -> None:
+    check_plan(library, problem, "cuda")
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_attention_under_the_references_plan(library: Library, problem: Problem) -> None:
+    check_attention(library, problem, "cuda")
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e4], ids=str)
+@pytest.mark.parametrize("causal", [0, 1])
+@pytest.mark.parametrize("exact_below", [0, 4096], ids=["approximate", "exact"])
+def test_padding_reaches_no_live_row(library: Library, causal: int, exact_below: int, poison: float) -> None:
+    c = config(causal=causal, exact_below=exact_below)
+    check_padding(library, Case("padding", 203, 203, c, (2, 1), (64, 64), (150, 203, 1)), poison, "cuda")
+
+
+# --- long problems, the reference on the GPU -------------------------------------------------------------------------
+
+
+def random_inputs(c: Config, batch: int, heads: tuple[int, int], rows: tuple[int, int], dim: int, dtype: str, lengths=None) -> Inputs:
+    """Keys in slowly turning directions, so that blocks differ in weight as they do in a model."""
+    generator = torch.Generator(device="cuda").manual_seed(rows[0] + 7 * rows[1] + dim)
+    q, k, v = (
+        torch.randn(batch, h, n, dim, generator=generator, device="cuda")
+        for h, n in ((heads[0], rows[0]), (heads[1], rows[1]), (heads[1], rows[1]))
+    )
+    drift = torch.randn(batch, heads[1], -(-rows[1] // 100), dim, generator=generator, device="cuda").repeat_interleave(100, 2)
+    k = k + drift[:, :, : rows[1]]
+    q, k, v = (x.to(DTYPES[dtype]) for x in (q, k, v))
+    tensor = None if lengths is None else torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    return Inputs(q, k, v, tensor, Geometry.of(q, k, v, c, tensor))
+
+
+LONG = {
+    "preset-d64": (BLOCKS, 1, (4, 2), (6000, 6000), 64, "bf16"),
+    "preset-d128": (BLOCKS, 1, (2, 1), (5003, 5003), 128, "bf16"),
+    "preset-fp16": (BLOCKS, 1, (2, 2), (5003, 5003), 64, "fp16"),
+    "two-levels-d64": (BLOCKS, 1, (2, 1), (16500, 16500), 64, "bf16"),
+    "two-levels-d128-chunk": (BLOCKS, 1, (4, 1), (1500, 20011), 128, "fp16"),
+    "two-levels-lengths": (BLOCKS, 3, (2, 1), (3000, 12000), 64, "bf16", (12000, 11111, 9500)),
+    "two-levels-non-causal": (replace(BLOCKS, causal=0), 1, (2, 1), (2000, 12345), 64, "bf16"),
+    "share-above-minimum": (BLOCKS, 1, (1, 1), (300, 140_000), 64, "bf16"),
+    "no-overlap": (replace(BLOCKS, local_overlap=0), 1, (2, 1), (9001, 9001), 64, "bf16"),
+    "no-samples": (replace(BLOCKS, sample_size=0), 1, (2, 1), (9001, 9001), 64, "bf16"),
+    "no-blocks": (replace(BLOCKS, num_blocks=0), 1, (2, 1), (9001, 9001), 128, "bf16"),
+    "most-of-all": (replace(BLOCKS, num_blocks=64, sample_size=4096, sinks=4096), 1, (1, 1), (700, 12000), 64, "bf16"),
+    "block16": (replace(BLOCKS, block_size=16), 1, (1, 1), (2000, 9500), 64, "bf16"),
+    "block48": (replace(BLOCKS, block_size=48, local_size=960), 1, (1, 1), (2000, 9500), 64, "bf16"),
+    "block128": (replace(BLOCKS, block_size=128), 1, (2, 1), (9001, 9001), 64, "bf16"),
+    "block256-pool1": (replace(BLOCKS, block_size=256, pool_size=1), 1, (1, 1), (5000, 12000), 128, "bf16"),
+    "pool64": (replace(BLOCKS, pool_size=64), 1, (1, 1), (2000, 9500), 64, "bf16"),
+    "exact-causal": (BLOCKS.exact(), 2, (2, 1), (3000, 4001), 128, "bf16", (4001, 2500)),
+    "exact-non-causal": (replace(BLOCKS, causal=0).exact(), 1, (2, 1), (3001, 2999), 64, "fp16"),
+    "decode-exact": (BLOCKS, 2, (8, 2), (1, 30_000), 128, "bf16", (30_000, 17)),
+}
+
+
+def assert_matches(x: Inputs, c: Config, o: torch.Tensor, lse: torch.Tensor, plan: Plan) -> None:
+    wanted = reference.attention(x.q.double(), x.k.double(), x.v.double(), c, x.lengths, plan)
+    twin = reference.attention(x.q, x.k, x.v, c, x.lengths, plan, x.q.dtype)
+    assert_within_twin(o, wanted.o, twin.o, "o")
+    assert_within_twin(lse, wanted.lse, twin.lse, "lse")
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long(library: Library, name: str) -> None:
+    c, *shape = LONG[name]
+    x = random_inputs(c, *shape)
+    plan = make_plan(x.q, x.k, x.geometry, x.lengths)
+    stages = Stages(library, x, c)
+    assert_equal_bits(stages.select(), plan.blocks, "blocks")
+    index, weight = stages.samples()
+    assert_equal_bits(index, plan.sample_index, "sample index")
+    assert_equal_bits(weight, plan.sample_weight, "sample weight")
+    o, lse = stages.forward()
+    assert_matches(x, c, o, lse, plan)
+
+
+# --- what may not matter ---------------------------------------------------------------------------------------------
+
+REPEATED = {
+    "two-levels": (BLOCKS, 2, (4, 2), (9001, 9001), 64, "bf16", (9001, 8700)),
+    "exact": (BLOCKS, 1, (4, 2), (3000, 3000), 128, "fp16"),
+}
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_runs_and_streams_give_the_same_bits(library: Library, name: str) -> None:
+    c, *shape = REPEATED[name]
+    x = random_inputs(c, *shape)
+    first = library.forward(x.q, x.k, x.v, c, x.lengths)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    results = []
+    for stream in streams * 3:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            results.append(library.forward(x.q, x.k, x.v, c, x.lengths))
+    torch.cuda.synchronize()
+    for result in results:
+        for mine, wanted in zip(result, first, strict=True):
+            assert_equal_bits(mine, wanted, "output")
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_a_captured_graph_replays_on_new_inputs(library: Library, name: str) -> None:
+    c, *shape = REPEATED[name]
+    x = random_inputs(c, *shape)
+    library.forward(x.q, x.k, x.v, c, x.lengths)  # first use outside the capture, as every CUDA library wants
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o, lse = library.forward(x.q, x.k, x.v, c, x.lengths)
+    for tensors in ([x.q.clone(), x.k.clone(), x.v.clone()], [x.q.flip(2), x.k.flip(2), x.v.flip(2)]):
+        wanted = library.forward(*tensors, c, x.lengths)
+        for target, source in zip((x.q, x.k, x.v), tensors, strict=True):
+            target.copy_(source)
+        for output in (o, lse):
+            output.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_equal_bits(o, wanted[0], "o")
+        assert_equal_bits(lse, wanted[1], "lse")
+
+
+def test_lengths_are_read_on_the_device(library: Library) -> None:
+    """A length that a kernel before ours writes is the one that counts."""
+    c = BLOCKS
+    x = random_inputs(c, 1, (2, 1), (5000, 5000), 64, "bf16", (5000,))
+    assert x.lengths is not None
+    wanted = library.forward(x.q, x.k, x.v, c, torch.tensor([4500], dtype=torch.int32, device="cuda"))
+    torch.cuda._sleep(50_000_000)
+    x.lengths.fill_(4500)
+    found = library.forward(x.q, x.k, x.v, c, x.lengths)
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert_equal_bits(mine, theirs, "output")
+
+
+def test_batch_rows_do_not_meet(library: Library) -> None:
+    """A row's result does not depend on its place in the batch (rule 10)."""
+    x = random_inputs(BLOCKS, 3, (2, 1), (4500, 4500), 64, "bf16")
+    together = library.forward(x.q, x.k, x.v, BLOCKS)
+    for b in range(3):
+        alone = library.forward(x.q[b : b + 1], x.k[b : b + 1], x.v[b : b + 1], BLOCKS)
+        for mine, wanted in zip(alone, together, strict=True):
+            assert_equal_bits(mine, wanted[b : b + 1], f"row {b}")
+
+
+def test_the_torch_op_runs_the_kernels(library: Library) -> None:
+    x = random_inputs(BLOCKS, 1, (4, 2), (4500, 4500), 64, "bf16", (4400,))
+    for mine, wanted in zip(op.attention(x.q, x.k, x.v, BLOCKS, x.lengths), library.forward(x.q, x.k, x.v, BLOCKS, x.lengths), strict=True):
+        assert_equal_bits(mine, wanted, "output")
+
+
+def test_offsets_past_32_bits(library: Library) -> None:
+    """More than 2^31 elements in Q: the last head of the last row is as right as the first."""
+    rows, heads = 70_000, 32
+    c = replace(BLOCKS, num_blocks=0, sample_size=0, sinks=64)
+    k, v = (torch.randn(8, 1, rows, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    q = torch.zeros(8, heads, rows, 128, device="cuda", dtype=torch.bfloat16)
+    assert q.numel() > 2**31
+    q[-1, -1] = torch.randn(rows, 128, device="cuda")
+    o, lse = library.forward(q, k, v, c)
+    alone = library.forward(q[-1:, -1:].contiguous(), k[-1:].contiguous(), v[-1:].contiguous(), c)
+    assert_equal_bits(o[-1:, -1:], alone[0], "o")
+    assert_equal_bits(lse[-1:, -1:], alone[1], "lse")
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 70, 80), (1, 2, 0, 80), (1, 2, 70, 0), (2, 2, 3, 0)], ids=str)
+def test_empty_problems(library: Library, shape: tuple[int, int, int, int]) -> None:
+    b, h, sq, sk = shape
+    q, k = (torch.randn(b, h, rows, 64, device="cuda", dtype=torch.bfloat16) for rows in (sq, sk))
+    o, lse = library.forward(q, k, k, config())
+    assert o.shape == q.shape and lse.shape == q.shape[:3]
+    if sk == 0:
+        assert bool((o == 0).all()) and bool((lse == -torch.inf).all())
+
+
+def test_workspace_too_small_is_refused(library: Library) -> None:
+    from ctypes import byref
+
+    from hyperattention.native import _Call
+
+    x = random_inputs(BLOCKS, 1, (2, 1), (4500, 4500), 64, "bf16")
+    call = _Call(library, x.q, x.k, x.v, BLOCKS, None)
+    o = torch.empty_like(x.q)
+    call.params.out = o.data_ptr()
+    call.params.workspace, call.params.workspace_size = o.data_ptr(), call.workspace_size() - 1
+    with pytest.raises(UsageError, match="ha_cuda_workspace_size asks for"):
+        library.check(library._forward, byref(call.params))
+
+
+# --- for compute-sanitizer -------------------------------------------------------------------------------------------
+
+_SMALL = replace(BLOCKS, exact_below=0, local_size=128, sample_size=70, num_blocks=3, sinks=70)
+SANITIZED = [
+    Problem(Case("approximate", 150, 600, _SMALL, (2, 1), (64, 64), (600, 431)), "bf16"),
+    Problem(Case("approximate", 150, 600, _SMALL, (1, 1), (128, 128)), "fp16"),
+    Problem(Case("block48", 97, 256, config(block_size=48, pool_size=3, local_size=48), (1, 1), (64, 64)), "fp16"),
+    Problem(Case("exact", 130, 190, Config().exact(), (2, 1), (128, 128), (190, 77)), "bf16"),
+    Problem(Case("two-levels", 66, 9001, config(block_size=64, local_size=64), (1, 1), (64, 64), (8999,)), "bf16"),
+]
+
+
+@pytest.mark.parametrize("problem", SANITIZED, ids=str)
+def test_sanitizer(library: Library, problem: Problem) -> None:
+    check_plan(library, problem, "cuda")
+    check_attention(library, problem, "cuda")

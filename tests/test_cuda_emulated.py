@@ -1,0 +1,120 @@
+"""The CUDA kernels' own source, run thread by thread on the processor (tests/emulation), against the reference.
+
+This holds index arithmetic, fragment layouts, barriers and asynchronous copies where there is no GPU; tests/gpu/test_cuda.py
+runs the same checks, and more of them, on one.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_checks import DTYPES, Problem, check_attention, check_padding, check_plan
+from native import Stages, assert_equal_bits
+from operator_cases import PLAN_ONLY, Case, config
+
+from hyperattention.config import PRESETS, Config
+from hyperattention.errors import UsageError
+from hyperattention.native import Library
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = "-std=c++17 -O2 -fPIC -fvisibility=hidden -ffp-contract=off -DHA_EMULATE -Wall -Wextra -Wno-unknown-pragmas -Werror".split()
+INCLUDES = [f"-I{ROOT / folder}" for folder in ("plugins", "plugins/cuda", "tests/emulation")]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    """The CUDA sources compiled for the processor."""
+    compiler = shutil.which("g++")
+    if not compiler:
+        pytest.skip("g++ is missing")
+    folder = tmp_path_factory.mktemp("emulated")
+    sources = [*sorted((ROOT / "plugins/cuda").glob("*.cu")), ROOT / "plugins/config.cpp", ROOT / "tests/emulation/emulator.cpp"]
+
+    def build(source: Path) -> Path:
+        target = folder / (source.stem + ".o")
+        subprocess.run([compiler, *FLAGS, *INCLUDES, "-x", "c++", "-c", str(source), "-o", str(target)], check=True)
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(build, sources))
+    path = folder / "libhyperattention_trt.so"
+    subprocess.run([compiler, "-shared", "-o", str(path), *map(str, objects)], check=True)
+    return Library(path, "ha_cuda_", "cpu")
+
+
+PLAIN = Case("plain", 70, 203, dims=(64, 64))
+SMALL = replace(PRESETS["blocks"], exact_below=0, local_size=128, sample_size=70, num_blocks=3, sinks=70)
+CASES = [
+    Problem(Case("preset-like", 150, 600, SMALL, heads=(2, 1), dims=(64, 64), lengths=(600, 431)), "bf16"),
+    Problem(Case("preset-like", 150, 600, SMALL, heads=(1, 1), dims=(128, 128)), "fp16"),
+    Problem(PLAIN, "fp16"),
+    Problem(replace(PLAIN, dims=(128, 128), lengths=(1, 150)), "bf16"),
+    Problem(Case("more-queries", 150, 65, heads=(1, 1), dims=(64, 64)), "bf16"),
+    Problem(Case("non-causal", 130, 260, replace(SMALL, causal=0, sinks=3), heads=(1, 1), dims=(64, 64)), "bf16"),
+    Problem(Case("block48", 97, 256, config(block_size=48, pool_size=3, local_size=48), heads=(1, 1), dims=(64, 64)), "bf16"),
+    Problem(Case("block128", 200, 600, replace(SMALL, block_size=128), heads=(1, 1), dims=(64, 64)), "bf16"),
+    Problem(Case("block256-uniform", 100, 900, replace(SMALL, block_size=256, local_size=256, stratified=0), (1, 1), (64, 64)), "fp16"),
+    Problem(Case("exact", 130, 190, Config().exact(), heads=(2, 1), dims=(64, 64), lengths=(190, 77)), "bf16"),
+    Problem(Case("exact-one-row", 1, 131, Config().exact(), heads=(1, 1), dims=(128, 128)), "bf16"),
+    Problem(Case("no-key", 66, 0, heads=(1, 1), dims=(64, 64)), "bf16"),
+    Problem(Case("two-levels", 66, 9001, config(block_size=64, local_size=64), heads=(1, 1), dims=(64, 64), lengths=(8999,)), "bf16"),
+]
+PLANS = [Problem(replace(case, dims=(64, 64)), "bf16") for case in PLAN_ONLY if case.seq_k < 1000] + [
+    Problem(Case(f"two-levels-block{block}", 66, 9500, config(block_size=block, local_size=block, num_blocks=64), (1, 1), (64, 64)), "bf16")
+    for block in (16, 32, 128, 256)
+]
+
+
+@pytest.mark.parametrize("problem", CASES + PLANS, ids=str)
+def test_plan_equals_the_references(library: Library, problem: Problem) -> None:
+    check_plan(library, problem, "cpu")
+
+
+@pytest.mark.parametrize("problem", CASES, ids=str)
+def test_attention_under_the_references_plan(library: Library, problem: Problem) -> None:
+    check_attention(library, problem, "cpu")
+
+
+@pytest.mark.parametrize("exact_below", [0, 4096], ids=["approximate", "exact"])
+def test_padding_reaches_no_live_row(library: Library, exact_below: int) -> None:
+    check_padding(library, Case("padding", 203, 203, config(exact_below=exact_below), (1, 1), (64, 64), (150, 1)), float("nan"), "cpu")
+
+
+def test_a_plan_that_names_no_block_is_cut_short(library: Library) -> None:
+    """A foreign plan never leads outside the tensors: its first entry that is no key block ends it."""
+    x = Problem(PLAIN, "bf16").inputs("cpu")
+    stages = Stages(library, x, PLAIN.config)
+    blocks = stages.select()
+    foreign = blocks.clone()
+    foreign[..., 1:] = 2**31 - 1
+    blocks[..., 1:] = -1
+    for mine, wanted in zip(stages.attend(foreign), stages.attend(blocks), strict=True):
+        assert_equal_bits(mine, wanted, "output")
+
+
+@pytest.mark.parametrize(
+    "dims, dtype, text",
+    [
+        ((64, 64), torch.float32, "dtype is float32; the CUDA kernels take float16"),
+        ((96, 96), torch.float16, "head_dim is 96; the CUDA kernels take 64 and 128"),
+        ((64, 128), torch.bfloat16, "head_dim_v is 128 and head_dim 64; the CUDA kernels take equal ones"),
+    ],
+    ids=["fp32", "head-size", "value-size"],
+)
+def test_refusals(library: Library, dims: tuple[int, int], dtype: torch.dtype, text: str) -> None:
+    q, k, v = (x.to(dtype) for x in replace(PLAIN, dims=dims).inputs())
+    with pytest.raises(UsageError, match=text):
+        library.forward(q, k, v, PLAIN.config)
+
+
+def test_selection_names_its_limit(library: Library) -> None:
+    """Scores lie in shared memory, so lengths have an end; it is said, not reached silently."""
+    q, k = (torch.zeros(1, 1, rows, 64, dtype=DTYPES["bf16"]) for rows in (65, 5_000_000))
+    with pytest.raises(UsageError, match="selection over 5000000 keys with block_size 64 needs .* bytes of shared memory"):
+        library.select(q, k, k, PRESETS["blocks"])
