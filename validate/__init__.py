@@ -2,3 +2,5 @@
 
 if __name__ != "hyperattention.validate":
     raise ImportError("import hyperattention.validate, not validate")
+
+__all__: list[str] = []

@@ -24,6 +24,7 @@ from hyperattention.export.plan import ExportPlan
 from hyperattention.native import Library
 from hyperattention.selection import Geometry, Plan, make_plan
 from hyperattention.validate.compare import compare_functions, tensor_error
+from hyperattention.validate.operators import one_thread
 from hyperattention.validate.runners import ModelRunner, feed
 
 ROWS = 2048  # queries compared in a layer that is not the first
@@ -95,13 +96,15 @@ def check_op(case: OpCase, kernels: Library) -> dict:
     of maximum and root mean square; at most 2 means error <= 2 x naive + one ulp.
     """
     g = Geometry.of(case.q, case.k, case.v, case.config, case.lengths)
-    plan = make_plan(case.q, case.k, g, case.lengths)
+    with one_thread():
+        plan = make_plan(case.q, case.k, g, case.lengths)
     problem = (case.q.contiguous(), case.k.contiguous(), case.v.contiguous(), case.config)
     differences = 0 if g.exact else _plan_differences(plan, kernels, problem, case)
     o, lse = kernels.attend(*problem, plan.blocks, case.lengths)
-    truth = reference.attention(case.q.double(), case.k.double(), case.v.double(), case.config, case.lengths, plan)
     arithmetic = None if case.q.dtype == torch.float32 else case.q.dtype
-    naive = reference.attention(case.q, case.k, case.v, case.config, case.lengths, plan, arithmetic)
+    with one_thread():
+        truth = reference.attention(case.q.double(), case.k.double(), case.v.double(), case.config, case.lengths, plan)
+        naive = reference.attention(case.q, case.k, case.v, case.config, case.lengths, plan, arithmetic)
     row: dict = {"case": str(case), "layer": case.layer, "kind": case.kind, "plan_differences": differences}
     ratios = []
     pairs = (("o", o, naive.o, truth.o, case.q.dtype), ("lse", lse, naive.lse, truth.lse, torch.float32))
@@ -129,7 +132,9 @@ def check_plan(captured, kernels: Library) -> int:
     c = captured
     case = OpCase(c.layer, "", c.q[:, :, -ROWS:].contiguous(), c.k.contiguous(), c.v.contiguous(), c.config)
     g = Geometry.of(case.q, case.k, case.v, case.config)
-    return _plan_differences(make_plan(case.q, case.k, g), kernels, (case.q, case.k, case.v, case.config), case)
+    with one_thread():
+        plan = make_plan(case.q, case.k, g)
+    return _plan_differences(plan, kernels, (case.q, case.k, case.v, case.config), case)
 
 
 def _plan_differences(plan: Plan, kernels: Library, problem: tuple, case: OpCase) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,17 @@ class Operator:
         return self.function(q, k, v, config, lengths)
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """The reference is made of small tensor operations: on the CPU a team of threads costs several times what it saves."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def reference_operator() -> Operator:
     """The definition: fp32 arithmetic in PyTorch. A layer planned as exact is left to PyTorch's own exact attention, which is
     faster than the reference's tiles and just as independent of the kernels; its LSE is then NaN, not computed."""
@@ -35,7 +47,8 @@ def reference_operator() -> Operator:
         if config.exact_below == INT32_MAX and config.causal:
             o = exact_attention(q, k, v, config.resolved_scale(q.shape[-1]))
             return o, q.new_full(q.shape[:3], torch.nan, dtype=torch.float32)
-        out = reference.attention(q, k, v, config, lengths)
+        with one_thread():
+            out = reference.attention(q, k, v, config, lengths)
         return out.o, out.lse
 
     return Operator("reference", run)

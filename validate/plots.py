@@ -51,8 +51,9 @@ class _Axis:
         self.log, self.start, self.stop = log, start, stop
         mapped = [self._map(v) for v in values]
         low, high = min(mapped), max(mapped)
-        spread = (high - low) or (1.0 if log else abs(high) or 1.0)
-        self.low, self.high = low - pad * spread, high + pad * spread
+        spread = max(high - low, 0.5) if log else (high - low) or abs(high) or 1.0
+        middle = (low + high) / 2
+        self.low, self.high = min(low, middle - spread / 2) - pad * spread, max(high, middle + spread / 2) + pad * spread
 
     def _map(self, value: float) -> float:
         return math.log10(value) if self.log else value
@@ -76,6 +77,7 @@ def line_chart(title: str, series: list[Series], unit: str, log_y: bool = False,
         for s in series
     ]
     shown = [(s, points) for s, points in shown if points]
+    limit = None if log_y and limit is not None and limit <= 0 else limit
     if not shown:
         return ""
     xs = sorted({x for _, points in shown for x, _, _ in points})

@@ -36,6 +36,7 @@ TAIL = 512
 BACKENDS = ("auto", "ort", "tensorrt")
 DEVICES = ("auto", "cpu", "cuda")
 EXTRA_SEEDS = 4
+NEEDLE_PROMPTS = 4
 
 
 @dataclass(frozen=True)
@@ -103,15 +104,7 @@ def validate(options: Options, step: Callable[[str], None]) -> dict:
         repeats = 5 if device.type == "cuda" else 0
         tail = min(options.tail, min(lengths) // 2)
         bench = Bench(patched, plan, exact, backend, backend_exact, operator, kernels, tail, repeats, step)
-        implementation = _implementation(bench, definition, corpus, lengths, options)
-        approximation, times, layers = [], [], []
-        for length, count in zip(lengths, counts, strict=True):
-            row, seconds, table = measure_length(bench, corpus, length, count)
-            approximation.append(row)
-            times.append(seconds)
-            layers += table
-        times += [measure_time(bench, corpus, length) for length in options.time_lengths]
-        found_needle = _needle(bench, corpus, lengths, options, device)
+        measured = measure(bench, definition, corpus, dict(zip(lengths, counts, strict=True)), options)
         step("proving what ran in all of it")
         proofs = _prove([backend, *([backend_exact] if backend_exact else [])])
     report = {
@@ -127,19 +120,29 @@ def validate(options: Options, step: Callable[[str], None]) -> dict:
         },
         "plan": plan.to_json(),
         "target_dtype": bundle.plan.dtype,
-        "plan_summary": _summary(plan),
+        "plan_summary": plan_summary(plan),
         "inputs": {**corpus.describe(), "seed": options.seed, "lengths": list(lengths), "windows": list(counts), "tail": tail},
         "backend": backend.backend,
         "provenance": [proof.to_json() for proof in proofs],
-        "implementation": implementation,
-        "approximation": approximation,
-        "time": times,
-        "layers": layers,
-        "needle": found_needle,
+        **measured,
         "environment": environment.describe(device, [p for p in (bundle.ort_library, bundle.trt_library) if p is not None]),
         "notes": notes,
     }
     return judge(report, options.limits)
+
+
+def measure(bench: Bench, definition: TorchRunner, corpus: Corpus, lengths: dict[int, int], options: Options) -> dict:
+    """Everything that is measured on active runners, for report.json; `lengths` maps each length to its number of windows."""
+    report: dict = {"implementation": _implementation(bench, definition, corpus, tuple(lengths), options)}
+    report |= {"approximation": [], "time": [], "layers": []}
+    for length, count in lengths.items():
+        row, seconds, table = measure_length(bench, corpus, length, count)
+        report["approximation"].append(row)
+        report["time"].append(seconds)
+        report["layers"] += table
+    report["time"] += [measure_time(bench, corpus, length) for length in options.time_lengths]
+    report["needle"] = _needle(bench, corpus, max(lengths), options)
+    return report
 
 
 def count_steps(options: Options) -> int:
@@ -184,7 +187,7 @@ def _lengths(plan: ExportPlan, options: Options, max_positions: int | None) -> t
     return tuple(lengths[i] for i in order), tuple(counts[i] for i in order)
 
 
-def _summary(plan: ExportPlan) -> dict:
+def plan_summary(plan: ExportPlan) -> dict:
     """What a reader wants to know of the plan, without reading it."""
     approximate = plan.approximate
     return {
@@ -267,13 +270,14 @@ def _implementation(bench: Bench, definition: TorchRunner, corpus: Corpus, lengt
     return {"length": length, "per_op": rows, "seeds": spread, "whole_model": model}
 
 
-def _needle(bench: Bench, corpus: Corpus, lengths: tuple[int, ...], options: Options, device: torch.device) -> dict | None:
-    wanted = options.needle if options.needle is not None else device.type == "cuda" and corpus.tokens == "bytes"
+def _needle(bench: Bench, corpus: Corpus, length: int, options: Options) -> dict | None:
+    cuda = bench.device.type == "cuda"
+    wanted = options.needle if options.needle is not None else cuda and corpus.tokens == "bytes"
     if not wanted:
         return None
     if corpus.tokens != "bytes":
         raise UsageError("--needle plants a prompt of bytes; it needs a model with --input-ids bytes")
-    return measure_needle(bench, corpus, max(lengths), options.seed, 4 if device.type == "cuda" else 1)
+    return measure_needle(bench, corpus, length, options.seed, NEEDLE_PROMPTS if cuda else 1)
 
 
 def _prove_first(runner: ModelRunner, corpus: Corpus, plan: ExportPlan) -> None:
