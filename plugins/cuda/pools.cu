@@ -6,7 +6,7 @@ namespace ha {
 namespace {
 
 constexpr int kPoolThreads = 256;
-constexpr int kBatch = 8;  // rows in flight at once
+constexpr int kBatch = 4;    // rows in flight at once
 constexpr int kPerLane = 8;  // elements of a row that one lane holds: 16 bytes
 
 // A pool's sum and what becomes of it. D / kPerLane neighbouring lanes hold one row.
@@ -60,7 +60,7 @@ HA_DEVICE void unpack(const Words4& raw, float (&x)[kPerLane]) {
 }
 
 template <class T, int D>
-HA_KERNEL(kPoolThreads, 4) pool_kernel(const HA_CONSTANT PoolArgs args) {
+HA_KERNEL(kPoolThreads, 3) pool_kernel(const HA_CONSTANT PoolArgs args) {
   constexpr int kLanes = D / kPerLane, kUnits = kPoolThreads / kLanes;
   const Geometry g(args.p);
   const bool queries = args.side == HA_QUERIES;
