@@ -16,6 +16,7 @@ constexpr int kBlock = 6;
 
 typedef float Floats __attribute__((vector_size(HA_VECTOR_BYTES)));
 typedef int32_t Ints __attribute__((vector_size(HA_VECTOR_BYTES)));
+typedef uint32_t Bits __attribute__((vector_size(HA_VECTOR_BYTES)));
 typedef float LooseFloats __attribute__((vector_size(HA_VECTOR_BYTES), aligned(4)));
 
 HA_FORCE Floats load(const float* from) { return *reinterpret_cast<const LooseFloats*>(from); }
@@ -55,7 +56,10 @@ HA_FORCE Ints widen(const int8_t* from) {
 }
 #endif
 #if HA_VECTOR_BYTES != 64
-HA_FORCE Floats times_power(Floats a, Floats n) { return (Floats)((Ints)a + (__builtin_convertvector(n, Ints) << 23)); }
+// For n of at least -127; a smaller one counts as that, and NaN stays NaN.
+HA_FORCE Floats times_power(Floats a, Floats n) {
+  return (Floats)((Bits)a + ((Bits)__builtin_convertvector(larger(all(-127.0f), n), Ints) << 23));
+}
 #endif
 
 // 2^t within 2 ulp for t <= 1; exactly 0 below 2^-126 and at -inf, NaN at NaN.
