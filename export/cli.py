@@ -16,7 +16,7 @@ from hyperattention.errors import HyperAttentionError, UsageError
 
 INTERRUPTED = 130
 _DEFAULT_MAX = 32768
-_TUNED, _SHAPES, _CHECKS = ({"rich_help_panel": name} for name in ("Attributes of the op", "Shapes", "Validation"))
+_TUNED, _SHAPES, _CHECKS = (dict[str, Any](rich_help_panel=name) for name in ("Attributes of the op", "Shapes", "Validation"))
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -96,7 +96,7 @@ def export_model(
         keep_exact=keep_exact,
     )
     warnings = planning.warnings(plan, source.max_positions)
-    items, missing = memory.predict(source, plan), pipeline.missing_parts()
+    items, missing, obstacle = memory.predict(source, plan), pipeline.missing_parts(), pipeline.engine_obstacle(source, plan)
     reporter.plan(plan, source.architecture)
     reporter.memory(items)
     for warning in warnings:
@@ -105,7 +105,8 @@ def export_model(
         raise UsageError("--input-ids bytes: the validation needs held-out text; give --text FILE, or --no-validate")
     if text is not None and not text.is_file():
         raise UsageError(f"--text: there is no file {text}")
-    planned = {"plan": plan.to_json(), "memory": [vars(item) for item in items], "missing": missing, "warnings": warnings}
+    planned = {"plan": plan.to_json(), "memory": [vars(item) for item in items], "missing": missing}
+    planned |= {"engine_obstacle": obstacle, "warnings": warnings}
     options = pipeline.Options(
         out=out,
         require_engine=require_engine,
@@ -120,6 +121,8 @@ def export_model(
     if dry_run:
         for name, reason in missing.items():
             reporter.say(escape(f"missing: {name}: {reason}"))
+        if obstacle is not None:
+            reporter.say(escape(f"no engine from this plan: {obstacle}"))
         if as_json:
             print(json.dumps(planned))
         return

@@ -16,7 +16,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hyperattention.errors import UnsupportedModel, UsageError
 from hyperattention.export.attention_rules import find_problem
@@ -100,15 +100,16 @@ def inspect_source(path: Path) -> Source:
     )
 
 
-def load_model(source: Source, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
+def load_model(source: Source, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
     """The model with its weights, in eval mode. Raises UsageError for weights that are unreadable or do not fit the config."""
     try:
         with _quiet():
             # Tensors of another shape are reported below, by name, and never replaced by random ones.
             options = dict(local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True)
-            model, info = AutoModelForCausalLM.from_pretrained(source.path, config=source.config, dtype=dtype, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source.path, config=source.config, dtype=dtype, **options)
     except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError) as error:
         raise UsageError(f"the weights of {source.path.name} cannot be loaded: {_one_line(error)}; copy the directory again") from error
+    model, info = loaded
     complaints = {"missing_keys": "are missing from the weight files", "mismatched_keys": "have another shape than config.json says"}
     for key, what in complaints.items():
         names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in info[key])
@@ -191,7 +192,7 @@ def _check_weights(path: Path) -> None:
             raise UsageError(f"{file} is truncated or broken ({_one_line(error)}); copy it again") from error
 
 
-def _probe(model: nn.Module) -> tuple[AttentionLayer, ...]:
+def _probe(model: PreTrainedModel) -> tuple[AttentionLayer, ...]:
     """Runs the model on the meta device and records what every attention module asks for."""
     names = {id(module): name for name, module in model.named_modules()}
     found: dict[str, AttentionLayer] = {}

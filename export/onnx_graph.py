@@ -16,6 +16,7 @@ import onnx
 import torch
 from onnx import ModelProto, helper, shape_inference
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hyperattention.config import DOMAIN, OP_TYPE
 from hyperattention.errors import ExportFailed
@@ -67,11 +68,11 @@ class TaskModule(nn.Module):
 class _last_row_only:
     """Inside, the output embedding sees each row's last valid position alone: [B, S, H] becomes [B, 1, H]."""
 
-    def __init__(self, model: nn.Module, lengths: Tensor) -> None:
-        self.head = model.get_output_embeddings()
-        self.index = (lengths.long() - 1).clamp(min=0)
-        if self.head is None:
+    def __init__(self, model: PreTrainedModel, lengths: Tensor) -> None:
+        head = model.get_output_embeddings()
+        if head is None:
             raise ExportFailed(f"{type(model).__name__} has no output embedding; use --task logits")
+        self.head, self.index = head, (lengths.long() - 1).clamp(min=0)
 
     def __enter__(self) -> None:
         def keep_last(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ from typing import Any, Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hyperattention import op
@@ -68,7 +68,7 @@ class _Slot:
 class Patched:
     """A model whose attention layers follow a plan. Inference only; made by `install`."""
 
-    def __init__(self, model: nn.Module, plan: ExportPlan, slots: dict[int, _Slot], state: _State) -> None:
+    def __init__(self, model: PreTrainedModel, plan: ExportPlan, slots: dict[int, _Slot], state: _State) -> None:
         self.model, self.plan, self._slots, self._state = model, plan, slots, state
 
     @contextmanager
@@ -123,7 +123,7 @@ def padding_mask(lengths: Tensor, keys: int) -> Tensor:
     return torch.arange(keys, device=lengths.device)[None] < lengths[:, None]
 
 
-def install(model: nn.Module, plan: ExportPlan) -> Patched:
+def install(model: PreTrainedModel, plan: ExportPlan) -> Patched:
     """Routes the attention of `model` through the operator as `plan` says. Raises UnsupportedModel when a layer is not there."""
     AttentionInterface.register(IMPLEMENTATION, _attention_function)
     AttentionMaskInterface.register(IMPLEMENTATION, attention_mask_function)
@@ -149,7 +149,7 @@ def _attention_function(
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """What transformers calls: q, k, v [B,H,S,D] in, [B,S,H,D] out."""
     slot: _Slot | None = getattr(module, _SLOT, None)
     if slot is None:
