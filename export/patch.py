@@ -25,8 +25,6 @@ from hyperattention.export.plan import ExportPlan, LayerPlan
 
 IMPLEMENTATION = "hyperattention"
 MODES = ("plan", "exact")
-# q, k, v, config, lengths -> o, lse
-Operator = Callable[[Tensor, Tensor, Tensor, Config, Tensor | None], tuple[Tensor, Tensor]]
 _SLOT = "_hyperattention_slot"
 _MASK_ELEMENTS = 2**26  # boolean mask entries held at once by the exact path with a cache
 
@@ -207,23 +205,22 @@ def _native(
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """The model's own attention: PyTorch's, or the module's own function for what PyTorch's cannot do."""
-    if mask is None or mask.dim() == 1:
-        rows, keys = query.shape[2], key.shape[2]
-        position = torch.arange(rows, device=query.device)[:, None] + keys - rows
-        visible = (torch.arange(keys, device=query.device)[None] <= position)[None, None]
-        if mask is not None:
-            visible = visible & padding_mask(mask, keys)[:, None, None]
-    else:
-        visible = mask
     own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")) and own is not None:
-        if visible.dtype == torch.bool:
-            lowest = torch.finfo(query.dtype).min
-            visible = torch.zeros(visible.shape, dtype=query.dtype, device=query.device).masked_fill(~visible, lowest)
-        return own(module, query, key, value, visible, scaling=scaling, dropout=dropout, **kwargs)
-    if mask is None and query.shape[2] == key.shape[2]:
-        group = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        o = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, dropout_p=dropout)
-        return o.transpose(1, 2), None
-    return sdpa_attention_forward(module, query, key, value, visible, dropout=dropout, scaling=scaling, **kwargs)
+    special = any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
+    plain = mask is None or mask.dim() == 1
+    if plain and not special and not dropout:
+        return exact_attention(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling).transpose(1, 2), None
+    visible = _visible(query.shape[2], key.shape[2], mask, query.device) if mask is None or plain else mask
+    if own is None or not special:
+        return sdpa_attention_forward(module, query, key, value, visible, dropout=dropout, scaling=scaling, **kwargs)
+    if visible.dtype == torch.bool:
+        lowest = torch.finfo(query.dtype).min
+        visible = torch.zeros(visible.shape, dtype=query.dtype, device=query.device).masked_fill(~visible, lowest)
+    return own(module, query, key, value, visible, scaling=scaling, dropout=dropout, **kwargs)
+
+
+def _visible(rows: int, keys: int, lengths: Tensor | None, device: torch.device) -> Tensor:
+    """The causal mask aligned bottom-right, bool [1 or B, 1, rows, keys]."""
+    position = torch.arange(rows, device=device)[:, None] + keys - rows
+    visible = (torch.arange(keys, device=device) <= position)[None, None]
+    return visible if lengths is None else visible & padding_mask(lengths, keys)[:, None, None]
