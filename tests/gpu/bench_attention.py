@@ -49,7 +49,7 @@ def inputs(n: int, heads: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
 def flash_attention_4() -> Callable[..., Tensor] | None:
     """FA4's function over [B,S,H,D], where its package is installed."""
     try:
-        from flash_attn.cute import flash_attn_func
+        from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         print(f"fa4 is left out: {error}")
         return None

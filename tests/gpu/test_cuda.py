@@ -147,9 +147,9 @@ def test_a_captured_graph_replays_on_new_inputs(library: Library, name: str) -> 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         o, lse = library.forward(x.q, x.k, x.v, c, x.lengths)
-    for tensors in ([x.q.clone(), x.k.clone(), x.v.clone()], [x.q.flip(2), x.k.flip(2), x.v.flip(2)]):
-        wanted = library.forward(*tensors, c, x.lengths)
-        for target, source in zip((x.q, x.k, x.v), tensors, strict=True):
+    for q, k, v in ((x.q.clone(), x.k.clone(), x.v.clone()), (x.q.flip(2), x.k.flip(2), x.v.flip(2))):
+        wanted = library.forward(q, k, v, c, x.lengths)
+        for target, source in ((x.q, q), (x.k, k), (x.v, v)):
             target.copy_(source)
         for output in (o, lse):
             output.fill_(float("nan"))
