@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 
 from hyperattention.config import INT32_MAX
 from hyperattention.errors import HyperAttentionError, UnsupportedModel, UsageError
@@ -259,3 +260,30 @@ def test_broken_directory_is_refused(name: str, folder: Path, tmp_path: Path) ->
 def test_model_outside_the_interface_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="BloomForCausalLM does not go through transformers' AttentionInterface"):
         inspect_source(tiny.save(tmp_path, "bloom"))
+
+
+class OwnAttention(torch.nn.Module):
+    """Attention that asks transformers' interface for nothing."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.values = torch.nn.Linear(size, size)
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        return self.values(hidden_states.cumsum(1)), None
+
+
+def test_a_layer_with_attention_of_its_own_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = transformers.AutoModelForCausalLM.from_config
+
+    def with_own_attention(*arguments: Any, **options: Any) -> Any:
+        model = build(*arguments, **options)
+        model.model.layers[0].self_attn = OwnAttention(32)
+        return model
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", with_own_attention)
+    source = inspect_source(folder)
+    assert [(layer.name, layer.problem) for layer in source.layers] == [
+        ("model.layers.1.self_attn", None),
+        ("model.layers.0.self_attn", "attention of its own, outside transformers' AttentionInterface"),
+    ]
