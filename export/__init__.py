@@ -2,3 +2,5 @@
 
 if __name__ != "hyperattention.export":
     raise ImportError("import hyperattention.export, not export")
+
+__all__: list[str] = []

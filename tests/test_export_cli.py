@@ -15,7 +15,6 @@ from typing import Callable
 import pytest
 import tiny
 
-from hyperattention.errors import AccuracyFailed, EnvironmentFault, UsageError
 from hyperattention.export import pipeline
 from hyperattention.export.bundle import DRAFT, MANIFEST, Bundle
 from hyperattention.export.cli import main
@@ -251,7 +250,7 @@ def test_whole_run_leaves_a_complete_folder(
     model: Path, tmp_path: Path, export: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in(monkeypatch, 0, True)
-    (model / "tokenizer_config.json").write_text(json.dumps({"name_or_path": "/home/me/secret", "model_max_length": 5}))
+    (model / "tokenizer_config.json").write_text(json.dumps({"name_or_path": "/srv/models/secret", "model_max_length": 5}))
     out = tmp_path / "deep" / "out"
     result = export(model, out, "--local-size", "64", "--exact-below", "64", "--seed", "3", "--batch", "2")
     assert result.code == 0, result.err
@@ -267,7 +266,7 @@ def test_whole_run_leaves_a_complete_folder(
     for file in out.rglob("*"):
         if file.is_file() and not file.name.endswith(".so"):
             data = file.read_bytes()
-            assert str(tmp_path).encode() not in data and b"/home/me" not in data, file.name
+            assert str(tmp_path).encode() not in data and b"/srv/models" not in data, file.name
     (out / "config.json").write_text("{}")
     assert bundle.changed_files() == ["config.json"]
 
@@ -370,34 +369,3 @@ def test_the_example_runs_on_an_output(tmp_path: Path, export: Callable[..., Res
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert "200 bytes in" in done.stdout and "nats a byte" in done.stdout
-
-
-# --- output folder ---------------------------------------------------------------------------------------------------
-
-
-def test_output_folder_keeps_what_a_failed_gate_left(tmp_path: Path) -> None:
-    with pytest.raises(AccuracyFailed), pipeline.output_folder(tmp_path / "out") as work:
-        (work / "file").write_text("x")
-        raise AccuracyFailed("gate")
-    assert left_behind(tmp_path) == ["out"] and left_behind(tmp_path / "out") == ["file"]
-
-
-@pytest.mark.parametrize("error", [EnvironmentFault("x"), KeyboardInterrupt(), ZeroDivisionError()], ids=lambda e: type(e).__name__)
-def test_output_folder_vanishes_otherwise(error: BaseException, tmp_path: Path) -> None:
-    with pytest.raises(type(error)), pipeline.output_folder(tmp_path / "a" / "b" / "out") as work:
-        (work / "file").write_text("x")
-        raise error
-    assert left_behind(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [(None, "holds no manifest.json"), ("{", "is broken"), ("[]", "is broken"), ('{"schema": 99}', "of schema 99"), ("{}", "is broken")],
-)
-def test_bundle_refuses_what_is_not_whole(content: str | None, words: str, tmp_path: Path) -> None:
-    if content is not None:
-        (tmp_path / MANIFEST).write_text(content)
-    with pytest.raises(UsageError, match=words):
-        Bundle.open(tmp_path)
-    with pytest.raises(UsageError, match="there is no folder"):
-        Bundle.open(tmp_path / "nowhere")
