@@ -18,10 +18,11 @@ from hyperattention.export.plan import make_plan
 from hyperattention.reference import attention
 from hyperattention.selection import Geometry, Plan, draw_samples, select_blocks
 from hyperattention.validate.approximation import Bench
+from hyperattention.validate.describe import plan_summary
 from hyperattention.validate.gates import Gate, Limits, evaluate
 from hyperattention.validate.inputs import Corpus, load_corpus
 from hyperattention.validate.operators import Operator, one_thread, reference_operator
-from hyperattention.validate.run import Options, measure, plan_summary
+from hyperattention.validate.run import Options, measure
 from hyperattention.validate.runners import TorchRunner
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,7 +132,7 @@ def bench(kernels: ReferenceKernels) -> Iterator[tuple[Bench, TorchRunner]]:
         TorchRunner(patched, operator, "under test") as backend,
         TorchRunner(patched, reference_operator(), "reference") as definition,
     ):
-        yield Bench(patched, patched.plan, exact, backend, None, operator, kernels, TAIL, 0, lambda text: None), definition
+        yield Bench(patched, patched.plan, exact, backend, None, backend, operator, kernels, TAIL, 0, lambda text: None), definition
 
 
 def measured(kernels: ReferenceKernels) -> dict:

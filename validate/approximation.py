@@ -26,6 +26,7 @@ from hyperattention.validate.compare import (
     tensor_error,
     token_metrics,
 )
+from hyperattention.validate.configs import configs
 from hyperattention.validate.implementation import check_plan
 from hyperattention.validate.inputs import DEPTHS, Corpus, Window, needle, recalled, windows
 from hyperattention.validate.operators import Operator
@@ -44,6 +45,7 @@ class Bench:
     exact: TorchRunner
     backend: ModelRunner
     backend_exact: ModelRunner | None
+    scorer: TorchRunner  # the plan in PyTorch with the native op, for what a backend that answers the last position cannot say
     operator: Operator
     kernels: Library | None  # None: the plan has no layer for them
     tail: int
@@ -57,7 +59,7 @@ class Bench:
 
 def is_exact(plan: ExportPlan, length: int) -> bool:
     """Whether no layer of the plan approximates at `length`."""
-    return all(layer.config.is_exact(length, length) for layer in plan.approximate)
+    return all(config.is_exact(length, length) for config in configs(plan.approximate))
 
 
 def prefill_exact_decode(bench: Bench, window: Window) -> Tensor:
@@ -65,20 +67,38 @@ def prefill_exact_decode(bench: Bench, window: Window) -> Tensor:
     ids = window.inputs.to(bench.device)
     split = ids.shape[1] - bench.tail
     with torch.inference_mode():
-        with bench.patched.mode("plan", attention=bench.operator):
-            cache = bench.patched.forward(ids[:, :split], use_cache=True).past_key_values
+        if bench.plan.task == "prefill":
+            cache = _cache(bench.backend.infer(feed(window.inputs[:, :split])), bench.device)
+        else:
+            with bench.patched.mode("plan", attention=bench.operator):
+                cache = bench.patched.forward(ids[:, :split], use_cache=True).past_key_values
         with bench.patched.mode("exact"):
             return bench.patched.forward(ids[:, split:], past_key_values=cache, use_cache=True).logits[0]
+
+
+def _cache(answer: dict, device: torch.device):
+    """transformers' cache out of a backend's present.{i}.key and present.{i}.value."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for i in range(sum(name.endswith(".key") for name in answer)):
+        cache.update(answer[f"present.{i}.key"].to(device), answer[f"present.{i}.value"].to(device), i)
+    return cache
+
+
+def prefill_backend(bench: Bench) -> str:
+    """Who reads the prompt in the regime prefill, exact decode."""
+    return bench.backend.backend if bench.plan.task == "prefill" else f"PyTorch, op by {bench.operator.name}"
 
 
 def timed(runner: ModelRunner, given: dict, repeats: int) -> list[float]:
     """Seconds of `repeats` further runs, or of the run just done where repeats is 0."""
     if repeats == 0:
-        return [runner.inference_time]
+        return [runner.seconds]
     seconds = []
     for _ in range(repeats):
         runner.infer(given)
-        seconds.append(runner.inference_time)
+        seconds.append(runner.seconds)
     return seconds
 
 
@@ -104,6 +124,7 @@ def measure_length(bench: Bench, corpus: Corpus, length: int, count: int) -> tup
     exact_twin: dict | None = None
     exact_seconds = None
     chosen = windows(corpus, length, count)
+    scorer = bench.backend if bench.plan.task == "logits" else bench.scorer
     for number, window in enumerate(chosen):
         at = f"{length:,} tokens, window {number + 1} of {len(chosen)}"
         bench.step(f"{at}: exact attention ({bench.exact.backend})")
@@ -116,25 +137,28 @@ def measure_length(bench: Bench, corpus: Corpus, length: int, count: int) -> tup
         bench.step(f"{at}: ours ({bench.backend.backend})")
         ours = bench.backend.infer(feed(window.inputs))["logits"][0]
         seconds += timed(bench.backend, feed(window.inputs), bench.repeats)
-        if ours.shape[0] == exact.shape[0]:
-            everywhere.append(token_metrics(exact, ours, window.targets))
+        if scorer is not bench.backend:
+            bench.step(f"{at}: all positions ({scorer.backend})")
+            ours = scorer.infer(feed(window.inputs))["logits"][0]
+        everywhere.append(token_metrics(exact, ours, window.targets))
+        del ours
         if number == 0 and bench.backend_exact is not None:
             bench.step(f"{at}: exact twin ({bench.backend_exact.backend})")
             other = bench.backend_exact.infer(feed(window.inputs))["logits"][0]
             exact_seconds = median(timed(bench.backend_exact, feed(window.inputs), bench.repeats))
             exact_twin = asdict(tensor_error(other, exact[-other.shape[0] :]))
-        bench.step(f"{at}: prefill, exact decode ({bench.operator.name})")
+        bench.step(f"{at}: prefill, exact decode ({prefill_backend(bench)})")
         tails.append(token_metrics(exact[-bench.tail :], prefill_exact_decode(bench, window), window.targets[-bench.tail :]))
     row = {
         "length": length,
         "exact": is_exact(bench.plan, length),
         "tail": bench.tail,
         "starts": [w.start for w in chosen],
-        "all_positions": summarise(everywhere, ALL_BLOCK) if everywhere else None,
-        "all_positions_backend": bench.backend.backend if everywhere else None,
-        "by_position": by_position(everywhere) if everywhere else [],
+        "all_positions": summarise(everywhere, ALL_BLOCK),
+        "all_positions_backend": scorer.backend,
+        "by_position": by_position(everywhere),
         "prefill_exact_decode": summarise(tails, TAIL_BLOCK),
-        "prefill_backend": f"PyTorch, op by {bench.operator.name}",
+        "prefill_backend": prefill_backend(bench),
         "exact_twin": exact_twin,
     }
     time = {
@@ -156,7 +180,7 @@ def layer_rows(bench: Bench, captured: list, length: int) -> list[dict]:
         if c.config.is_exact(c.q.shape[2], c.k.shape[2]):
             continue
         bench.step(f"{length:,} tokens, layer {c.layer} alone")
-        differences = check_plan(c, bench.kernels) if not rows else None
+        differences = check_plan(c, bench.kernels) if bench.kernels and not rows else None
         o, lse = bench.operator(c.q, c.k, c.v, c.config)
         exact_o, exact_lse = bench.operator(c.q, c.k, c.v, c.config.exact())
         row = {"layer": c.layer, "length": length, "plan_differences": differences, **attention_error(o, lse, exact_o, exact_lse)}
@@ -177,11 +201,10 @@ def measure_needle(bench: Bench, corpus: Corpus, length: int, seed: int, prompts
             bench.step(f"needle at depth {depth}, prompt {number + 1} of {prompts}")
             given = feed(window.inputs)
             scores["exact"].append(recalled(bench.exact.infer(given)["logits"][0], window))
-            ours = bench.backend.infer(given)["logits"][0]
-            if ours.shape[0] >= len(window.answer):
-                scores["all_positions"].append(recalled(ours, window))
+            scorer = bench.backend if bench.plan.task == "logits" else bench.scorer
+            scores["all_positions"].append(recalled(scorer.infer(given)["logits"][0], window))
             scores["prefill_exact_decode"].append(recalled(prefill_exact_decode(bench, window), window))
-        rows.append({"depth": depth, **{k: asdict(estimate([torch.tensor(v)], 1)) if v else None for k, v in scores.items()}})
+        rows.append({"depth": depth, **{k: asdict(estimate([torch.tensor(v)], 1)) for k, v in scores.items()}})
     return {"length": length, "prompts": prompts, "depths": rows}
 
 

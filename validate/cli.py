@@ -11,7 +11,9 @@ import typer
 
 from hyperattention.errors import AccuracyFailed, HyperAttentionError, UsageError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.split("\n")[0])
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Measure, judge and describe what export-model wrote."
+)
 
 Folder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder that export-model wrote.")]
 DeltaNats = Annotated[Optional[float], typer.Option("--max-delta-nats", help="Loss that may be added, nats a token. [default: 0.01]")]

@@ -24,7 +24,13 @@ def describe(device: torch.device, libraries: list[Path]) -> dict:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    machine = {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), "memory_gb": round(_memory() / 2**30, 1), "gpu": None, "cuda": None}
+    machine = {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(_memory() / 2**30, 1),
+        "gpu": None,
+        "cuda": None,
+    }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         machine["gpu"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"

@@ -58,7 +58,7 @@ def evaluate(report: dict, limits: Limits) -> list[Gate]:
             raise UsageError("the report holds no per-op comparison; run the validation again")
         chosen = [(float(row["plan_differences"]), row["case"]) for row in ops]
         chosen += [
-            (float(row["plan_differences"]), f"layer {row['layer']}, last rows of {row['length']} tokens")
+            (float(row["plan_differences"]), f"layer {row['layer']}, last rows of {row['length']:,} tokens")
             for row in report["layers"]
             if row["plan_differences"] is not None
         ]
@@ -92,7 +92,7 @@ def evaluate(report: dict, limits: Limits) -> list[Gate]:
             "backend against reference, over two reference runs whose embeddings differ by one ulp",
         )
     )
-    tails = [(row["prefill_exact_decode"], f"{row['length']} tokens") for row in approximation]
+    tails = [(row["prefill_exact_decode"], f"{row['length']:,} tokens") for row in approximation]
     if not tails:
         raise UsageError("the report holds no comparison with exact attention; run the validation again")
 
@@ -157,7 +157,9 @@ def _headline(failed: list[Gate], approximate: bool, report: dict) -> str:
 def _speed(longest: dict | None, speedup: float | None, from_length: int | None, report: dict) -> str:
     if longest is None or speedup is None:
         return "Speed against exact attention was not measured."
-    whole = f"{speedup:.2f}x the speed of exact attention at {longest['length']:,} tokens, whole model, {longest['backend']}"
+    summary = report["plan_summary"]
+    part = f"{len(summary['approximate_layers'])} of {summary['layers']} layers approximate"
+    whole = f"{speedup:.2f}x the speed of exact attention at {longest['length']:,} tokens (whole model, {part}, {longest['backend']})"
     if from_length is None:
         return f"No faster at the lengths measured: {whole}."
     return f"{whole}; faster from {from_length:,} tokens on."

@@ -24,6 +24,7 @@ from hyperattention.export.plan import ExportPlan
 from hyperattention.native import Library
 from hyperattention.selection import Geometry, Plan, make_plan
 from hyperattention.validate.compare import compare_functions, tensor_error
+from hyperattention.validate.configs import configs
 from hyperattention.validate.operators import one_thread
 from hyperattention.validate.runners import ModelRunner, feed
 
@@ -52,7 +53,7 @@ def check_length(plan: ExportPlan, shortest: int) -> int:
 
     The reference is slow on purpose, so this is as short as approximation with far blocks can be.
     """
-    wanted = [max(c.exact_below * 5 // 4, (c.local_overlap + 2) * c.local_size) + 3 for c in (layer.config for layer in plan.approximate)]
+    wanted = [max(c.exact_below * 5 // 4, (c.local_overlap + 2) * c.local_size) + 3 for c in configs(plan.approximate)]
     return max(min(shortest, max(wanted, default=shortest)), min(plan.seq[0], shortest))
 
 

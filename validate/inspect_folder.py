@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hyperattention.export.bundle import MANIFEST, REPORT, Bundle
+from hyperattention.validate.configs import configs
 from hyperattention.validate.report import read
 
 
@@ -12,6 +13,7 @@ def describe(folder: Path) -> dict:
     """Everything `hyperattention inspect` says, as JSON values. Raises UsageError for a folder export-model did not write."""
     bundle = Bundle.open(folder)
     report = folder / REPORT
+    attributes = [config.attributes() for config in configs(bundle.plan.approximate)]
     return {
         "finished": (folder / MANIFEST).is_file(),
         "task": bundle.plan.task,
@@ -20,7 +22,7 @@ def describe(folder: Path) -> dict:
         "batch": list(bundle.plan.batch),
         "input_ids": bundle.plan.input_ids,
         "layers": [{"index": n.index, "name": n.name, "mode": n.mode, "reason": n.reason} for n in bundle.plan.layers],
-        "attributes": bundle.plan.approximate[0].config.attributes() if bundle.plan.approximate else {},
+        "attributes": attributes[0] if attributes else {},
         "files": {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()},
         "changed": bundle.changed_files(),
         "versions": bundle.manifest.get("versions", {}),

@@ -113,9 +113,8 @@ def _line(s: Series, points: list[tuple[int, float, float]], x_axis: _Axis, y_ax
     for x, y, e in points:
         px = x_axis(x)
         if e and (not log_y or y - e > 0):
-            parts.append(
-                f'<line x1="{px:.1f}" x2="{px:.1f}" y1="{y_axis(y - e):.1f}" y2="{y_axis(y + e):.1f}" style="stroke:{colour}" stroke-width="1.5"/>'
-            )
+            ends = f'x1="{px:.1f}" x2="{px:.1f}" y1="{y_axis(y - e):.1f}" y2="{y_axis(y + e):.1f}"'
+            parts.append(f'<line {ends} style="stroke:{colour}" stroke-width="1.5"/>')
         tip = f"{s.name}, {x:,} tokens: {y:.4g}" + (f" ± {e:.2g}" if e else "")
         parts.append(f'<circle cx="{px:.1f}" cy="{y_axis(y):.1f}" r="4.5" style="fill:{colour}"><title>{escape(tip)}</title></circle>')
     return parts

@@ -14,6 +14,7 @@ from pathlib import Path
 from hyperattention.config import DOMAIN, OP_TYPE, Config
 from hyperattention.errors import EnvironmentFault
 from hyperattention.export.plan import ExportPlan
+from hyperattention.validate.configs import configs
 
 _MEND = "run `hyperattention doctor`, rebuild the library it names and export again"
 
@@ -41,19 +42,19 @@ def check_graph(model: Path, plan: ExportPlan) -> list[str]:
 
     graph = onnx.load(str(model), load_external_data=False).graph
     nodes = [node for node in graph.node if node.op_type == OP_TYPE and node.domain == DOMAIN]
-    layers = plan.planned
-    if len(nodes) != len(layers):
-        raise EnvironmentFault(f"{model.name} holds {len(nodes)} {OP_TYPE} nodes, the plan {len(layers)}; export again")
-    for node, layer in zip(nodes, layers, strict=True):
+    planned = configs(plan.planned)
+    if len(nodes) != len(planned):
+        raise EnvironmentFault(f"{model.name} holds {len(nodes)} {OP_TYPE} nodes, the plan {len(planned)}; export again")
+    for node, layer, config in zip(nodes, plan.planned, planned, strict=True):
         known = Config().attributes()
         given = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.name in known}
         given = {name: value.decode() if isinstance(value, bytes) else value for name, value in given.items()}
-        expected = layer.config.attributes()
+        expected = config.attributes()
         # The scale is stored as float32.
         wrong = {n: (given.get(n, known[n]), v) for n, v in expected.items() if not _same(given.get(n, known[n]), v)}
         if wrong:
-            name, (found, planned) = next(iter(wrong.items()))
-            raise EnvironmentFault(f"{node.name} (layer {layer.index}) has {name} {found}, the plan says {planned}; export again")
+            name, (found, wanted) = next(iter(wrong.items()))
+            raise EnvironmentFault(f"{node.name} (layer {layer.index}) has {name} {found}, the plan says {wanted}; export again")
     return [node.name for node in nodes]
 
 
@@ -74,7 +75,7 @@ def ort_proof(runner: str, profile: Path, nodes: list[str], runs: int) -> Proof:
         others = sorted({e["args"].get("op_name", "?") for e in kernels if e.get("args", {}).get("op_name") != OP_TYPE})
         raise EnvironmentFault(
             f"{runner} ran {len(ours)} {OP_TYPE} nodes {sum(ours.values())} times, planned were {len(nodes)} nodes in {runs} runs. "
-            f"Where a node is missing, ONNX Runtime ran the exact function body in its place (operators seen: {', '.join(others) or 'none'}); "
+            f"Where a node is missing, ONNX Runtime ran its exact function body instead (operators seen: {', '.join(others) or 'none'}); "
             f"{_MEND}"
         )
     return Proof(runner, "ONNX Runtime profile", len(nodes), tuple(sorted(ours)), runs)

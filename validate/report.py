@@ -85,6 +85,13 @@ def _pm(value: dict | None, digits: int = 4, sign: bool = False) -> str:
     return text + (f" ± {value['se']:.{digits}f}" if value["se"] is not None else "")
 
 
+def _small(value: dict | None) -> str:
+    """mean ± standard error with two significant digits each, for numbers of any size."""
+    if value is None:
+        return "–"
+    return _number(value["mean"], 2) + (f" ± {_number(value['se'], 2)}" if value["se"] is not None else "")
+
+
 def _percent(value: dict | None) -> str:
     if value is None:
         return "–"
@@ -92,14 +99,13 @@ def _percent(value: dict | None) -> str:
 
 
 def _number(value: float | None, digits: int = 3) -> str:
-    """Significant digits; never an exponent between 0.001 and 100,000."""
+    """Significant digits; an exponent only below 0.0001 and from 100,000."""
     if value is None:
         return "–"
-    if not math.isfinite(value):
-        return str(value)
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
-        text = f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}" if value else "0"
-        return text
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else str(value)
+    if 1e-4 <= abs(value) < 1e5:
+        return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
     return f"{value:.{digits - 1}e}"
 
 
@@ -111,6 +117,7 @@ def _seconds(value: float | None) -> str:
 
 FILTERS = {
     "pm": _pm,
+    "small": _small,
     "percent": _percent,
     "num": _number,
     "seconds": _seconds,

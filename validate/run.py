@@ -3,38 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-import torch
-
-from hyperattention.config import INT32_MAX
-from hyperattention.errors import EnvironmentFault, UsageError
+from hyperattention.errors import UsageError
 from hyperattention.export.bundle import Bundle
 from hyperattention.export.load import inspect_source, load_model, torch_dtype
-from hyperattention.export.onnx_graph import export_onnx
-from hyperattention.export.patch import Patched, install
+from hyperattention.export.patch import install
 from hyperattention.export.plan import ExportPlan
 from hyperattention.validate import environment
 from hyperattention.validate.approximation import Bench, is_exact, measure_length, measure_needle, measure_time, needle_steps
+from hyperattention.validate.backends import BACKENDS, DEVICES, choose, make_runners, prove, prove_first
+from hyperattention.validate.describe import plan_notes, plan_summary
 from hyperattention.validate.gates import Limits, judge
 from hyperattention.validate.implementation import check_length, check_model, check_op, op_cases, seeds_spread
 from hyperattention.validate.inputs import Corpus, load_corpus, windows
 from hyperattention.validate.operators import native_library, native_operator, reference_operator
-from hyperattention.validate.provenance import Proof, check_graph
 from hyperattention.validate.report import SCHEMA
-from hyperattention.validate.runner_trt import TensorRTRunner
-from hyperattention.validate.runners import ModelRunner, OrtRunner, TorchRunner, feed
+from hyperattention.validate.runners import TorchRunner, feed
 
 LENGTHS = (8192, 16384, 32768)
 WINDOWS = (4, 2, 1)
 TAIL = 512
-BACKENDS = ("auto", "ort", "tensorrt")
-DEVICES = ("auto", "cpu", "cuda")
 EXTRA_SEEDS = 4
 NEEDLE_PROMPTS = 4
 
@@ -77,7 +70,7 @@ def validate(options: Options, step: Callable[[str], None]) -> dict:
     """
     started = time.monotonic()
     bundle = Bundle.open(options.folder)
-    device, backend_kind = _choose(bundle, options)
+    device, backend_kind = choose(bundle, options.device, options.backend)
     plan, notes = bundle.plan, []
     if backend_kind == "ort" and plan.dtype != "fp32":
         notes.append(
@@ -87,26 +80,27 @@ def validate(options: Options, step: Callable[[str], None]) -> dict:
     source = inspect_source(options.model)
     lengths, counts = _lengths(plan, options, source.max_positions)
     corpus = load_corpus(options.text, plan.input_ids, options.model, source.vocab_size, options.seed, max(lengths))
-    notes += _notes(plan, corpus, lengths)
+    notes += plan_notes(plan, corpus, lengths)
     step("loading the model")
     patched = install(load_model(source, torch_dtype(plan.dtype), device), plan)
     with contextlib.ExitStack() as stack:
-        backend, backend_exact = _backends(bundle, plan, patched, backend_kind, options, stack, step)
+        backend, backend_exact = make_runners(bundle, plan, patched, backend_kind, options.exact_engine, options.threads, stack, step)
         step("proving that the library runs")
-        _prove_first(backend, corpus, plan)
+        prove_first(backend, corpus.ids[None, : max(plan.seq[0], min(64, plan.seq[2]))])
         kernels = native_library(device) if plan.planned else None
         operator = native_operator(kernels) if kernels else reference_operator()
         exact = stack.enter_context(TorchRunner(patched, None, "torch exact"))
         definition = stack.enter_context(TorchRunner(patched, reference_operator(), "torch reference"))
+        scorer = stack.enter_context(TorchRunner(patched, operator, "torch native"))
         stack.enter_context(backend)
         if backend_exact is not None:
             stack.enter_context(backend_exact)
         repeats = 5 if device.type == "cuda" else 0
         tail = min(options.tail, min(lengths) // 2)
-        bench = Bench(patched, plan, exact, backend, backend_exact, operator, kernels, tail, repeats, step)
+        bench = Bench(patched, plan, exact, backend, backend_exact, scorer, operator, kernels, tail, repeats, step)
         measured = measure(bench, definition, corpus, dict(zip(lengths, counts, strict=True)), options)
         step("proving what ran in all of it")
-        proofs = _prove([backend, *([backend_exact] if backend_exact else [])])
+        proofs = prove([backend, *([backend_exact] if backend_exact else [])])
     report = {
         "schema": SCHEMA,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -152,21 +146,6 @@ def count_steps(options: Options) -> int:
     return 16 + sum(4 * n + 4 for n in counts) + 2 * len(options.time_lengths) + (needle_steps(1) if options.needle else 0)
 
 
-def _choose(bundle: Bundle, options: Options) -> tuple[torch.device, str]:
-    """Device of the PyTorch side and the backend under test."""
-    cuda = torch.cuda.is_available()
-    if options.device == "cuda" and not cuda:
-        raise EnvironmentFault("--device cuda, but PyTorch sees no CUDA device; run `hyperattention doctor`")
-    kind = options.backend
-    if kind == "auto":
-        kind = "tensorrt" if bundle.engine is not None and cuda and options.device != "cpu" else "ort"
-    if kind == "tensorrt" and bundle.engine is None:
-        raise UsageError("--backend tensorrt, but the folder holds no model.engine; export again on a machine with a GPU")
-    if options.device == {"tensorrt": "cpu", "ort": "cuda"}[kind]:
-        raise UsageError(f"--device {options.device} with the backend {kind}: ort runs on the cpu, tensorrt on cuda")
-    return torch.device("cuda" if kind == "tensorrt" else "cpu"), kind
-
-
 def _counts(options: Options, lengths: int) -> tuple[int, ...]:
     counts = options.windows or WINDOWS
     return counts * lengths if len(counts) == 1 else tuple(counts[min(i, len(counts) - 1)] for i in range(lengths))
@@ -187,67 +166,6 @@ def _lengths(plan: ExportPlan, options: Options, max_positions: int | None) -> t
     return tuple(lengths[i] for i in order), tuple(counts[i] for i in order)
 
 
-def plan_summary(plan: ExportPlan) -> dict:
-    """What a reader wants to know of the plan, without reading it."""
-    approximate = plan.approximate
-    return {
-        "layers": len(plan.layers),
-        "op_layers": [layer.index for layer in plan.planned],
-        "approximate_layers": [layer.index for layer in approximate],
-        "native_layers": [layer.index for layer in plan.layers if layer.config is None],
-        "exact_below": min((layer.config.exact_below for layer in approximate), default=INT32_MAX),
-        "look_ahead": max((layer.config.block_size - 1 for layer in approximate), default=0),
-        "attributes": approximate[0].config.attributes() if approximate else {},
-        "seeds": {layer.index: layer.config.seed for layer in approximate},
-    }
-
-
-def _notes(plan: ExportPlan, corpus: Corpus, lengths: tuple[int, ...]) -> list[str]:
-    notes = [corpus.note] if corpus.note else []
-    below = [n for n in lengths if is_exact(plan, n)]
-    if below and plan.approximate:
-        notes.append(
-            f"At {', '.join(f'{n:,}' for n in below)} tokens the op takes its exact path (exact_below); those rows are exact attention."
-        )
-    if plan.approximate:
-        ahead = max(layer.config.block_size - 1 for layer in plan.approximate)
-        notes.append(
-            f"Look-ahead: the blocks a row meets are chosen for its whole query block, so up to {ahead} later rows take part in the choice, "
-            f"through Q only. All-position numbers can profit from it; the gates use the regime where the judged rows cannot."
-        )
-    return notes
-
-
-def _backends(
-    bundle: Bundle,
-    plan: ExportPlan,
-    patched: Patched,
-    kind: str,
-    options: Options,
-    stack: contextlib.ExitStack,
-    step: Callable[[str], None],
-) -> tuple[ModelRunner, ModelRunner | None]:
-    """The backend under test and its exact rival, not yet active."""
-    if kind == "tensorrt":
-        planned = len(plan.planned)
-        engine = TensorRTRunner(bundle.engine, bundle.trt_library, planned, "TensorRT engine")
-        if options.exact_engine is None:
-            return engine, None
-        if not options.exact_engine.is_file():
-            raise UsageError(f"--exact-engine {options.exact_engine} does not exist; export with --preset exact and give its model.engine")
-        return engine, TensorRTRunner(options.exact_engine, bundle.trt_library, planned, "TensorRT engine, exact")
-    model = bundle.model_onnx
-    if plan.dtype != bundle.plan.dtype:
-        step("exporting the fp32 twin")
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hyperattention-twin-")))
-        export_onnx(patched, plan, folder, step)
-        model = folder / model.name
-    nodes = check_graph(model, plan)
-    ours = OrtRunner(model, bundle.ort_library, nodes, "ONNX Runtime", threads=options.threads)
-    rival = OrtRunner(model, bundle.ort_library, nodes, "ONNX Runtime, exact", exact=True, threads=options.threads)
-    return ours, rival if plan.approximate else None
-
-
 def _implementation(bench: Bench, definition: TorchRunner, corpus: Corpus, lengths: tuple[int, ...], options: Options) -> dict:
     """Both halves, a little above exact_below (at the shortest length where nothing approximates)."""
     length = check_length(bench.plan, next((n for n in lengths if not is_exact(bench.plan, n)), lengths[0]))
@@ -256,7 +174,7 @@ def _implementation(bench: Bench, definition: TorchRunner, corpus: Corpus, lengt
     with bench.patched.capture() as captured:
         bench.exact.infer(feed(window.inputs))
     rows, spread = [], []
-    if captured:
+    if captured and bench.kernels is not None:
         wanted = {layer.index for layer in bench.plan.approximate} or {captured[0].layer}
         chosen = [c for c in captured if c.layer in wanted]
         for case in op_cases(chosen):
@@ -278,15 +196,3 @@ def _needle(bench: Bench, corpus: Corpus, length: int, options: Options) -> dict
     if corpus.tokens != "bytes":
         raise UsageError("--needle plants a prompt of bytes; it needs a model with --input-ids bytes")
     return measure_needle(bench, corpus, length, options.seed, NEEDLE_PROMPTS if cuda else 1)
-
-
-def _prove_first(runner: ModelRunner, corpus: Corpus, plan: ExportPlan) -> None:
-    """A short run and its proof, before the long ones: the exact body that a missing library leaves needs n x n memory."""
-    length = max(plan.seq[0], min(64, plan.seq[2]))
-    with runner:
-        runner.infer(feed(corpus.ids[None, :length]))
-        runner.prove()
-
-
-def _prove(runners: list[ModelRunner]) -> list[Proof]:
-    return [proof for proof in (runner.prove() for runner in runners) if proof is not None]

@@ -40,6 +40,13 @@ class ModelRunner(BaseRunner):
 
     backend = ""
 
+    @property
+    def seconds(self) -> float:
+        """Wall time of the last run, without moving inputs to the device."""
+        if self.inference_time is None:
+            raise RuntimeError(f"{self.name} has not run")
+        return self.inference_time
+
     def get_input_metadata_impl(self) -> TensorMetadata:
         metadata = TensorMetadata()
         for name, dtype, shape in INPUTS:

@@ -1,0 +1,148 @@
+"""Each gate tripped by a broken operator, limits, and the proof of what ran."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import validation_bench as vb
+
+from hyperattention.errors import EnvironmentFault, UsageError
+from hyperattention.validate.gates import Limits, evaluate, verdict
+from hyperattention.validate.implementation import check_length, one_ulp, op_cases
+from hyperattention.validate.inputs import windows
+from hyperattention.validate.provenance import engine_proof, ort_proof
+from hyperattention.validate.runners import feed
+
+
+@pytest.fixture(scope="module")
+def healthy() -> dict:
+    """Numbers of an operator that is right: fp32 PyTorch in the place of the kernels."""
+    return vb.measured(vb.ReferenceKernels())
+
+
+# --- gates -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_right_operator_passes_every_gate(healthy: dict) -> None:
+    assert vb.failing(healthy) == set()
+    assert {g.name for g in vb.gates(healthy)} == {"selection", "op error", "model error", "delta nats", "KL", "top-1"}
+    assert not healthy["approximation"][0]["exact"] and healthy["approximation"][0]["all_positions"]["kl"]["mean"] > 0
+    assert all(row["polygraphy"] for row in healthy["implementation"]["whole_model"])
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        vb.Broken(vb.WeightsDoubled, frozenset({"op error", "model error"})),
+        vb.Broken(vb.LengthsIgnored, frozenset({"op error"})),
+        vb.Broken(vb.UpperLeft, frozenset({"op error"})),
+        vb.Broken(vb.HeavyDropped, frozenset({"op error", "model error"})),
+        vb.Broken(vb.OtherDraw, frozenset({"selection", "op error", "model error"})),
+        vb.Broken(vb.WindowOnly, frozenset({"model error", "delta nats", "KL", "top-1"})),
+    ],
+    ids=str,
+)
+def test_a_broken_operator_trips_its_gates(broken: vb.Broken) -> None:
+    report = vb.measured(broken.kernels())
+    assert vb.failing(report) == broken.trips
+    assert not verdict(report, vb.gates(report))["safe"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "trips"),
+    [
+        (Limits(max_delta_nats=0.0, max_kl=1.0, min_top1=0.0), {"delta nats"}),
+        (Limits(max_delta_nats=1.0, max_kl=0.0, min_top1=0.0), {"KL"}),
+        (Limits(max_delta_nats=1.0, max_kl=1.0, min_top1=1.0), {"top-1"}),
+        (Limits(max_op_ratio=0.1), {"op error"}),
+        (Limits(max_model_ratio=0.1), {"model error"}),
+    ],
+    ids=["delta", "kl", "top1", "op", "model"],
+)
+def test_each_limit_moves_its_own_gate(healthy: dict, limits: Limits, trips: set[str]) -> None:
+    report = copy.deepcopy(healthy)
+    tail = report["approximation"][0]["prefill_exact_decode"]
+    tail["delta_nats"]["mean"], tail["top1"]["mean"] = 0.001, 0.995
+    assert vb.failing(report, limits) == trips
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("key", ["delta_nats", "kl", "top1"])
+def test_no_gate_passes_on_a_number_that_is_none(healthy: dict, key: str, bad: float) -> None:
+    report = copy.deepcopy(healthy)
+    report["approximation"][0]["prefill_exact_decode"][key]["mean"] = -bad if key == "top1" else bad
+    assert len(vb.failing(report)) == 1
+
+
+@pytest.mark.parametrize("emptied", ["per_op", "approximation"])
+def test_nothing_passes_unmeasured(healthy: dict, emptied: str) -> None:
+    report = copy.deepcopy(healthy)
+    (report if emptied == "approximation" else report["implementation"])[emptied] = []
+    with pytest.raises(UsageError, match="run the validation again"):
+        evaluate(report, Limits())
+
+
+@pytest.mark.parametrize("field", ["max_delta_nats", "max_kl", "min_top1", "max_op_ratio", "max_model_ratio"])
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
+def test_limits_refused(field: str, value: float) -> None:
+    with pytest.raises(UsageError, match=field):
+        Limits(**{field: value})
+
+
+def test_op_cases_cover_padding_chunks_and_the_exact_path() -> None:
+    with vb.bench(vb.ReferenceKernels()) as (bench, _):
+        length = check_length(bench.plan, vb.LENGTH)
+        with bench.patched.capture() as captured:
+            bench.exact.infer(feed(windows(vb.corpus(), length, 1)[0].inputs))
+    approximate = {layer.index for layer in bench.plan.approximate}
+    cases = op_cases([c for c in captured if c.layer in approximate])
+    assert {c.layer for c in cases} == approximate
+    assert any(c.lengths is not None and bool(torch.isnan(c.k).any()) for c in cases)
+    assert any(c.config.is_exact(c.q.shape[2], c.k.shape[2]) and c.q.shape[2] < c.k.shape[2] for c in cases)
+    assert 150 < length < vb.LENGTH and length % 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_one_ulp_moves_every_embedding_to_a_neighbour(dtype: torch.dtype) -> None:
+    model = torch.nn.Module()
+    embedding = torch.nn.Embedding(50, 33).to(dtype)
+    model.get_input_embeddings = lambda: embedding
+    ids = torch.arange(50)
+    with torch.no_grad():
+        plain = embedding(ids)
+        with one_ulp(model, 3):
+            moved, again = embedding(ids), embedding(ids)
+        assert torch.equal(embedding(ids), plain)
+    steps = (moved.double() - plain.double()) / (plain.double().abs() * torch.finfo(dtype).eps)
+    assert bool((moved != plain).all()) and float(steps.abs().max()) <= 1.001 and float(steps.abs().min()) >= 0.49
+    assert not torch.equal(moved, again)  # a second call draws on
+
+
+# --- proof of what ran -------------------------------------------------------------------------------------------------
+
+
+def _profile(path: Path, nodes: dict[str, int], others: dict[str, str]) -> Path:
+    ran = [(name, "HyperAttention") for name, count in nodes.items() for _ in range(count)] + list(others.items())
+    events = [{"cat": "Node", "name": f"{name}_kernel_time", "args": {"op_name": op}} for name, op in ran]
+    path.write_text(json.dumps([*events, {"cat": "Session", "name": "model_run", "args": {}}]))
+    return path
+
+
+def test_ort_proof(tmp_path: Path) -> None:
+    good = _profile(tmp_path / "good.json", {"a": 2, "b": 2}, {"c": "MatMul"})
+    assert ort_proof("ort", good, ["a", "b"], 2).found == ("a", "b")
+    for nodes, runs in (({"a": 2}, 2), ({}, 1), ({"a": 2, "b": 1}, 2), ({"a": 2, "b": 2, "d": 2}, 2)):
+        bad = _profile(tmp_path / "bad.json", nodes, {"c": "MatMul", "s": "Softmax"})
+        with pytest.raises(EnvironmentFault, match="MatMul, Softmax"):
+            ort_proof("ort", bad, ["a", "b"], runs)
+
+
+def test_engine_proof() -> None:
+    assert engine_proof("engine", ["a", "b"], 2, 1).planned == 2
+    with pytest.raises(EnvironmentFault, match="1 HyperAttention plugin layers.*planned were 2"):
+        engine_proof("engine", ["a"], 2, 1)

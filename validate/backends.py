@@ -1,0 +1,83 @@
+"""Which device and backend a validation runs on, its runners, and their proof."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from hyperattention.errors import EnvironmentFault, UsageError
+from hyperattention.export.bundle import Bundle
+from hyperattention.export.onnx_graph import export_onnx
+from hyperattention.export.patch import Patched
+from hyperattention.export.plan import ExportPlan
+from hyperattention.library import TRT_LIBRARY
+from hyperattention.validate.provenance import Proof, check_graph
+from hyperattention.validate.runner_trt import TensorRTRunner
+from hyperattention.validate.runners import ModelRunner, OrtRunner, feed
+
+BACKENDS = ("auto", "ort", "tensorrt")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def choose(bundle: Bundle, device: str, backend: str) -> tuple[torch.device, str]:
+    """Device of the PyTorch side and the backend under test, "ort" or "tensorrt". Raises UsageError and EnvironmentFault."""
+    cuda = torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise EnvironmentFault("--device cuda, but PyTorch sees no CUDA device; run `hyperattention doctor`")
+    kind = backend
+    if kind == "auto":
+        kind = "tensorrt" if bundle.engine is not None and cuda and device != "cpu" else "ort"
+    if kind == "tensorrt" and bundle.engine is None:
+        raise UsageError("--backend tensorrt, but the folder holds no model.engine; export again on a machine with a GPU")
+    if device == {"tensorrt": "cpu", "ort": "cuda"}[kind]:
+        raise UsageError(f"--device {device} with the backend {kind}: ort runs on the cpu, tensorrt on cuda")
+    return torch.device("cuda" if kind == "tensorrt" else "cpu"), kind
+
+
+def make_runners(
+    bundle: Bundle,
+    plan: ExportPlan,
+    patched: Patched,
+    kind: str,
+    exact_engine: Path | None,
+    threads: int,
+    stack: contextlib.ExitStack,
+    step: Callable[[str], None],
+) -> tuple[ModelRunner, ModelRunner | None]:
+    """The backend under test and its exact rival, not yet active."""
+    if kind == "tensorrt":
+        planned = len(plan.planned)
+        if bundle.engine is None or bundle.trt_library is None:
+            raise EnvironmentFault(f"the folder lacks model.engine or {TRT_LIBRARY}; export again on a machine with a GPU")
+        engine = TensorRTRunner(bundle.engine, bundle.trt_library, planned, "TensorRT engine")
+        if exact_engine is None:
+            return engine, None
+        if not exact_engine.is_file():
+            raise UsageError(f"--exact-engine {exact_engine} does not exist; export with --preset exact and give its model.engine")
+        return engine, TensorRTRunner(exact_engine, bundle.trt_library, planned, "TensorRT engine, exact")
+    model = bundle.model_onnx
+    if plan.dtype != bundle.plan.dtype:
+        step("exporting the fp32 twin")
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hyperattention-twin-")))
+        export_onnx(patched, plan, folder, step)
+        model = folder / model.name
+    nodes = check_graph(model, plan)
+    ours = OrtRunner(model, bundle.ort_library, nodes, "ONNX Runtime", threads=threads)
+    rival = OrtRunner(model, bundle.ort_library, nodes, "ONNX Runtime, exact", exact=True, threads=threads)
+    return ours, rival if plan.approximate else None
+
+
+def prove_first(runner: ModelRunner, input_ids: torch.Tensor) -> None:
+    """A short run and its proof, before the long ones: the exact body that a missing library leaves needs n x n memory."""
+    with runner:
+        runner.infer(feed(input_ids))
+        runner.prove()
+
+
+def prove(runners: list[ModelRunner]) -> list[Proof]:
+    """What each active runner ran. Raises EnvironmentFault where it is not what was planned."""
+    return [proof for proof in (runner.prove() for runner in runners) if proof is not None]
