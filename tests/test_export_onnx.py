@@ -348,8 +348,8 @@ def _random_model() -> Patched:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        source = inspect_source(tiny.save(Path(folder)))
-        return install(load_model(source, torch.float32), make_plan(source, attributes=tiny.SMALL))
+        source = inspect_source(tiny.save(Path(folder), num_hidden_layers=1))
+        return install(load_model(source, torch.float32), make_plan(source, layers="all", attributes=tiny.SMALL))
 
 
 def test_a_model_that_cannot_be_traced_is_an_export_failure(tmp_path: Path) -> None:
