@@ -1,4 +1,5 @@
-"""Times the CUDA kernels against exact attention on one GPU: ours (preset blocks, and our exact path), cuDNN, flash, FA4.
+"""Times the op against exact attention on one GPU: ours (kernels, and the plugin inside a TensorRT engine; preset blocks, and
+our exact path), cuDNN, flash, FA4.
 
     PYTHONPATH=. python tests/gpu/bench_attention.py --json OUT/attention.json [--lengths 8192 32768 131072] [--dims 64 128]
 
@@ -13,6 +14,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hyperattention.config import PRESETS, Config
 from hyperattention.library import build_info, load_cuda, trt_library_path
 
-COLUMNS = ("forward", "select", "attend", "exact", "cudnn", "flash", "fa4")
+COLUMNS = ("plugin", "forward", "select", "attend", "exact", "cudnn", "flash", "fa4")
+OURS = COLUMNS[:5]
 
 
 def median_ms(run: Callable[[], object], budget_ms: float) -> float:
@@ -56,6 +59,24 @@ def flash_attention_4() -> Callable[..., Tensor] | None:
     return flash_attn_func
 
 
+def plugin_engine(config: Config, heads: int, dim: int, longest: int) -> Any | None:
+    """A runner of an engine of this one node, where TensorRT is installed."""
+    try:
+        import tensorrt as trt  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        print(f"plugin is left out: {error}")
+        return None
+    from engine_parts import Heads, Runner, build, op_model
+
+    from hyperattention.export.engine import register_plugin
+
+    register_plugin(trt_library_path())
+    shapes = tuple((1, heads, n, dim) for n in (1, min(8192, longest), longest))
+    profile = {name: shapes for name in ("q", "k", "v")}
+    model = op_model(config, torch.bfloat16, Heads(heads, heads, dim, dim), lengths=False)
+    return Runner(trt, build(trt, trt.Logger(trt.Logger.ERROR), model, profile))
+
+
 def rivals(q: Tensor, k: Tensor, v: Tensor, fa4: Callable[..., Tensor] | None) -> dict[str, Callable[[], object]]:
     def sdpa(backend: SDPBackend) -> Callable[[], object]:
         def run() -> Tensor:
@@ -71,7 +92,9 @@ def rivals(q: Tensor, k: Tensor, v: Tensor, fa4: Callable[..., Tensor] | None) -
     return found
 
 
-def measure(n: int, heads: int, dim: int, config: Config, skip_exact: bool, budget_ms: float, fa4: Callable[..., Tensor] | None) -> dict:
+def measure(
+    n: int, heads: int, dim: int, config: Config, skip_exact: bool, budget_ms: float, fa4: Callable[..., Tensor] | None, plugin: Any | None
+) -> dict:
     """One row: times in ms and the relative L2 distance of our outputs from exact attention."""
     library = load_cuda()
     q, k, v = inputs(n, heads, dim)
@@ -86,11 +109,16 @@ def measure(n: int, heads: int, dim: int, config: Config, skip_exact: bool, budg
         **({} if skip_exact else {"exact": lambda: library.forward(q, k, v, exact)}),
         **rivals(q, k, v, fa4),
     }
+    if plugin:
+        plugin.bind(q=q, k=k, v=v)
+        with torch.cuda.stream(plugin.stream):
+            row["plugin"] = median_ms(plugin.launch, budget_ms)
+        assert torch.equal(plugin.outputs["o"], o), "the engine's output is not the kernels'"
     for name, run in runs.items():
         try:
             row[name] = median_ms(run, budget_ms)
         except Exception as error:  # a rival may lack a kernel for this shape; ours may not
-            if name in ("forward", "select", "attend", "exact"):
+            if name in OURS:
                 raise
             row["errors"][name] = f"{type(error).__name__}: {error}"[:300]
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]):
@@ -117,8 +145,9 @@ def main() -> None:
     print("   D       n " + "".join(f"{name:>9}" for name in COLUMNS) + "  vs fa4  vs best  distance")
     rows = []
     for dim in options.dims:
+        plugin = plugin_engine(config, options.heads, dim, max(options.lengths))
         for n in options.lengths:
-            row = measure(n, options.heads, dim, config, n > options.skip_exact_above, options.budget_ms, fa4)
+            row = measure(n, options.heads, dim, config, n > options.skip_exact_above, options.budget_ms, fa4, plugin)
             rows.append(row)
             times = "".join(f"{row[name]:9.3f}" if name in row else f"{'-':>9}" for name in COLUMNS)
             best = min(row[name] for name in ("cudnn", "flash", "fa4") if name in row)

@@ -247,28 +247,6 @@ def workspace(session: Session) -> dict[str, Any]:
     return {key: int(engine.device_memory_size_v2) for key, engine in session.engines.items()}
 
 
-@check
-def timing(session: Session) -> dict[str, Any]:
-    """Milliseconds of the engine: 32 heads over 8, bf16, causal, default attributes; median of 10 runs."""
-    rows = {}
-    for dim in (64, 128):
-        heads = Heads(32, 8, dim, dim)
-        runner = Runner(trt, session.engine(Config(), BF16, heads, batch=1, longest=131072))
-        for seq in (8192, 32768, 131072):
-            shape = {"q": (1, 32, seq, dim), "k": (1, 8, seq, dim), "v": (1, 8, seq, dim)}
-            feed = {n: torch.randn(s, dtype=BF16, device="cuda") for n, s in shape.items()}
-            runner.bind(**feed, lengths=torch.tensor([seq], dtype=torch.int32, device="cuda"))
-            marks = [torch.cuda.Event(enable_timing=True) for _ in range(13)]
-            with torch.cuda.stream(runner.stream):
-                for mark in marks:
-                    mark.record()
-                    runner.launch()
-            torch.cuda.synchronize()
-            times = sorted(a.elapsed_time(b) for a, b in zip(marks[2:], marks[3:]))  # the first two warm up
-            rows[f"D={dim} n={seq}"] = times[len(times) // 2]
-    return rows
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for engine_run.json and the logs")
@@ -288,7 +266,6 @@ def main() -> int:
         report["checks"][name] = row
         print(f"{'PASS' if row['passed'] else 'FAIL'} {name} ({row['seconds']} s) {row.get('error', '')}", flush=True)
         (arguments.out / "engine_run.json").write_text(json.dumps(report, indent=1, default=str))
-    print(json.dumps(report["checks"].get("timing", {})))
     failed = sum(not row["passed"] for row in report["checks"].values())
     print(f"{len(report['checks']) - failed} passed, {failed} failed; TensorRT's errors: {session.log.errors[-5:]}")
     return 1 if failed else 0
