@@ -12,7 +12,7 @@ import validation_bench as vb
 
 from hyperattention.errors import AccuracyFailed, UsageError
 from hyperattention.validate import cli
-from hyperattention.validate.gates import Limits, judge
+from hyperattention.validate.gates import Limits, fastest_exact, judge
 from hyperattention.validate.plots import Series, bar_chart, line_chart
 from hyperattention.validate.report import SCHEMA, read, render, write
 
@@ -79,13 +79,21 @@ def test_markdown_says_the_same(report: dict) -> None:
 
 def test_verdict_speaks_of_speed_and_length(report: dict) -> None:
     def judged(times: list[tuple[int, float, float]]) -> dict:
-        rows = [{"length": n, "backend": "b", "ours_s": ours, "exact_s": exact} for n, ours, exact in times]
+        rows = [{"length": n, "backend": "b", "ours_s": ours, "exact_s": exact, "time_only": n > 2048} for n, ours, exact in times]
         return judge({**report, "time": rows}, Limits())["verdict"]
 
     faster = judged([(512, 1.0, 0.5), (1024, 1.0, 1.5), (2048, 1.0, 3.0)])
     assert (faster["speedup"], faster["faster_from"]) == (3.0, 1024) and "3.00x" in faster["speed"]
     assert judged([(512, 1.0, 2.0), (1024, 2.0, 1.0)])["faster_from"] is None
     assert judged([])["speedup"] is None
+    beyond = judged([(2048, 1.0, 3.0), (4096, 1.0, 9.0)])  # where only time was measured there is no headline
+    assert beyond["speedup"] == 3.0 and "9.00x at 4,096 tokens" in beyond["speed"]
+
+
+def test_the_rival_is_the_fastest_exact_attention() -> None:
+    assert fastest_exact({"exact_s": 3.0, "torch_exact_s": 2.0}) == 2.0
+    assert fastest_exact({"exact_s": 3.0, "torch_exact_s": None}) == 3.0
+    assert fastest_exact({"exact_s": None}) is None
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"schema": 99}', "{"], ids=["empty", "list", "other", "cut"])

@@ -106,11 +106,17 @@ def measure_time(bench: Bench, corpus: Corpus, length: int) -> dict:
     """Time only, on the text repeated to `length`; for lengths past what the model was trained for."""
     ids = corpus.ids.repeat(-(-length // len(corpus.ids)))[None, :length]
     row: dict = {"length": length, "backend": bench.backend.backend, "exact_s": None, "torch_exact_s": None, "time_only": True}
-    for key, runner in (("ours_s", bench.backend), ("exact_s", bench.backend_exact)):
-        if runner is not None:
-            bench.step(f"{length:,} tokens, time only: {runner.name}")
+    for key, runner in (("ours_s", bench.backend), ("exact_s", bench.backend_exact), ("torch_exact_s", bench.exact)):
+        if runner is None:
+            continue
+        bench.step(f"{length:,} tokens, time only: {runner.name}")
+        try:
             runner.infer(feed(ids))
             row[key] = median(timed(runner, feed(ids), bench.repeats))
+        except torch.OutOfMemoryError as error:
+            if key != "torch_exact_s":  # PyTorch is the rival here: one that does not fit is left out, and the report shows a dash
+                raise
+            bench.step(f"{length:,} tokens, time only: PyTorch's exact attention does not fit ({str(error).splitlines()[0]})")
     return {**row, "runs": max(1, bench.repeats)}
 
 

@@ -143,7 +143,7 @@ def count_steps(options: Options) -> int:
     """About how many steps `validate` reports, for the progress bar."""
     lengths = options.lengths or LENGTHS
     counts = _counts(options, len(lengths))
-    return 16 + sum(4 * n + 4 for n in counts) + 2 * len(options.time_lengths) + (needle_steps(1) if options.needle else 0)
+    return 16 + sum(4 * n + 4 for n in counts) + 3 * len(options.time_lengths) + (needle_steps(1) if options.needle else 0)
 
 
 def _counts(options: Options, lengths: int) -> tuple[int, ...]:
