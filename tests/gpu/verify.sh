@@ -40,11 +40,10 @@ export_engine() {
     --min-seq 1 --opt-seq 32768 --max-seq 131072
 }
 validate() {
-  "$python" -m hyperattention.validate run "$out/$1" --model "$model" --text "$text" --lengths 8192,16384,32768 --needle \
-    --exact-engine "$out/exact/model.engine" --time-lengths 131072
+  "$python" -m hyperattention.validate run "$out/$1" --model "$model" --text "$text" --lengths 8192,16384,32768 --windows 8,4,4 --needle "${@:2}"
 }
 
-wanted cuda && step cuda "$python" -m pytest -q -p no:cacheprovider tests/gpu/test_cuda.py
+wanted cuda && step cuda "$python" -m pytest -q -p no:cacheprovider -m gpu tests/gpu/test_cuda.py tests/test_op.py
 wanted engines && step engines "$python" tests/gpu/engine_run.py --out "$out/engines"
 wanted sanitizer && step sanitizer sanitize
 wanted attention && step attention "$python" tests/gpu/bench_attention.py --json "$out/attention.json" --lengths 4096 32768 131072
@@ -52,7 +51,9 @@ if wanted model; then
   step export-exact export_engine exact --preset exact --layers all
   for layers in odd all; do
     step "export-$layers" export_engine "$layers" --layers "$layers"
-    step "validate-$layers" validate "$layers"
+    step "validate-$layers" validate "$layers" --exact-engine "$out/exact/model.engine" --time-lengths 131072
   done
+  step export-prefill export_engine prefill --layers all --task prefill
+  step validate-prefill validate prefill  # here the engine itself fills the cache over which the last positions attend exactly
 fi
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }
