@@ -193,3 +193,11 @@ def test_inspect(exported: Callable[[Case], Path], tmp_path: Path, capsys: pytes
     with pytest.raises(SystemExit):
         cli.main(["inspect", str(folder)])
     assert "CHANGED" in capsys.readouterr().out
+
+
+def test_times_past_the_trained_length_are_marked(exported: Callable[[Case], Path], model: Path, text: Path) -> None:
+    folder = exported(Case())
+    assert _validate(folder, model, text, "--lengths", "70", "--time-lengths", "390") == 0
+    rows = read(folder / "report" / "report.json")["time"]
+    assert [(row["length"], row["time_only"], row["exact_s"] > 0) for row in rows] == [(70, False, True), (390, True, True)]
+    assert "time only" in (folder / "report" / "report.html").read_text()

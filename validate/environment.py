@@ -16,6 +16,14 @@ from hyperattention.library import build_info
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime-gpu", "onnxruntime", "polygraphy", "tensorrt", "tensorrt-cu12-bindings", "numpy")
 
 
+def busy_note() -> str | None:
+    """A warning about the times where other work kept the processor busy as the measurement began."""
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if load <= cores + 1:
+        return None
+    return f"The machine was busy as this began (load {load:.1f} on {cores} cores): take the times with care, the errors do not change."
+
+
 def describe(device: torch.device, libraries: list[Path]) -> dict:
     """Processor, memory, GPU, package versions and what each native library says of its build."""
     found = {"hyperattention": __version__, "python": platform.python_version()}

@@ -81,13 +81,18 @@ def validate(options: Options, step: Callable[[str], None]) -> dict:
     lengths, counts = _lengths(plan, options, source.max_positions)
     corpus = load_corpus(options.text, plan.input_ids, options.model, source.vocab_size, options.seed, max(lengths))
     notes += plan_notes(plan, corpus, lengths)
+    beyond = [n for n in options.time_lengths if source.max_positions and n > source.max_positions]
+    if beyond:
+        notes.append(f"Past {source.max_positions:,} tokens, which the model was trained for, only the time was measured.")
+    busy = environment.busy_note()
+    notes += [busy] if busy else []
     step("loading the model")
     patched = install(load_model(source, torch_dtype(plan.dtype), device), plan)
     with contextlib.ExitStack() as stack:
         backend, backend_exact = make_runners(bundle, plan, patched, backend_kind, options.exact_engine, options.threads, stack, step)
         step("proving that the library runs")
         prove_first(backend, corpus.ids[None, : max(plan.seq[0], min(64, plan.seq[2]))])
-        kernels = native_library(device) if plan.planned else None
+        kernels = native_library(bundle, device) if plan.planned else None
         operator = native_operator(kernels) if kernels else reference_operator()
         exact = stack.enter_context(TorchRunner(patched, None, "torch exact"))
         definition = stack.enter_context(TorchRunner(patched, reference_operator(), "torch reference"))
