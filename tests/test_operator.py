@@ -123,7 +123,8 @@ def test_exact_path_equals_sdpa(case: Case) -> None:
 
 
 def test_scale_reaches_the_logits() -> None:
-    q, k, v = Case("scale").inputs()  # a scale that fp32 holds exactly
+    q, k, v = Case("scale").inputs()
+    # 0.3125: fp32 holds it, as the attribute does
     assert_near(exact_attention(q, k, v, True, scale=0.3125).o, dense(q, k, v, True, None, 0.3125)[0], 1e-12)
 
 
