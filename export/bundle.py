@@ -49,11 +49,13 @@ class Bundle:
         try:
             manifest = json.loads(file.read_text(encoding="utf-8"))
             schema = manifest["schema"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
             raise UsageError(f"{file} is broken ({type(error).__name__}: {error}); run export-model again") from error
         if schema != SCHEMA:
             raise UsageError(f"{file} is of schema {schema}, this version reads {SCHEMA}; run export-model again")
-        return cls(folder, manifest, ExportPlan.from_json(manifest["plan"]))
+        if not _files_are_whole(manifest.get("files"), file.name == DRAFT):
+            raise UsageError(f"{file} is broken (files does not give the sha256 of each file by its name); run export-model again")
+        return cls(folder, manifest, ExportPlan.from_json(manifest.get("plan")))
 
     @property
     def model_onnx(self) -> Path:
@@ -88,6 +90,16 @@ class Bundle:
         """Names of files that are missing or no longer have the manifest's sha256."""
         files = {self.folder / name: entry["sha256"] for name, entry in self.manifest.get("files", {}).items()}
         return [path.relative_to(self.folder).as_posix() for path, digest in files.items() if not path.is_file() or _sha256(path) != digest]
+
+
+def _files_are_whole(files: object, draft: bool) -> bool:
+    """Whether `files` of a manifest maps names inside the folder to entries with a sha256; a draft has none yet."""
+    if files is None:
+        return draft
+    return isinstance(files, dict) and all(
+        isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and not Path(name).is_absolute() and ".." not in Path(name).parts
+        for name, entry in files.items()
+    )
 
 
 def copy_side_files(model: Path, folder: Path, libraries: list[Path]) -> None:

@@ -105,11 +105,14 @@ def check_environment(source: "Source", plan: ExportPlan, options: Options, miss
 def output_folder(out: Path) -> Iterator[Path]:
     """A temporary folder that becomes `out` when the block ends well or raises AccuracyFailed, and vanishes otherwise.
 
-    A finished output of ours is replaced. Raises UsageError where `out` is a file, holds something else, or cannot be written.
+    A finished output of ours is replaced. Raises UsageError where `out` is a file or a link, holds something else, or cannot be
+    written.
     """
     out = Path(os.path.abspath(out))
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"OUT {out} is a file; give a folder that does not exist yet")
+    if not out.name:
+        raise UsageError(f"OUT is {out}, the root of the file system; give a folder that does not exist yet")
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise UsageError(f"OUT {out} is a {'link' if out.is_symlink() else 'file'}; give a folder that does not exist yet")
     # Named before it is made, so that an interruption at any point finds it.
     work = out.with_name(f".{out.name}.{os.getpid()}.partial")
     made = [parent for parent in out.parents if not parent.exists()]
@@ -130,14 +133,42 @@ def output_folder(out: Path) -> Iterator[Path]:
 
 def _make(out: Path, work: Path) -> None:
     try:
-        if out.is_dir() and any(out.iterdir()) and not (out / bundle.MANIFEST).is_file():
-            raise UsageError(f"OUT {out} holds files that export-model did not write; give a folder that does not exist yet")
+        _check_replaceable(out)
         work.mkdir(parents=True)
     except OSError as error:
         raise UsageError(f"OUT {out} cannot be written: {error.strerror}; give a folder you may write to") from error
 
 
+def _check_replaceable(out: Path) -> None:
+    """Raises UsageError where `out` holds anything that its own manifest does not list: replacing it would destroy that."""
+    foreign = _foreign(out) if out.is_dir() else None
+    if foreign is not None:
+        raise UsageError(
+            f"OUT {out} holds {foreign}, which export-model did not write; move it away, or give a folder that does not exist yet"
+        )
+
+
+def _foreign(out: Path) -> str | None:
+    """The first entry of `out` that is not part of a finished output of ours, by its name in `out`."""
+    try:
+        # Other tools write a manifest.json too: only one that opens as ours says what may go.
+        listed = {bundle.MANIFEST, *bundle.Bundle.open(out).manifest["files"]} if (out / bundle.MANIFEST).is_file() else None
+    except UsageError:
+        listed = None
+    if listed is None:
+        return min((path.name for path in out.iterdir()), default=None)
+    for path in sorted(out.rglob("*")):
+        name = path.relative_to(out).as_posix()
+        # A report may have been written anew since.
+        ours = name in listed or name.startswith("report/")
+        if (path.is_symlink() or not path.is_dir()) and not ours:
+            return name
+    return None
+
+
 def _move(work: Path, out: Path) -> None:
+    # Again, for what came to lie there during the run.
+    _check_replaceable(out)
     if out.is_dir():
         old = work.with_suffix(".old")
         out.rename(old)

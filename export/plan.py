@@ -19,7 +19,12 @@ TASKS = ("logits", "last-logits", "prefill")
 DTYPES = ("fp32", "fp16", "bf16")
 INPUT_IDS = ("tokens", "bytes")
 KEEP_EXACT = ("op", "onnx")
+MODES = ("approximate", "exact", "native")
 MAX_SEQUENCE = 2**24  # the kernels' tests stop here; positions fit in 32 bits
+MAX_BATCH = 4096
+_CHOICES = {"task": TASKS, "dtype": DTYPES, "input_ids": INPUT_IDS, "keep_exact": KEEP_EXACT}
+# Python's \d and isdigit take digits of every script, and superscripts.
+_SPAN = "[0-9]{1,18}(-[0-9]{1,18})?"
 
 Range = tuple[int, int, int]
 
@@ -64,15 +69,20 @@ class ExportPlan:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "ExportPlan":
+    def from_json(cls, data: Any) -> "ExportPlan":
         """The inverse of `to_json`. Raises UsageError when it was not written by this version's `to_json`."""
         try:
             layers = tuple(
                 LayerPlan(**{**layer, "config": Config.from_attributes(layer["config"]) if layer["config"] else None})
                 for layer in data["layers"]
             )
-            return cls(**{**data, "layers": layers, "seq": tuple(data["seq"]), "batch": tuple(data["batch"])})
-        except (KeyError, TypeError) as error:
+            for layer in layers:
+                choice("mode", layer.mode, MODES)
+            shapes = {"seq": check_range("seq", data["seq"], MAX_SEQUENCE), "batch": check_range("batch", data["batch"], MAX_BATCH)}
+            for option, allowed in _CHOICES.items():
+                choice(option, data[option], allowed)
+            return cls(**{**data, "layers": layers, **shapes})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"the plan in the manifest does not fit this version ({error}); export the model again") from error
 
 
@@ -81,21 +91,21 @@ def parse_layers(spec: str, count: int) -> frozenset[int]:
     named = {"all": range(count), "none": range(0), "odd": range(1, count, 2), "even": range(0, count, 2)}
     if spec in named:
         return frozenset(named[spec])
-    if match := re.fullmatch(r"(first|last):(\d+)", spec):
+    if match := re.fullmatch(r"(first|last):([0-9]{1,18})", spec):
         size = int(match[2])
         if not 1 <= size <= count:
             raise UsageError(f"--layers {spec}: {match[1]} takes 1 to {count}, the number of attention layers of this model")
         return frozenset(range(size) if match[1] == "first" else range(count - size, count))
-    if re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", spec):
+    if re.fullmatch(rf"{_SPAN}(,{_SPAN})*", spec):
         chosen: set[int] = set()
         for part in spec.split(","):
             low, _, high = part.partition("-")
             first, last = int(low), int(high or low)
             if last < first:
                 raise UsageError(f"--layers {spec}: range {part} runs backwards; write {last}-{first}")
+            if last >= count:
+                raise UsageError(f"--layers {spec}: there is no layer {last}; the attention layers are 0 to {count - 1}")
             chosen.update(range(first, last + 1))
-        if max(chosen) >= count:
-            raise UsageError(f"--layers {spec}: there is no layer {max(chosen)}; the attention layers are 0 to {count - 1}")
         return frozenset(chosen)
     raise UsageError(f"--layers is {spec!r}; it takes all, none, odd, even, first:N, last:N, or numbers such as 0-3,7")
 
@@ -111,7 +121,7 @@ def check_range(option: str, values: Sequence[int], highest: int) -> Range:
 def parse_batch(text: str) -> Range:
     """Rows as N or min,opt,max. Raises UsageError."""
     parts = text.split(",")
-    if len(parts) not in (1, 3) or not all(part.strip().isdigit() for part in parts):
+    if len(parts) not in (1, 3) or not all(re.fullmatch("[0-9]{1,9}", part.strip()) for part in parts):
         raise UsageError(f"--batch is {text!r}; it takes one number, or min,opt,max such as 1,4,8")
     numbers = [int(part) for part in parts]
     low, opt, high = numbers if len(numbers) == 3 else numbers * 3
@@ -186,7 +196,7 @@ def make_plan(
         dtype=choice("--dtype", dtype, DTYPES),
         layers=tuple(decided),
         seq=check_range("the sequence range (--min-seq, --opt-seq, --max-seq)", seq, MAX_SEQUENCE),
-        batch=check_range("--batch", batch, 4096),
+        batch=check_range("--batch", batch, MAX_BATCH),
         input_ids=choice("--input-ids", input_ids, INPUT_IDS),
         seed=seed,
         preset=preset,

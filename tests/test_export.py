@@ -54,7 +54,10 @@ def test_layer_spec(spec: str, expected: Any) -> None:
     assert parse_layers(spec, 8) == frozenset(expected)
 
 
-@pytest.mark.parametrize("spec", ["", "some", "8", "0-8", "3-1", "first:0", "last:9", "first:", "1,,2", "-1", "1-", "first:x", "ODD"])
+REFUSED_LAYERS = ["", "some", "8", "0-8", "3-1", "first:0", "last:9", "first:", "1,,2", "-1", "1-", "first:x", "ODD", "٣", "0-99999999999"]
+
+
+@pytest.mark.parametrize("spec", REFUSED_LAYERS)
 def test_layer_spec_refused(spec: str) -> None:
     with pytest.raises(UsageError, match="--layers"):
         parse_layers(spec, 8)
@@ -63,6 +66,12 @@ def test_layer_spec_refused(spec: str) -> None:
 @pytest.mark.parametrize(("text", "expected"), [("3", (3, 3, 3)), ("1,4,8", (1, 4, 8)), ("1, 2, 2", (1, 2, 2))])
 def test_batch(text: str, expected: tuple[int, int, int]) -> None:
     assert parse_batch(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "²", "٣", "1,2", "-1", "9" * 5000], ids=["empty", "superscript", "arabic", "two", "negative", "long"])
+def test_batch_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--batch is"):
+        parse_batch(text)
 
 
 def test_plan_round_trips_through_json(source: Source) -> None:

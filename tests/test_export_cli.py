@@ -99,9 +99,14 @@ def _file(path: Path) -> Path:
     return path
 
 
-def _foreign(path: Path) -> Path:
+def _foreign(path: Path, name: str = "notes.txt") -> Path:
     path.mkdir()
-    _file(path / "notes.txt")
+    (path / name).write_text('{"name": "a web page", "icons": []}')
+    return path
+
+
+def _link(path: Path) -> Path:
+    path.symlink_to(path.parent)
     return path
 
 
@@ -122,7 +127,10 @@ BAD = [
     Bad("unknown-architecture", 2, "is unknown to transformers", prepare=_with(lambda copy: _write_config(copy, '{"model_type": "x9"}'))),
     Bad("truncated-weights", 2, "truncated or broken", prepare=_with(_truncate)),
     Bad("out-is-a-file", 2, "is a file; give a folder", out=lambda scratch: _file(scratch / "out")),
-    Bad("out-holds-other-files", 2, "holds files that export-model did not write", out=lambda scratch: _foreign(scratch / "out")),
+    Bad("out-holds-other-files", 2, "holds notes.txt, which export-model did not write", out=lambda s: _foreign(s / "out")),
+    Bad("out-holds-another-manifest", 2, "holds manifest.json, which export-model did not", out=lambda s: _foreign(s / "out", MANIFEST)),
+    Bad("out-is-the-root", 2, "the root of the file system", out=lambda scratch: Path("/")),
+    Bad("out-is-a-link", 2, "is a link; give a folder", out=lambda scratch: _link(scratch / "out")),
     Bad("out-below-a-file", 2, "cannot be written", out=lambda scratch: _file(scratch / "file") / "out"),
     Bad("out-in-a-system-folder", 2, "cannot be written", out=lambda scratch: Path("/proc/out")),
     Bad("range-reversed", 2, "1 <= min <= opt <= max", ("--min-seq", "100", "--max-seq", "50")),
@@ -135,6 +143,8 @@ BAD = [
     Bad("stratified-two", 2, "stratified is 2", ("--stratified", "2")),
     Bad("seed-negative", 2, "--seed is -1", ("--seed", "-1")),
     Bad("layers-too-high", 2, "there is no layer 7", ("--layers", "0-7")),
+    Bad("layers-far-too-high", 2, "there is no layer 99999999999", ("--layers", "0-99999999999")),
+    Bad("batch-superscript", 2, "--batch is '²'", ("--batch", "²")),
     Bad("layers-words", 2, "--layers is 'most'", ("--layers", "most")),
     Bad("preset-unknown", 2, "--preset is 'fast'", ("--preset", "fast")),
     Bad("selector-unknown", 2, "selector is 'topk'", ("--selector", "topk")),

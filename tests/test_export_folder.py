@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from hyperattention.config import Config
 from hyperattention.errors import AccuracyFailed, EnvironmentFault, UsageError
 from hyperattention.export import pipeline
-from hyperattention.export.bundle import MANIFEST, Bundle
+from hyperattention.export.bundle import MANIFEST, Bundle, finish, write_draft
+from hyperattention.export.plan import ExportPlan, LayerPlan
 
 
 def left_behind(folder: Path) -> list[str]:
@@ -28,6 +32,75 @@ def test_output_folder_vanishes_otherwise(error: BaseException, tmp_path: Path) 
         (work / "file").write_text("x")
         raise error
     assert left_behind(tmp_path) == []
+
+
+def finished(folder: Path, **changes: Any) -> Path:
+    """A finished output without model files; `changes` are edits of its manifest, None leaves an entry out."""
+    folder.mkdir(exist_ok=True)
+    (folder / "model.onnx").write_text("model")
+    layers = (LayerPlan(0, "attention", "exact", "", Config().exact()),)
+    plan = ExportPlan("logits", "fp32", layers, (1, 8, 8), (1, 1, 1), "tokens", 0, "blocks", "op")
+    write_draft(folder, plan, {}, None, {})
+    manifest = {**finish(folder), **changes}
+    (folder / MANIFEST).write_text(json.dumps({name: value for name, value in manifest.items() if value is not None}))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "notes/thesis.txt", "model.onnx.bak"])
+def test_a_finished_output_with_a_users_file_is_not_replaced(name: str, tmp_path: Path) -> None:
+    out = finished(tmp_path / "out")
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("mine")
+    with pytest.raises(UsageError, match=f"holds {name}, which export-model did not write"), pipeline.output_folder(out):
+        pytest.fail("work was begun")
+    assert left_behind(tmp_path) == ["out"] and (out / name).read_text() == "mine"
+
+
+def test_a_file_that_arrives_during_the_run_is_kept(tmp_path: Path) -> None:
+    out = finished(tmp_path / "out")
+    with pytest.raises(UsageError, match="holds late.txt"), pipeline.output_folder(out) as work:
+        (work / "file").write_text("x")
+        (out / "late.txt").write_text("mine")
+    assert left_behind(tmp_path) == ["out"] and (out / "late.txt").read_text() == "mine"
+
+
+def test_a_finished_output_with_a_newer_report_is_replaced(tmp_path: Path) -> None:
+    out = finished(tmp_path / "out")
+    (out / "report").mkdir()
+    (out / "report" / "report.html").write_text("newer")
+    with pipeline.output_folder(out) as work:
+        (work / "file").write_text("x")
+    assert left_behind(tmp_path) == ["out"] and left_behind(out) == ["file"]
+
+
+def _plan(**changes: Any) -> dict[str, Any]:
+    plan = dict(task="logits", dtype="fp32", layers=[], seq=[1, 8, 8], batch=[1, 1, 1], input_ids="tokens", seed=0)
+    return {**plan, "preset": "blocks", "keep_exact": "op", **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(files=None), "files does not give"),
+        (dict(files=["model.onnx"]), "files does not give"),
+        (dict(files={"model.onnx": "abc"}), "files does not give"),
+        (dict(files={"model.onnx": {"sha256": 3}}), "files does not give"),
+        (dict(files={"../model.onnx": {"sha256": "0"}}), "files does not give"),
+        (dict(plan=None), "export the model again"),
+        (dict(plan=[1]), "export the model again"),
+        (dict(plan=_plan(seq=[1, 2])), "export the model again"),
+        (dict(plan=_plan(seq=[1, "8", 8])), "export the model again"),
+        (dict(plan=_plan(seq=3)), "export the model again"),
+        (dict(plan=_plan(task="dance")), "task is 'dance'"),
+        (dict(plan=_plan(layers=["a"])), "export the model again"),
+        (dict(plan=_plan(layers=[dict(index=0, name="a", mode="exact", reason="", config=[3])])), "export the model again"),
+    ],
+    ids=str,
+)
+def test_bundle_refuses_a_manifest_edited_by_hand(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    Bundle.open(finished(tmp_path, plan=_plan()))
+    with pytest.raises(UsageError, match=words):
+        Bundle.open(finished(tmp_path, **changes))
 
 
 @pytest.mark.parametrize(
