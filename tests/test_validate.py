@@ -146,10 +146,11 @@ def test_recall_counts_digits() -> None:
     [
         (None, "bytes", 256, 10, "--text"),
         (Path("missing.txt"), "bytes", 256, 10, "does not exist"),
+        (Path("/dev/null"), "bytes", 256, 10, "does not exist"),
         (vb.TEXT, "bytes", 256, 10**7, "needs 10000001"),
         (vb.TEXT, "bytes", 67, 10, "does --input-ids fit"),
     ],
-    ids=["no-text", "missing", "short", "vocabulary"],
+    ids=["no-text", "missing", "no file", "short", "vocabulary"],
 )
 def test_text_refused(text: Path | None, input_ids: str, vocabulary: int, needed: int, says: str) -> None:
     with pytest.raises(UsageError, match=says):
@@ -157,9 +158,17 @@ def test_text_refused(text: Path | None, input_ids: str, vocabulary: int, needed
 
 
 def test_random_tokens_are_marked(tmp_path: Path) -> None:
-    corpus = load_corpus(vb.TEXT, "tokens", tmp_path, 67, 0, 100)
-    assert corpus.kind == "random" and "no tokenizer" in corpus.note and int(corpus.ids.max()) < 67
-    assert torch.equal(corpus.ids, load_corpus(vb.TEXT, "tokens", tmp_path, 67, 0, 100).ids)
+    corpus = load_corpus(None, "tokens", tmp_path, 67, 0, 100)
+    assert corpus.kind == "random" and "no text" in corpus.note and int(corpus.ids.max()) < 67
+    assert torch.equal(corpus.ids, load_corpus(None, "tokens", tmp_path, 67, 0, 100).ids)
+
+
+def test_a_text_without_a_usable_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no tokenizer files"):
+        load_corpus(vb.TEXT, "tokens", tmp_path, 67, 0, 100)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        load_corpus(vb.TEXT, "tokens", tmp_path, 67, 0, 100)
 
 
 def test_exact_config_is_what_the_definition_leaves_to_pytorch() -> None:

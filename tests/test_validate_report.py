@@ -47,7 +47,7 @@ def report(healthy: dict) -> dict:
         },
         "notes": ["<note>"],
     }
-    return judge({**filled, **healthy}, Limits())
+    return judge({**healthy, **filled}, Limits())
 
 
 def test_report_round_trip_and_files(report: dict, tmp_path: Path) -> None:
@@ -75,6 +75,19 @@ def test_markdown_says_the_same(report: dict) -> None:
     assert text.startswith(f"# {report['verdict']['headline']}")
     for gate in report["gates"]:
         assert f"| {gate['name']} |" in text
+
+
+def test_random_tokens_leave_the_verdict_open(report: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    judged = judge({**report, "inputs": {**report["inputs"], "kind": "random"}}, Limits())
+    assert judged["verdict"]["safe"] is None and all(gate["passed"] for gate in judged["gates"])
+    html = render(judged, "report.html.jinja")
+    assert 'class="verdict open"' in html and "Not judged on text" in html
+    assert 'class="verdict good"' in render(report, "report.html.jinja")
+    assert render(judged, "report.md.jinja").startswith("# Not judged on text")
+    assert judge(judged, Limits(max_kl=0.0))["verdict"]["safe"] is False  # a gate that fails even on random tokens has failed
+    write(judged, tmp_path / "report")
+    code, out, _ = _run(["report", str(tmp_path)], capsys)
+    assert code == 0 and out.startswith("Not judged on text")
 
 
 def test_verdict_speaks_of_speed_and_length(report: dict) -> None:

@@ -114,7 +114,7 @@ def judge(report: dict, limits: Limits) -> dict:
 
 
 def verdict(report: dict, gates: list[Gate]) -> dict:
-    """Safe or not, how much faster and from which length, in words and numbers; the first thing a reader sees."""
+    """Safe, not safe or not judged (None), how much faster and from which length, in words and numbers; the first thing a reader sees."""
     failed = [g for g in gates if not g.passed]
     time = [row for row in report["time"] if row.get("ours_s") and fastest_exact(row)]
     approximate = [row for row in report["approximation"] if not row["exact"]]
@@ -126,8 +126,9 @@ def verdict(report: dict, gates: list[Gate]) -> dict:
         if fastest_exact(row) <= row["ours_s"]:
             break
         from_length = row["length"]
+    on_text = report["inputs"]["kind"] == "text"
     return {
-        "safe": not failed,
+        "safe": (True if on_text else None) if not failed else False,  # None: random tokens can condemn, but not clear
         "failed": [g.name for g in failed],
         "headline": _headline(failed, bool(approximate), report),
         "speed": _speed(longest, speedup, from_length, [row for row in time if row["time_only"]], report),
@@ -145,6 +146,8 @@ def _headline(failed: list[Gate], approximate: bool, report: dict) -> str:
         return "Not safe: the backend does not compute what the operator's definition says."
     if failed:
         return "Not safe: the output is too far from exact attention."
+    if report["inputs"]["kind"] != "text":
+        return "Not judged on text: random tokens are the easiest input for any approximation; give held-out text with --text FILE."
     if not summary["approximate_layers"]:
         return "Safe, and exact: no layer is approximated."
     if not approximate:

@@ -1,7 +1,7 @@
 """What the model reads while it is measured: windows of held-out text, and prompts with a planted key to recall.
 
-Attention on random tokens is the easiest case for any approximation, so text is the rule; random tokens are the marked
-exception for a model without tokenizer files.
+Attention on random tokens is the easiest case for any approximation, so text is the rule; random tokens, for a run
+without a text, leave the verdict open.
 """
 
 from __future__ import annotations
@@ -68,31 +68,32 @@ class Window:
 
 
 def load_corpus(text: Path | None, input_ids: str, model: Path, vocabulary: int, seed: int, needed: int) -> Corpus:
-    """Ids of `text`: its bytes, or the tokens of the tokenizer in `model`; random ones only where there is no tokenizer.
+    """Ids of `text`: its bytes, or the tokens of the tokenizer in `model`; random ones only where no text was given.
 
-    `needed` is the longest window. Raises UsageError for a text that is missing or too short.
+    `needed` is the longest window. Raises UsageError for a text that is missing, too short or cannot be made into tokens.
     """
     if text is not None and not text.is_file():
         raise UsageError(f"text file {text} does not exist; give a plain text file with --text")
     data = text.read_bytes() if text is not None else b""
+    if text is not None and not data.strip():
+        raise UsageError(f"text file {text} is empty; give held-out plain text with --text")
     digest = hashlib.sha256(data).hexdigest()
     if input_ids == "bytes":
         if text is None:
             raise UsageError("a model that reads bytes is validated on text; give a plain text file with --text")
         ids = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
         corpus = Corpus(ids, text.name, "text", "bytes", digest)
-    elif text is not None and any((model / name).is_file() for name in TOKENIZER_FILES):
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-        ids = torch.tensor(tokenizer(data.decode("utf-8", errors="replace"))["input_ids"], dtype=torch.int64)
-        corpus = Corpus(ids, text.name, "text", "tokenizer", digest)
+    elif text is not None:
+        corpus = Corpus(_tokenize(data, model, text.name), text.name, "text", "tokenizer", digest)
     else:
-        missing = "no text was given (--text FILE)" if text is None else "the model folder holds no tokenizer files"
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(0, vocabulary, (max(4 * needed, 4096) + 1,), generator=generator)
-        note = f"Random tokens, because {missing}. They are the easiest input for any approximation: judge on text before deploying."
+        note = (
+            "Random tokens, because no text was given (--text FILE). They are the easiest input for any approximation: "
+            "judge on text before deploying."
+        )
         return Corpus(ids, "random tokens", "random", "random", hashlib.sha256(ids.numpy().tobytes()).hexdigest(), note)
+    ids = corpus.ids
     if len(ids) < needed + 1:
         raise UsageError(
             f"{corpus.name} has {len(ids)} tokens; the longest window needs {needed + 1}: give a longer text or shorter --lengths"
@@ -100,6 +101,23 @@ def load_corpus(text: Path | None, input_ids: str, model: Path, vocabulary: int,
     if int(ids.max()) >= vocabulary:
         raise UsageError(f"{corpus.name} gives token {int(ids.max())}, the model knows {vocabulary}; does --input-ids fit the model?")
     return corpus
+
+
+def _tokenize(data: bytes, model: Path, name: str) -> Tensor:
+    """Token ids int64 [N] of a text by the tokenizer in `model`. Raises UsageError where there is none or it cannot be loaded."""
+    if not any((model / file).is_file() for file in TOKENIZER_FILES):
+        raise UsageError(
+            f"{name} cannot be made into tokens: {model.name} holds no tokenizer files ({', '.join(TOKENIZER_FILES)}); copy them there, "
+            f"export with --input-ids bytes if the model reads bytes, or leave --text out to measure without a verdict"
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    except Exception as error:  # each tokenizer family raises classes of its own for broken or missing files
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UsageError(f"the tokenizer of {model.name} cannot be loaded ({reason}); copy its files again") from error
+    return torch.tensor(tokenizer(data.decode("utf-8", errors="replace"))["input_ids"], dtype=torch.int64)
 
 
 def windows(corpus: Corpus, length: int, count: int) -> list[Window]:
