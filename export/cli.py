@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -12,9 +15,11 @@ import typer
 from rich.markup import escape
 
 from hyperattention.config import PRESETS, RANGES
-from hyperattention.errors import HyperAttentionError, UsageError
+from hyperattention.errors import EnvironmentFault, HyperAttentionError, UsageError
 
 INTERRUPTED = 130
+INTERNAL = 70  # EX_SOFTWARE of sysexits.h; Python's own 1 is the code of a failed gate here
+DEVICES = ("auto", "cpu", "cuda")
 _DEFAULT_MAX = 32768
 _TUNED, _SHAPES, _CHECKS = (dict[str, Any](rich_help_panel=name) for name in ("Attributes of the op", "Shapes", "Validation"))
 
@@ -67,7 +72,8 @@ def export_model(
 ) -> None:
     """Turn a model into OUT: ONNX with the HyperAttention op, both native libraries, a TensorRT engine where there is a GPU, and a report.
 
-    Exit codes: 0 done, 1 accuracy gate (OUT is kept), 2 usage, 3 environment, 4 export, 5 engine build, 130 interrupted.
+    Exit codes: 0 done, 1 accuracy gate (OUT is kept), 2 usage, 3 environment, 4 export, 5 engine build,
+    70 internal error (a bug, with its traceback), 130 interrupted.
     """
     from hyperattention.export import load, memory, pipeline
     from hyperattention.export import plan as planning
@@ -105,6 +111,7 @@ def export_model(
         raise UsageError("--input-ids bytes: the validation needs held-out text; give --text FILE, or --no-validate")
     if text is not None and not text.is_file():
         raise UsageError(f"--text: there is no file {text}")
+    _check_validation(lengths, device, gates, plan.seq)
     planned = {"plan": plan.to_json(), "memory": [vars(item) for item in items], "missing": missing}
     planned |= {"engine_obstacle": obstacle, "warnings": warnings}
     options = pipeline.Options(
@@ -132,12 +139,31 @@ def export_model(
         print(json.dumps({**planned, "manifest": manifest}))
 
 
+def _check_validation(lengths: str, device: str, gates: dict[str, float | None], seq: tuple[int, int, int]) -> None:
+    """The validation's options, which it would refuse itself only after the whole export. Raises UsageError and EnvironmentFault."""
+    for part in (part.strip() for part in lengths.split(",") if part.strip()):
+        if not re.fullmatch("[0-9]{1,9}", part):
+            raise UsageError(f"--lengths is {lengths!r}; it takes numbers with commas between them, such as 8192,32768")
+        if not max(2, seq[0]) <= int(part) <= seq[2]:
+            raise UsageError(f"--lengths names {part}; the plan takes {max(2, seq[0])} to {seq[2]} (--min-seq, --max-seq)")
+    if device not in DEVICES:
+        raise UsageError(f"--device is {device!r}; it takes one of {', '.join(DEVICES)}")
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise EnvironmentFault("--device cuda, but PyTorch sees no CUDA device; leave --device out, or run `hyperattention doctor`")
+    for option, value in gates.items():
+        if value is not None and (not math.isfinite(value) or value < 0):
+            raise UsageError(f"{option} is {value}; a gate takes a finite number of at least 0")
+
+
 def _terminate(*_: object) -> None:
     raise KeyboardInterrupt
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point; exits with the code of the error raised (hyperattention/errors.py). Anything else keeps its traceback."""
+    """Entry point; exits with the code of the error raised (hyperattention/errors.py), and with 70 and a traceback after any other."""
     signal.signal(signal.SIGTERM, _terminate)
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
@@ -153,6 +179,10 @@ def main(arguments: list[str] | None = None) -> None:
         # typer has printed its own message by now; it turns Ctrl-C into 1, which is a gate's code here.
         code = INTERRUPTED if status.code == 1 else int(status.code or 0)
         message = "interrupted" if code == INTERRUPTED else "an option or argument was refused"
+    except Exception as error:
+        traceback.print_exc()
+        code, message = INTERNAL, f"internal error, a bug: {type(error).__name__}: {error}"
+        print(f"{message}; please report it with the traceback above", file=sys.stderr)
     else:
         return
     if code == INTERRUPTED:

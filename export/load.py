@@ -10,13 +10,14 @@ import json
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Iterator
 
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from hyperattention.errors import UnsupportedModel, UsageError
 from hyperattention.export.attention_rules import find_problem
@@ -56,6 +57,12 @@ class Source:
     vocab_size: int
     max_positions: int | None
 
+    def dropped_keys(self, length: int) -> tuple[int, ...]:
+        """Numbers of the cache layers that keep fewer than `length` keys (sliding window, chunks), in calling order."""
+        layers = enumerate(DynamicCache(config=self.config).layers)
+        # Such a layer stores its window less the key that the next token pushes out.
+        return tuple(number for number, layer in layers if length >= (getattr(layer, "sliding_window", None) or length + 1))
+
 
 def torch_dtype(name: str) -> torch.dtype:
     """The dtype of a plan's `dtype`."""
@@ -76,6 +83,8 @@ def inspect_source(path: Path) -> Source:
     or does not go through the AttentionInterface.
     """
     config = _read_config(path)
+    _check_unquantised(path, config)
+    _check_side_files(path)
     _check_weights(path)
     try:
         with _quiet(), torch.device("meta"):
@@ -96,7 +105,7 @@ def inspect_source(path: Path) -> Source:
         hidden_size=int(getattr(text, "hidden_size", 0) or 0),
         intermediate_size=int(getattr(text, "intermediate_size", 0) or 4 * (getattr(text, "hidden_size", 0) or 0)),
         vocab_size=int(text.vocab_size),
-        max_positions=getattr(text, "max_position_embeddings", None),
+        max_positions=getattr(text, "max_position_embeddings", None) or None,
     )
 
 
@@ -107,7 +116,7 @@ def load_model(source: Source, dtype: torch.dtype, device: torch.device | str = 
             # Tensors of another shape are reported below, by name, and never replaced by random ones.
             options = dict(local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True)
             loaded: Any = AutoModelForCausalLM.from_pretrained(source.path, config=source.config, dtype=dtype, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, UnpicklingError) as error:
         raise UsageError(f"the weights of {source.path.name} cannot be loaded: {_one_line(error)}; copy the directory again") from error
     model, info = loaded
     complaints = {"missing_keys": "are missing from the weight files", "mismatched_keys": "have another shape than config.json says"}
@@ -116,6 +125,11 @@ def load_model(source: Source, dtype: torch.dtype, device: torch.device | str = 
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise UsageError(f"{', '.join(names[:3])}{more} {what}; copy the directory of {source.path.name} again")
+    if hasattr(model, "set_experts_implementation"):
+        # The default calls each expert with the tokens routed to it, whose number torch.export cannot know; "batched_mm" computes
+        # the same from shapes that follow from the input's.
+        with _quiet():
+            model.set_experts_implementation("batched_mm")
     return model.to(device).eval()
 
 
@@ -161,7 +175,7 @@ def _read_config(path: Path) -> Any:
     try:
         with _quiet():
             return AutoConfig.from_pretrained(path, local_files_only=True)
-    except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, OSError, ArithmeticError) as error:
         raise UsageError(f"{file} cannot be read as a {data['model_type']} configuration: {_one_line(error)}") from error
     except Exception as error:
         # huggingface_hub's strict dataclasses raise classes of their own for a field of the wrong type.
@@ -170,14 +184,39 @@ def _read_config(path: Path) -> Any:
         raise
 
 
+def _check_unquantised(path: Path, config: Any) -> None:
+    found = getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None)
+    if found:
+        values = found if isinstance(found, dict) else vars(found)
+        method = values.get("quant_method", "unnamed")
+        raise UnsupportedModel(
+            f"{path.name} holds quantised weights (quantization_config: {getattr(method, 'value', method)}); export-model takes fp32, fp16 "
+            f"or bf16 weights: use the model's unquantised directory"
+        )
+
+
+def _check_side_files(path: Path) -> None:
+    """transformers and the validation read these late, after most of the work."""
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        file = path / name
+        if not file.is_file():
+            continue
+        try:
+            whole = isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
+        except ValueError as error:
+            raise UsageError(f"{file} is not valid JSON ({_one_line(error)}); copy the model's directory again") from error
+        if not whole:
+            raise UsageError(f"{file} holds no JSON object; copy the model's directory again")
+
+
 def _check_weights(path: Path) -> None:
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError) as error:
+            files = [path / name for name in names]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UsageError(f"{index} is broken ({_one_line(error)}); copy the model's directory again") from error
-        files = [path / name for name in names]
     else:
         files = sorted(path.glob("*.safetensors"))
         if not files and not list(path.glob("pytorch_model*.bin")):
@@ -230,7 +269,7 @@ def _probe(model: PreTrainedModel) -> tuple[AttentionLayer, ...]:
         ids = torch.zeros(_PROBE_SHAPE, dtype=torch.long, device="meta")
         with _quiet(), torch.no_grad():
             model(input_ids=ids, attention_mask=torch.ones(_PROBE_SHAPE, dtype=torch.bool, device="meta"), use_cache=False)
-    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, KeyError, IndexError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, KeyError, IndexError, ArithmeticError) as error:
         raise UnsupportedModel(
             f"{architecture} does not run on the meta device ({_one_line(error)}), so its layers cannot be planned"
         ) from error

@@ -34,16 +34,19 @@ def predict(source: Source, plan: ExportPlan) -> list[Item]:
     widest = max((layer.heads_q * layer.head_dim + keys for layer, keys in zip(source.layers, cached, strict=True)), default=0)
     attention = tokens * (source.hidden_size + widest) * size
     outputs = (tokens if plan.task == "logits" else batch) * source.vocab_size * size
-    heads = max((layer.heads_q for layer in source.layers), default=0)
+    planned = {layer.name for layer in plan.planned}
+    heads = max((layer.heads_q for layer in source.layers if layer.name in planned), default=0)
     items = [
         Item("weights", source.num_parameters * size, f"{source.num_parameters:,} parameters in {plan.dtype}"),
         Item("activations", max(activations, attention), f"{batch} x {rows} tokens, one layer at a time"),
         Item("logits", outputs, "every position" if plan.task == "logits" else "last position of each row"),
         *([Item("keys and values", tokens * sum(cached) * size, "outputs of the task prefill")] if plan.task == "prefill" else []),
         _workspace(source, plan),
-        # Logits, their masked copy and the probabilities, in fp32.
-        Item("function body", 3 * batch * heads * rows * rows * 4, "only where the file runs without our library: n x n logits a head"),
     ]
+    if plan.planned:
+        # Logits, their masked copy and the probabilities, in fp32.
+        body = 3 * batch * heads * rows * rows * 4
+        items.append(Item("function body", body, "only where the file runs without our library: n x n logits a head"))
     native = [layer for layer in plan.layers if layer.config is None]
     if native:
         items.append(Item("masks", batch * rows * rows, f"{len(native)} layers keep the model's own attention, which takes n x n masks"))

@@ -149,6 +149,18 @@ def choice(option: str, value: str, allowed: Sequence[str]) -> str:
     return value
 
 
+def _check_cache(source: "Source", longest: int) -> None:
+    """Raises UnsupportedModel where present.* would lose keys without a word."""
+    dropped = source.dropped_keys(longest)
+    if dropped:
+        names = dict(enumerate(layer.name for layer in source.layers))
+        listed = ", ".join(f"{number} ({names.get(number, 'no attention layer')})" for number in dropped)
+        raise UnsupportedModel(
+            f"--task prefill: the cache of layers {listed} keeps fewer than {longest} keys (sliding window or chunks), so present.* would "
+            f"lack the others; use --task logits or last-logits, or a --max-seq below the window"
+        )
+
+
 def make_plan(
     source: "Source",
     *,
@@ -176,6 +188,9 @@ def make_plan(
     if preset == "exact":
         base = base.exact()
     chosen = parse_layers(layers, len(source.layers))
+    lengths = check_range("the sequence range (--min-seq, --opt-seq, --max-seq)", seq, MAX_SEQUENCE)
+    if choice("--task", task, TASKS) == "prefill":
+        _check_cache(source, lengths[2])
     decided = []
     for order, layer in enumerate(source.layers):
         scale = 0.0 if abs(layer.scale * layer.head_dim**0.5 - 1) < 1e-6 else layer.scale
@@ -192,10 +207,10 @@ def make_plan(
         else:
             decided.append(LayerPlan(layer.index, layer.name, "native", f"not chosen by --layers {layers}; --keep-exact onnx", None))
     return ExportPlan(
-        task=choice("--task", task, TASKS),
+        task=task,
         dtype=choice("--dtype", dtype, DTYPES),
         layers=tuple(decided),
-        seq=check_range("the sequence range (--min-seq, --opt-seq, --max-seq)", seq, MAX_SEQUENCE),
+        seq=lengths,
         batch=check_range("--batch", batch, MAX_BATCH),
         input_ids=choice("--input-ids", input_ids, INPUT_IDS),
         seed=seed,

@@ -9,8 +9,8 @@
     └── AccuracyFailed               1   a gate of the report was not met
 
 A message says what was found, what is allowed and what to do next. Only the
-command line turns these into exit codes; any other exception is a bug and
-keeps its traceback.
+command line turns these into exit codes; any other exception is a bug, keeps
+its traceback and ends in 70.
 """
 
 

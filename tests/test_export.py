@@ -106,6 +106,34 @@ def test_other_layers_may_keep_pytorchs_attention(source: Source) -> None:
     assert [(layer.mode, layer.config is None) for layer in plan.layers] == [("native", True), ("approximate", False)]
 
 
+@pytest.mark.parametrize("model_type", ["gemma2", "mistral", "llama4_text", "gpt_oss"])
+def test_prefill_that_would_lose_keys_is_refused(model_type: str, tmp_path: Path) -> None:
+    overrides = {"sliding_window": 16} if model_type == "gpt_oss" else {}
+    source = inspect_source(tiny.save(tmp_path, model_type, **overrides))
+    with pytest.raises(UnsupportedModel, match=r"--task prefill: the cache of layers 0 \(model.layers.0.self_attn\).* --task logits"):
+        make_plan(source, task="prefill", seq=(1, 8, 16))
+    assert make_plan(source, task="logits", seq=(1, 8, 16)).task == "logits"
+    assert make_plan(source, task="prefill", seq=(1, 8, 15)).task == "prefill", "nothing is lost below the window"
+
+
+def test_positions_of_zero_are_unknown(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    _edit(copy, max_position_embeddings=0)
+    assert inspect_source(copy).max_positions is None
+
+
+def test_no_function_body_is_predicted_without_a_node(source: Source) -> None:
+    for keep, expected in (("op", True), ("onnx", False)):
+        items = predict(source, make_plan(source, layers="none", keep_exact=keep, seq=(1, 8, 64)))
+        assert any(item.name == "function body" for item in items) == expected
+
+
+def test_experts_are_computed_without_data_dependent_shapes(tmp_path: Path) -> None:
+    model = load_model(inspect_source(tiny.save(tmp_path, "gpt_oss")), torch.float32)
+    assert model.config._experts_implementation == "batched_mm"
+
+
 def test_preset_exact_never_approximates(source: Source) -> None:
     plan = make_plan(source, layers="all", preset="exact", attributes={"exact_below": 5})
     assert {layer.mode for layer in plan.layers} == {"exact"}
@@ -233,6 +261,11 @@ def _drop_tensor(path: Path) -> None:
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
+def _break_pickle(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+    (path / "pytorch_model.bin").write_bytes(b"not a pickle")
+
+
 BROKEN = {
     "truncated-weights": (_truncate, "truncated or broken"),
     "empty-weights": (lambda p: (p / "model.safetensors").write_bytes(b""), "truncated or broken"),
@@ -251,6 +284,13 @@ BROKEN = {
         lambda p: (p / "model.safetensors.index.json").write_text('{"weight_map": {"a": "part-1.safetensors"}}'),
         "part-1.safetensors, which is missing",
     ),
+    "index-a-list": (lambda p: (p / "model.safetensors.index.json").write_text("[]"), "is broken"),
+    "index-of-numbers": (lambda p: (p / "model.safetensors.index.json").write_text('{"weight_map": {"a": 3}}'), "is broken"),
+    "pickle-broken": (_break_pickle, "cannot be loaded"),
+    "no-heads": (lambda p: _edit(p, num_attention_heads=0, head_dim=None), "cannot"),
+    "quantised": (lambda p: _edit(p, quantization_config={"quant_method": "gptq", "bits": 4}), "quantised weights .*gptq"),
+    "generation-config-broken": (lambda p: (p / "generation_config.json").write_text("{"), "generation_config.json is not valid JSON"),
+    "tokenizer-config-a-list": (lambda p: (p / "tokenizer_config.json").write_text("[]"), "tokenizer_config.json holds no JSON object"),
     "index-broken": (lambda p: (p / "model.safetensors.index.json").write_text("{}"), "is broken"),
 }
 

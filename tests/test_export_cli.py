@@ -152,6 +152,13 @@ BAD = [
     Bad("task-unknown", 2, "--task is 'embed'", ("--task", "embed")),
     Bad("option-unknown", 2, "No such option", ("--fast",)),
     Bad("bytes-without-text", 2, "needs held-out text", ("--input-ids", "bytes", "--validate")),
+    Bad("lengths-words", 2, "--lengths is 'abc'", ("--lengths", "abc")),
+    Bad("lengths-superscript", 2, "--lengths is '64²'", ("--lengths", "64²")),
+    Bad("lengths-above-the-plan", 2, "--lengths names 513; the plan takes 2 to 512", ("--lengths", "64,513")),
+    Bad("lengths-below-the-plan", 2, "--lengths names 64; the plan takes 65 to 512", ("--lengths", "64", "--min-seq", "65")),
+    Bad("gate-not-finite", 2, "--max-kl is nan; a gate takes a finite number", ("--max-kl", "nan")),
+    Bad("gate-negative", 2, "--min-top1 is -1.0", ("--min-top1", "-1")),
+    Bad("device-unknown", 2, "--device is 'gpu'; it takes one of auto, cpu, cuda", ("--device", "gpu")),
     Bad("text-missing", 2, "there is no file", ("--text", "/nowhere.txt")),
 ]
 
@@ -181,6 +188,23 @@ def test_require_engine_of_a_plan_the_plugin_cannot_take(
     monkeypatch.setattr(pipeline, "missing_parts", dict)
     result = export(model, tmp_path / "out", "--no-validate", "--require-engine", "--dtype", "fp32")
     assert result.code == 2 and "the plugin takes fp16 and bf16, the plan is fp32" in result.err
+
+
+def test_device_cuda_without_one_is_refused_before_any_work(
+    model: Path, tmp_path: Path, export: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = export(model, tmp_path / "out", "--device", "cuda")
+    assert result.code == 3 and "PyTorch sees no CUDA device" in result.err and left_behind(tmp_path) == []
+
+
+def test_an_unexpected_error_is_no_failed_gate(
+    model: Path, tmp_path: Path, export: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "missing_parts", lambda: 1 // 0)
+    result = export(model, tmp_path / "out", "--json")
+    assert result.code == json.loads(result.out)["exit_code"] == 70
+    assert "Traceback" in result.err and "ZeroDivisionError" in result.err and "internal error, a bug" in result.err
 
 
 def test_validation_without_the_library_is_refused_before_any_work(
@@ -288,7 +312,7 @@ class Ending:
     name: str
     code: int
     report: bool
-    expected: int | type[Exception]
+    expected: int
     kept: bool
 
     def __str__(self) -> str:
@@ -300,10 +324,10 @@ class Ending:
     [
         Ending("passed", 0, True, 0, True),
         Ending("gate-failed", 1, True, 1, True),
-        Ending("traceback", 1, False, RuntimeError, False),
+        Ending("traceback", 1, False, 70, False),
         Ending("usage", 2, False, 2, False),
         Ending("other-backend-ran", 3, True, 3, False),
-        Ending("killed", -9, False, RuntimeError, False),
+        Ending("killed", -9, False, 70, False),
     ],
     ids=str,
 )
@@ -313,13 +337,10 @@ def test_endings_of_the_validation(
     stand_in(monkeypatch, ending.code if ending.code >= 0 else 137, ending.report)
     monkeypatch.setattr(pipeline, "_export", write_model_files)
     out = tmp_path / "out"
-    if isinstance(ending.expected, int):
-        result = export(model, out)
-        assert result.code == ending.expected
-        assert ("gates not met: kl" in result.err) == (ending.expected != 0)
-    else:
-        with pytest.raises(ending.expected, match="the validation crashed"):
-            export(model, out)
+    result = export(model, out)
+    assert result.code == ending.expected
+    assert ("gates not met: kl" in result.err) == (ending.expected != 0)
+    assert ("Traceback" in result.err and "RuntimeError: the validation crashed" in result.err) == (ending.expected == 70)
     assert left_behind(tmp_path) == (["out"] if ending.kept else [])
     if ending.kept:
         assert (out / MANIFEST).is_file() and (out / "report/report.json").is_file()
