@@ -180,6 +180,22 @@ def test_engine_needs_an_engine(exported: Callable[[Case], Path], model: Path, t
     assert "no model.engine" in capsys.readouterr().err
 
 
+def test_changed_files_stop_a_validation(
+    exported: Callable[[Case], Path], model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(exported(Case()), folder)
+    whole = (folder / "model.onnx").read_bytes()
+    (folder / "model.onnx").write_bytes(whole[: len(whole) // 2])
+    assert _validate(folder, model, text, "--lengths", str(LENGTH)) == 2  # a draft has no hashes
+    assert "truncated" in capsys.readouterr().err
+    (folder / "model.onnx").write_bytes(whole)
+    finish(folder)
+    (folder / "model.onnx").unlink()
+    assert _validate(folder, model, text, "--lengths", str(LENGTH)) == 2
+    assert "model.onnx changed or missing" in capsys.readouterr().err
+
+
 def test_inspect(exported: Callable[[Case], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "out"
     shutil.copytree(exported(Case()), folder)

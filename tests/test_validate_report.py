@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
 from pathlib import Path
@@ -109,7 +110,7 @@ def test_the_rival_is_the_fastest_exact_attention() -> None:
     assert fastest_exact({"exact_s": None}) is None
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"schema": 99}', "{"], ids=["empty", "list", "other", "cut"])
+@pytest.mark.parametrize("text", ["", "[]", '{"schema": 99}', '{"schema": 1}', "{"], ids=["empty", "list", "other", "bare", "cut"])
 def test_foreign_report_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "report.json"
     path.write_text(text)
@@ -141,6 +142,24 @@ def test_report_command_judges_again(report: dict, tmp_path: Path, capsys: pytes
     code, out, err = _run(["report", str(tmp_path), "--max-kl", "0"], capsys)
     assert code == AccuracyFailed.exit_code and "FAIL  KL" in out and "gates not met: KL" in err
     assert read(tmp_path / "report" / "report.json")["verdict"]["failed"] == ["KL"]
+
+
+def test_an_incomplete_report_is_exit_2(report: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "report" / "report.json"
+    path.parent.mkdir()
+    for text in ('{"schema": 1}', json.dumps({**report, "implementation": {}}, default=str)):
+        path.write_text(text)
+        code, _, err = _run(["report", str(tmp_path)], capsys)
+        assert code == 2 and "incomplete" in err and "Traceback" not in err
+
+
+def test_a_bug_is_exit_70_with_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(**_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(cli, "app", broken)
+    code, _, err = _run(["doctor"], capsys)
+    assert code == 70 and "ZeroDivisionError: a bug" in err and "internal error" in err
 
 
 @pytest.mark.parametrize(

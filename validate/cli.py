@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -11,8 +12,13 @@ import typer
 
 from hyperattention.errors import AccuracyFailed, HyperAttentionError, UsageError
 
+INTERNAL_ERROR = 70  # sysexits' EX_SOFTWARE; Python's own 1 after a traceback would read as a failed gate
+
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Measure, judge and describe what export-model wrote."
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Measure, judge and describe what export-model wrote. Exit 70: an internal error, a bug.",
 )
 
 Folder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder that export-model wrote.")]
@@ -118,15 +124,22 @@ def report_command(
 ) -> None:
     """Judge a saved report again, under other limits if given, and write it anew. Needs neither model nor device."""
     from hyperattention.validate.gates import judge
-    from hyperattention.validate.report import read, write
+    from hyperattention.validate.report import INCOMPLETE, read, write
 
     path = folder if folder.is_file() else folder / "report" / "report.json"
     saved = read(path)
     given = dict(
         max_delta_nats=max_delta_nats, max_kl=max_kl, min_top1=min_top1, max_op_ratio=max_op_ratio, max_model_ratio=max_model_ratio
     )
-    report = judge(saved, _limits(given, saved["limits"]))
-    _say(report, write(report, path.parent), as_json)
+    limits = _limits(given, saved["limits"])
+    try:
+        report = judge(saved, limits)
+        written = write(report, path.parent)
+    except UsageError:
+        raise
+    except INCOMPLETE as error:
+        raise UsageError(f"{path} is incomplete ({type(error).__name__}: {error}); run `hyperattention validate` again") from error
+    _say(report, written, as_json)
 
 
 @app.command("inspect")
@@ -154,9 +167,13 @@ def doctor_command(as_json: Annotated[bool, typer.Option("--json", help="As JSON
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point; exits with the code of the error raised (hyperattention/errors.py). Anything else keeps its traceback."""
+    """Entry point; exits with the code of the error raised (hyperattention/errors.py). A bug shows its traceback and exits 70."""
     try:
         app(args=arguments)
     except HyperAttentionError as error:
         print(f"hyperattention: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception:
+        traceback.print_exc()
+        print(f"hyperattention: internal error, a bug (exit code {INTERNAL_ERROR}); please report the lines above", file=sys.stderr)
+        sys.exit(INTERNAL_ERROR)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hyperattention.config import DOMAIN, OP_TYPE, Config
-from hyperattention.errors import EnvironmentFault
+from hyperattention.errors import EnvironmentFault, UsageError
 from hyperattention.export.plan import ExportPlan
 from hyperattention.validate.configs import configs
 
@@ -36,11 +36,17 @@ class Proof:
 def check_graph(model: Path, plan: ExportPlan) -> list[str]:
     """Names of the HyperAttention nodes of an ONNX file, whose attributes must be the plan's, layer by layer.
 
-    Raises EnvironmentFault where the count or an attribute differs.
+    Raises EnvironmentFault where the count or an attribute differs, UsageError where the file is missing or broken.
     """
     import onnx
+    from google.protobuf.message import DecodeError
 
-    graph = onnx.load(str(model), load_external_data=False).graph
+    if not model.is_file():
+        raise UsageError(f"the folder holds no {model.name}; run export-model again")
+    try:
+        graph = onnx.load(str(model), load_external_data=False).graph
+    except DecodeError as error:
+        raise UsageError(f"{model.name} is truncated or no ONNX file ({error}); run export-model again") from error
     nodes = [node for node in graph.node if node.op_type == OP_TYPE and node.domain == DOMAIN]
     planned = configs(plan.planned)
     if len(nodes) != len(planned):

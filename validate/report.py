@@ -6,27 +6,36 @@ import json
 import math
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
 from hyperattention.errors import UsageError
 from hyperattention.validate.plots import Series, bar_chart, line_chart, short
 
 SCHEMA = 1
+# What judging or rendering a report of the right schema raises where its inner parts are missing or of another type.
+INCOMPLETE = (KeyError, TypeError, AttributeError, IndexError, ValueError, UndefinedError)
+_PARTS = {
+    **dict.fromkeys(("plan", "plan_summary", "inputs", "implementation", "limits", "verdict", "model", "environment"), dict),
+    **dict.fromkeys(("approximation", "time", "layers", "gates", "provenance", "notes"), list),
+}
 TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write(report: dict, folder: Path) -> list[Path]:
     """Writes report.json, report.md and report.html into `folder`; returns them."""
+    texts = {
+        "report.json": json.dumps(_jsonable(report), indent=1, allow_nan=False) + "\n",
+        "report.md": render(report, "report.md.jinja"),
+        "report.html": render(report, "report.html.jinja"),
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / "report.json", folder / "report.md", folder / "report.html"]
-    written[0].write_text(json.dumps(_jsonable(report), indent=1, allow_nan=False) + "\n")
-    written[1].write_text(render(report, "report.md.jinja"))
-    written[2].write_text(render(report, "report.html.jinja"))
-    return written
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    return [folder / name for name in texts]
 
 
 def read(path: Path) -> dict:
-    """A saved report.json. Raises UsageError where it is not one, or of another schema."""
+    """A saved report.json. Raises UsageError where it is not one, of another schema, or lacks a part."""
     try:
         report = json.loads(path.read_text())
     except OSError as error:
@@ -36,6 +45,10 @@ def read(path: Path) -> dict:
     if not isinstance(report, dict) or report.get("schema") != SCHEMA:
         found = report.get("schema") if isinstance(report, dict) else None
         raise UsageError(f"{path} has report schema {found}; this version reads {SCHEMA}: run the validation again")
+    lacking = [name for name, kind in _PARTS.items() if not isinstance(report.get(name), kind)]
+    lacking += [f"verdict.{name}" for name in ("headline", "speed") if "verdict" not in lacking and name not in report["verdict"]]
+    if lacking:
+        raise UsageError(f"{path} is incomplete: it lacks {', '.join(lacking)}; run `hyperattention validate` again")
     return _unjson(report)
 
 

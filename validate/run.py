@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from hyperattention.errors import UsageError
-from hyperattention.export.bundle import Bundle
+from hyperattention.export.bundle import REPORT, Bundle
 from hyperattention.export.load import inspect_source, load_model, torch_dtype
 from hyperattention.export.patch import install
 from hyperattention.export.plan import ExportPlan
@@ -70,6 +70,7 @@ def validate(options: Options, step: Callable[[str], None]) -> dict:
     """
     started = time.monotonic()
     bundle = Bundle.open(options.folder)
+    check_files(bundle)
     device, backend_kind = choose(bundle, options.device, options.backend)
     plan, notes = bundle.plan, []
     if backend_kind == "ort" and plan.dtype != "fp32":
@@ -128,6 +129,13 @@ def validate(options: Options, step: Callable[[str], None]) -> dict:
         "notes": notes,
     }
     return judge(report, options.limits)
+
+
+def check_files(bundle: Bundle) -> None:
+    """Raises UsageError unless the files are the manifest's; the report is not looked at, a validation writes it anew."""
+    changed = [name for name in bundle.changed_files() if Path(name).parts[0] != Path(REPORT).parts[0]]
+    if changed:
+        raise UsageError(f"{', '.join(changed)} changed or missing since the export, so it would not be what is judged; export again")
 
 
 def measure(bench: Bench, definition: TorchRunner, corpus: Corpus, lengths: dict[int, int], options: Options) -> dict:
