@@ -198,6 +198,15 @@ def test_device_cuda_without_one_is_refused_before_any_work(
     assert result.code == 3 and "PyTorch sees no CUDA device" in result.err and left_behind(tmp_path) == []
 
 
+def test_device_cuda_for_a_plan_without_an_engine_is_refused(
+    model: Path, tmp_path: Path, export: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(pipeline, "missing_parts", dict)
+    result = export(model, tmp_path / "out", "--device", "cuda", "--dtype", "fp32")
+    assert result.code == 2 and "none will be built (the plugin takes fp16 and bf16" in result.err and left_behind(tmp_path) == []
+
+
 def test_an_unexpected_error_is_no_failed_gate(
     model: Path, tmp_path: Path, export: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:

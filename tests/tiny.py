@@ -19,6 +19,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     "gemma2": {**_LLAMA, "sliding_window": 16},
     "mistral": {**_LLAMA, "sliding_window": 16},
     "gpt_oss": {**_LLAMA, "num_local_experts": 2, "num_experts_per_tok": 1},
+    "mixtral": {**_LLAMA, "num_local_experts": 3, "num_experts_per_tok": 2},
     "llama4_text": {**_LLAMA, "num_hidden_layers": 4, "intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 16},
     "bloom": dict(hidden_size=32, n_layer=2, n_head=4),
     "opt": dict(
