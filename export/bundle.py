@@ -141,22 +141,42 @@ def write_draft(folder: Path, plan: ExportPlan, model: dict[str, Any], engine: d
 def finish(folder: Path) -> dict[str, Any]:
     """Hashes every file, takes lengths, tolerances and verdict from the report, writes manifest.json and removes the draft."""
     manifest = json.loads((folder / DRAFT).read_text(encoding="utf-8"))
-    report_file = folder / REPORT
-    manifest["validation"] = None
-    if report_file.is_file():
-        report = json.loads(report_file.read_text(encoding="utf-8"))
-        manifest["validation"] = {
-            "report": REPORT,
-            "lengths": report.get("inputs", {}).get("lengths"),
-            "tolerances": report.get("limits"),
-            "verdict": report.get("verdict"),
-            "dtype": report.get("plan", {}).get("dtype"),  # fp32 where a half-precision target was judged through its twin
-        }
+    manifest["validation"] = _validation(folder)
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != DRAFT)
-    manifest["files"] = {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+    manifest["files"] = _entries(folder, files)
     _write_json(folder / MANIFEST, manifest)
     (folder / DRAFT).unlink()
     return manifest
+
+
+def update_report(folder: Path) -> None:
+    """Brings manifest.json's verdict and hashes of the report up to date after it was written anew; leaves a draft alone."""
+    if not (folder / MANIFEST).is_file():
+        return
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest["validation"] = _validation(folder)
+    report = (folder / REPORT).parent
+    others = {name: entry for name, entry in manifest["files"].items() if Path(name).parts[0] != report.name}
+    manifest["files"] = {**others, **_entries(folder, sorted(p for p in report.rglob("*") if p.is_file()))}
+    _write_json(folder / MANIFEST, manifest)
+
+
+def _validation(folder: Path) -> dict[str, Any] | None:
+    """What the manifest says of the report; None without one."""
+    if not (folder / REPORT).is_file():
+        return None
+    report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    return {
+        "report": REPORT,
+        "lengths": report.get("inputs", {}).get("lengths"),
+        "tolerances": report.get("limits"),
+        "verdict": report.get("verdict"),
+        "dtype": report.get("plan", {}).get("dtype"),  # fp32 where a half-precision target was judged through its twin
+    }
+
+
+def _entries(folder: Path, files: list[Path]) -> dict[str, dict[str, Any]]:
+    return {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
 
 
 def versions() -> dict[str, str]:

@@ -196,13 +196,42 @@ def test_changed_files_stop_a_validation(
     assert "model.onnx changed or missing" in capsys.readouterr().err
 
 
+def test_another_model_is_refused(exported: Callable[[Case], Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, other in (("wide", {"intermediate_size": 50}), ("deep", {"num_hidden_layers": 3})):
+        folder = tmp_path / name
+        shutil.copytree(exported(Case()), folder)
+        plan = Bundle.open(folder).plan
+        source = inspect_source(tiny.save(tmp_path / "model", vocab_size=256))
+        write_draft(folder, plan, {"architecture": source.architecture, "parameters": source.num_parameters}, None, {})
+        assert _validate(folder, tiny.save(tmp_path / f"{name} model", vocab_size=256, **other), text, "--lengths", "70") == 2
+        assert "number of parameters" in capsys.readouterr().err
+    gpt2 = tiny.save(tmp_path / "gpt2", "gpt2", vocab_size=256)
+    assert _validate(tmp_path / "wide", gpt2, text, "--lengths", "70") == 2
+    assert "architecture GPT2LMHeadModel" in capsys.readouterr().err
+
+
+def test_report_keeps_the_manifest_in_step(exported: Callable[[Case], Path], model: Path, text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(exported(Case()), folder)
+    finish(folder)
+    assert _validate(folder, model, text, "--lengths", "70") == 0
+    first = Bundle.open(folder)
+    assert first.manifest["validation"]["verdict"]["safe"] is True and first.changed_files() == []
+    with pytest.raises(SystemExit):
+        cli.main(["report", str(folder), "--max-kl", "0"])
+    again = Bundle.open(folder)
+    assert again.manifest["validation"]["verdict"]["safe"] is False and again.changed_files() == []
+    assert "report/report.json" in again.manifest["files"] and not list(folder.glob("*.tmp"))
+
+
 def test_inspect(exported: Callable[[Case], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "out"
     shutil.copytree(exported(Case()), folder)
     finish(folder)
     (folder / "model.trt.onnx").write_bytes(b"")
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         cli.main(["inspect", str(folder), "--json"])
+    assert stop.value.code == EnvironmentFault.exit_code
     found = json.loads(capsys.readouterr().out)
     assert found["finished"] and found["changed"] == ["model.trt.onnx"]
     assert [layer["mode"] for layer in found["layers"]] == ["exact", "approximate"]

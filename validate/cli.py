@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from hyperattention.errors import AccuracyFailed, HyperAttentionError, UsageError
+from hyperattention.errors import AccuracyFailed, EnvironmentFault, HyperAttentionError, UsageError
 
 INTERNAL_ERROR = 70  # sysexits' EX_SOFTWARE; Python's own 1 after a traceback would read as a failed gate
 
@@ -81,6 +81,7 @@ def validate_command(
     as_json: Annotated[bool, typer.Option("--json", help="Verdict and gates as one line of JSON.")] = False,
 ) -> None:
     """Measure OUT against exact attention, prove what ran, and write OUT/report. Exit 1: a gate was not met."""
+    from hyperattention.export.bundle import update_report
     from hyperattention.validate.progress import Steps
     from hyperattention.validate.report import write
     from hyperattention.validate.run import Options, count_steps, validate
@@ -106,7 +107,9 @@ def validate_command(
     )
     with Steps(count_steps(options)) as step:
         report = validate(options, step)
-    _say(report, write(report, folder / "report"), as_json)
+    written = write(report, folder / "report")
+    update_report(folder)
+    _say(report, written, as_json)
 
 
 app.command("run", hidden=True, help="Same as validate.")(validate_command)
@@ -123,6 +126,7 @@ def report_command(
     as_json: Annotated[bool, typer.Option("--json", help="Verdict and gates as one line of JSON.")] = False,
 ) -> None:
     """Judge a saved report again, under other limits if given, and write it anew. Needs neither model nor device."""
+    from hyperattention.export.bundle import REPORT, update_report
     from hyperattention.validate.gates import judge
     from hyperattention.validate.report import INCOMPLETE, read, write
 
@@ -139,16 +143,21 @@ def report_command(
         raise
     except INCOMPLETE as error:
         raise UsageError(f"{path} is incomplete ({type(error).__name__}: {error}); run `hyperattention validate` again") from error
+    out = path.parent.parent
+    if path == out / REPORT:  # a report.json copied elsewhere has no manifest to keep in step
+        update_report(out)
     _say(report, written, as_json)
 
 
 @app.command("inspect")
 def inspect_command(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
-    """Say what OUT holds: plan, files, whether they are the ones the manifest lists, and the report's verdict."""
+    """Say what OUT holds: plan, files, whether they are the ones the manifest lists (exit 3 if not), and the report's verdict."""
     from hyperattention.validate.inspect_folder import describe, lines
 
     found = describe(folder)
     print(json.dumps(found, indent=1) if as_json else "\n".join(lines(found)))
+    if found["changed"]:
+        raise EnvironmentFault(f"changed or missing since the export: {', '.join(found['changed'])}; run export-model again")
 
 
 @app.command("doctor")

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
+from hyperattention.config import INT32_MAX
 from hyperattention.errors import UsageError
 from hyperattention.export.bundle import REPORT, Bundle
-from hyperattention.export.load import inspect_source, load_model, torch_dtype
+from hyperattention.export.load import Source, inspect_source, load_model, torch_dtype
 from hyperattention.export.patch import install
 from hyperattention.export.plan import ExportPlan
 from hyperattention.validate import environment
@@ -55,6 +56,9 @@ class Options:
         for name, value, allowed in (("--device", self.device, DEVICES), ("--backend", self.backend, BACKENDS)):
             if value not in allowed:
                 raise UsageError(f"{name} is {value!r}; it takes one of {', '.join(allowed)}")
+        for name, value, top in (("--threads", self.threads, 1024), ("--seed", self.seed, INT32_MAX - EXTRA_SEEDS)):
+            if not 0 <= value <= top:
+                raise UsageError(f"{name} is {value}; it takes 0 to {top}")
         if any(n < 2 for n in self.lengths) or any(n < 1 for n in self.windows) or self.tail < 1:
             raise UsageError("--lengths takes numbers of at least 2, --windows and --tail of at least 1")
         if self.windows and len(self.windows) not in (1, len(self.lengths or LENGTHS)):
@@ -79,6 +83,7 @@ def validate(options: Options, step: Callable[[str], None]) -> dict:
         )
         plan = replace(plan, dtype="fp32")
     source = inspect_source(options.model)
+    check_model_fits(bundle, source)
     lengths, counts = _lengths(plan, options, source.max_positions)
     corpus = load_corpus(options.text, plan.input_ids, options.model, source.vocab_size, options.seed, max(lengths))
     notes += plan_notes(plan, corpus, lengths)
@@ -136,6 +141,23 @@ def check_files(bundle: Bundle) -> None:
     changed = [name for name in bundle.changed_files() if Path(name).parts[0] != Path(REPORT).parts[0]]
     if changed:
         raise UsageError(f"{', '.join(changed)} changed or missing since the export, so it would not be what is judged; export again")
+
+
+def check_model_fits(bundle: Bundle, source: Source) -> None:
+    """Raises UsageError for a --model whose architecture, parameter count or attention layers are not the exported model's."""
+    exported = bundle.manifest.get("model") or {}
+    names = [layer.name for layer in bundle.plan.layers]
+    pairs = (
+        ("architecture", source.architecture, exported.get("architecture", source.architecture)),
+        ("number of parameters", source.num_parameters, exported.get("parameters", source.num_parameters)),
+        ("number of attention layers", len(source.layers), len(names)),
+        ("attention layers", [layer.name for layer in source.layers], names),
+    )
+    for what, found, expected in pairs:
+        if found != expected:
+            raise UsageError(
+                f"--model {source.path.name} has {what} {found}, the exported model {expected}; give the model it was made from"
+            )
 
 
 def measure(bench: Bench, definition: TorchRunner, corpus: Corpus, lengths: dict[int, int], options: Options) -> dict:
