@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import signal
 import sys
 import traceback
 from pathlib import Path
@@ -16,8 +15,8 @@ from rich.markup import escape
 
 from hyperattention.config import PRESETS, RANGES
 from hyperattention.errors import EnvironmentFault, HyperAttentionError, UsageError
+from hyperattention.export import interrupt
 
-INTERRUPTED = 130
 INTERNAL = 70  # EX_SOFTWARE of sysexits.h; Python's own 1 is the code of a failed gate here
 DEVICES = ("auto", "cpu", "cuda")
 _DEFAULT_MAX = 32768
@@ -161,35 +160,26 @@ def _check_validation(lengths: str, device: str, gates: dict[str, float | None],
             raise UsageError(f"{option} is {value}; a gate takes a finite number of at least 0")
 
 
-def _terminate(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; exits with the code of the error raised (hyperattention/errors.py), and with 70 and a traceback after any other."""
-    signal.signal(signal.SIGTERM, _terminate)
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        app(args=arguments, prog_name="export-model")
+        with interrupt.handled(as_json="--json" in arguments):
+            app(args=arguments, prog_name="export-model")
     except HyperAttentionError as error:
         from hyperattention.export.console import Reporter
 
         Reporter().fail(str(error))
         code, message = error.exit_code, str(error)
-    except KeyboardInterrupt:
-        code, message = INTERRUPTED, "interrupted"
     except SystemExit as status:
-        # typer has printed its own message by now; it turns Ctrl-C into 1, which is a gate's code here.
-        code = INTERRUPTED if status.code == 1 else int(status.code or 0)
-        message = "interrupted" if code == INTERRUPTED else "an option or argument was refused"
+        # typer has printed its own message by now.
+        code, message = int(status.code or 0), "an option or argument was refused"
     except Exception as error:
         traceback.print_exc()
         code, message = INTERNAL, f"internal error, a bug: {type(error).__name__}: {error}"
         print(f"{message}; please report it with the traceback above", file=sys.stderr)
     else:
         return
-    if code == INTERRUPTED:
-        print("interrupted; nothing was left behind", file=sys.stderr)
     if code and "--json" in arguments:
         print(json.dumps({"error": message, "exit_code": code}))
     sys.exit(code)

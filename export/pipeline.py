@@ -28,7 +28,7 @@ from hyperattention.errors import (
     HyperAttentionError,
     UsageError,
 )
-from hyperattention.export import bundle
+from hyperattention.export import bundle, interrupt
 from hyperattention.export.console import Reporter
 from hyperattention.export.memory import workspace_bytes
 from hyperattention.export.plan import ExportPlan
@@ -116,19 +116,28 @@ def output_folder(out: Path) -> Iterator[Path]:
     # Named before it is made, so that an interruption at any point finds it.
     work = out.with_name(f".{out.name}.{os.getpid()}.partial")
     made = [parent for parent in out.parents if not parent.exists()]
-    try:
-        _make(out, work)
-        try:
-            yield work
-        except AccuracyFailed:
-            _move(work, out)
-            raise
-        _move(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    old = work.with_suffix(".old")
+
+    def undo() -> None:
+        if old.exists() and not out.exists():  # between the two renames of _move
+            old.rename(out)
+        for folder in (work, old):
+            shutil.rmtree(folder, ignore_errors=True)
         for parent in made:
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
+
+    with interrupt.undoing(undo):
+        try:
+            _make(out, work)
+            try:
+                yield work
+            except AccuracyFailed:
+                _move(work, out, old)
+                raise
+            _move(work, out, old)
+        finally:
+            undo()
 
 
 def _make(out: Path, work: Path) -> None:
@@ -166,16 +175,12 @@ def _foreign(out: Path) -> str | None:
     return None
 
 
-def _move(work: Path, out: Path) -> None:
+def _move(work: Path, out: Path, old: Path) -> None:
     # Again, for what came to lie there during the run.
     _check_replaceable(out)
     if out.is_dir():
-        old = work.with_suffix(".old")
         out.rename(old)
-        work.rename(out)
-        shutil.rmtree(old)
-    else:
-        work.rename(out)
+    work.rename(out)
 
 
 def run(source: "Source", plan: ExportPlan, options: Options, reporter: Reporter) -> dict[str, Any]:
@@ -233,18 +238,23 @@ def _validate(model: Path, folder: Path, options: Options, reporter: Reporter) -
     with reporter.stage("validation"):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment())
         assert process.stdout is not None and process.stderr is not None
-        try:
-            for line in process.stderr:
-                if match := _STEP.match(line):
-                    reporter.step(match[3], int(match[1]), int(match[2]))
-                elif line.strip():
-                    said.append(line.rstrip())
-            output = process.stdout.read()
-            code = process.wait()
-        except BaseException:
-            process.terminate()
+
+        def stop() -> None:
+            process.kill()  # it holds nothing worth an ending of its own: the folder goes with it
             process.wait()
-            raise
+
+        with interrupt.undoing(stop):
+            try:
+                for line in process.stderr:
+                    if match := _STEP.match(line):
+                        reporter.step(match[3], int(match[1]), int(match[2]))
+                    elif line.strip():
+                        said.append(line.rstrip())
+                output = process.stdout.read()
+                code = process.wait()
+            except BaseException:
+                stop()
+                raise
     message = said[-1].removeprefix("hyperattention: ") if said else f"the validation ended with status {code}"
     if code in _BY_CODE:
         raise _BY_CODE[code](message)

@@ -1,0 +1,50 @@
+"""Ctrl-C and SIGTERM: undo what is half done, then leave at once with 130.
+
+An exception raised by a signal handler can surface inside a destructor or a native callback, where Python drops it and the
+export would run on to its end, or worse. So the handler itself undoes, says so and ends the process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from contextlib import contextmanager, suppress
+from typing import Callable, Iterator
+
+EXIT_CODE = 130
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_undo: list[Callable[[], None]] = []
+
+
+@contextmanager
+def undoing(action: Callable[[], None]) -> Iterator[None]:
+    """Inside: an interruption runs `action`, after those of the blocks within."""
+    _undo.append(action)
+    try:
+        yield
+    finally:
+        _undo.remove(action)
+
+
+@contextmanager
+def handled(as_json: bool) -> Iterator[None]:
+    """Inside: both signals end the process this way, with an object on stdout too when `as_json`. For a command's main thread."""
+    before = {number: signal.signal(number, lambda *_: _leave(as_json)) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave(as_json: bool) -> None:
+    for number in _SIGNALS:  # a second Ctrl-C must not stop the undoing
+        signal.signal(number, signal.SIG_IGN)
+    for action in reversed(_undo):
+        with suppress(Exception):
+            action()
+    if as_json:
+        os.write(1, (json.dumps({"error": "interrupted", "exit_code": EXIT_CODE}) + "\n").encode())
+    os.write(2, b"interrupted; nothing was left behind\n")
+    os._exit(EXIT_CODE)
