@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -378,3 +379,14 @@ def test_validation_options_are_passed_on(
     assert dict(zip(passed[::2], passed[1::2], strict=True)) == {
         "--text": str(text), "--lengths": "64,128", "--device": "cpu", "--max-delta-nats": "0.5", "--max-kl": "0.25", "--min-top1": "0.125",
     }  # fmt: skip
+
+
+@pytest.mark.ort
+def test_the_example_runs_on_an_output(tmp_path: Path, export: Callable[..., Result]) -> None:
+    model = tiny.save(tmp_path / "model", vocab_size=256)
+    small = [part for name, value in tiny.SMALL.items() for part in (f"--{name.replace('_', '-')}", value)]
+    assert export(model, tmp_path / "out", "--no-validate", "--input-ids", "bytes", *small).code == 0
+    command = [sys.executable, str(ROOT / "examples/onnxruntime_logits.py"), str(tmp_path / "out"), str(ROOT / "docs/operator.md"), "200"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "200 bytes in" in done.stdout and "nats a byte" in done.stdout

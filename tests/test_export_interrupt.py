@@ -35,14 +35,3 @@ def test_interruption_leaves_nothing(number: signal.Signals, model: Path, tmp_pa
     assert process.returncode == 130, error
     assert "interrupted" in error and "Traceback" not in error
     assert [path.name for path in tmp_path.iterdir()] == []
-
-
-@pytest.mark.ort
-def test_the_example_runs_on_an_output(tmp_path: Path, export: Callable[..., Result]) -> None:
-    model = tiny.save(tmp_path / "model", vocab_size=256)
-    small = [part for name, value in tiny.SMALL.items() for part in (f"--{name.replace('_', '-')}", value)]
-    assert export(model, tmp_path / "out", "--no-validate", "--input-ids", "bytes", *small).code == 0
-    command = [sys.executable, str(ROOT / "examples/onnxruntime_logits.py"), str(tmp_path / "out"), str(ROOT / "docs/operator.md"), "200"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "200 bytes in" in done.stdout and "nats a byte" in done.stdout
