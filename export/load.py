@@ -126,8 +126,8 @@ def load_model(source: Source, dtype: torch.dtype, device: torch.device | str = 
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise UsageError(f"{', '.join(names[:3])}{more} {what}; copy the directory of {source.path.name} again")
     if hasattr(model, "set_experts_implementation"):
-        # The default calls each expert with the tokens routed to it, whose number torch.export cannot know; "batched_mm" computes
-        # the same from shapes that follow from the input's.
+        # The default is a grouped matmul, an operator of transformers' own that ONNX has no translation for; "batched_mm" computes
+        # the same from plain matmuls.
         with _quiet():
             model.set_experts_implementation("batched_mm")
     return model.to(device).eval()
