@@ -51,7 +51,7 @@ class HaParams(ctypes.Structure):
         ("dtype", c_int32),
         *((name, c_int64) for name in "batch heads_q heads_kv seq_q seq_k head_dim head_dim_v".split()),
         ("attributes", HaAttributes),
-        *((name, c_void_p) for name in "q k v lengths out lse plan_blocks workspace".split()),
+        *((name, c_void_p) for name in "q k v lengths out lse plan workspace".split()),
         ("workspace_size", c_size_t),
         ("stream", c_void_p),
         ("threads", c_int32),

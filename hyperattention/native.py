@@ -116,7 +116,7 @@ class _Call:
         threads: int = 0,
     ) -> None:
         self.library, self.device = library, q.device
-        given = {"q": q, "k": k, "v": v, "lengths": lengths, "plan_blocks": blocks}
+        given = {"q": q, "k": k, "v": v, "lengths": lengths, "plan": blocks}
         present = {name: t for name, t in given.items() if t is not None}
         if q.device.type != library.device_type or any(t.device != q.device for t in present.values()):
             found = ", ".join(f"{name} on {t.device}" for name, t in present.items())
@@ -126,7 +126,7 @@ class _Call:
         g = Geometry.of(q, k, v, config, lengths)
         self.rows = (g.batch, g.heads_q)
         self.o_shape, self.dtype = (g.batch, g.heads_q, g.seq_q, g.head_dim_v), q.dtype
-        int32 = {"lengths", "plan_blocks"}
+        int32 = {"lengths", "plan"}
         self.tensors = {name: (t.to(torch.int32) if name in int32 else t).contiguous() for name, t in present.items()}
         sizes = {name: getattr(g, name) for name in "batch heads_q heads_kv seq_q seq_k head_dim head_dim_v".split()}
         pointers = {name: t.data_ptr() for name, t in self.tensors.items()}

@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define HA_ABI_VERSION 1
+#define HA_ABI_VERSION 2
 
 enum HaStatus {
   HA_OK = 0,
@@ -59,7 +59,7 @@ typedef struct HaParams {
   const int32_t* lengths;      // [batch] valid keys of each row, clamped to 0..seq_k; null = all
   void* out;
   float* lse;                  // [batch, heads_q, seq_q], natural log; null = not wanted
-  const int32_t* plan_blocks;  // a plan to follow, as ha_*_select writes it; null = select
+  const int32_t* plan;         // a plan to follow, as ha_*_select writes it; null = select
   void* workspace;             // ha_*_workspace_size bytes, 256-byte aligned
   size_t workspace_size;
   void* stream;                // cudaStream_t (CUDA)
@@ -74,10 +74,11 @@ HA_EXPORT const char* ha_build_info(void);
 
 // Checks attributes, shapes and dtype; touches no tensor.
 HA_EXPORT int ha_check(const HaParams* params);
-// Shape of the plan: blocks int32 [batch, heads_q, query_blocks, num_blocks] (chosen key blocks, ascending, -1 behind
-// the last) and samples [batch, heads_q, local_blocks, sample_size]. dims = {query_blocks, local_blocks}; both are 0 on
-// the exact path.
-HA_EXPORT int ha_plan_dims(const HaParams* params, int64_t dims[2]);
+// Size of the plan: dims = {int32 elements, query blocks (`blocks`) or levels (`sortlsh`), draws a head}, all 0 on the exact
+// path. The plan of `blocks` is int32 [batch, heads_q, query_blocks, num_blocks]: chosen key blocks, ascending, -1 behind
+// the last. That of `sortlsh` is rows [batch, heads_q, levels, seq_q] and behind them keys [batch, heads_kv, levels, seq_k]:
+// each node's sorted rows (keys) in the slots of its own rows (keys), -1 in the others. Samples: [batch, heads_q, draws, sample_size].
+HA_EXPORT int ha_plan_dims(const HaParams* params, int64_t dims[3]);
 
 // Bytes of scratch that ha_*_select, ha_*_attend and ha_*_forward need: a pure function of shape, dtype and attributes.
 HA_EXPORT int ha_cpu_workspace_size(const HaParams* params, size_t* bytes);
@@ -88,16 +89,17 @@ HA_EXPORT int ha_cuda_workspace_size(const HaParams* params, size_t* bytes);
 // key's max|x|/127; NaN for a pool that is skipped (its values are 0). Pools of queries start at floor(p0 / rows).
 HA_EXPORT int ha_cpu_pool(const HaParams* params, int32_t side, int32_t rows, int8_t* values, float* scales);
 HA_EXPORT int ha_cuda_pool(const HaParams* params, int32_t side, int32_t rows, int8_t* values, float* scales);
-// Stage 2, the selector: writes blocks.
-HA_EXPORT int ha_cpu_select(const HaParams* params, int32_t* blocks);
-HA_EXPORT int ha_cuda_select(const HaParams* params, int32_t* blocks);
-// Stage 3, the residual's draw, for tests: key index (-1 = no sample) and the weight whose log is added.
+// Stage 2, the selector: writes the plan.
+HA_EXPORT int ha_cpu_select(const HaParams* params, int32_t* plan);
+HA_EXPORT int ha_cuda_select(const HaParams* params, int32_t* plan);
+// Stage 3, the residual's draw, for tests: key index (`sortlsh`: index into the node's sorted keys; -1 = no sample) and the
+// weight whose log is added.
 HA_EXPORT int ha_cpu_samples(const HaParams* params, int32_t* index, float* weight);
 HA_EXPORT int ha_cuda_samples(const HaParams* params, int32_t* index, float* weight);
-// Stage 4, attention under params->plan_blocks (required unless the exact path is taken).
+// Stage 4, attention under params->plan (required unless the exact path is taken).
 HA_EXPORT int ha_cpu_attend(const HaParams* params);
 HA_EXPORT int ha_cuda_attend(const HaParams* params);
-// All of it: selects when params->plan_blocks is null, then attends. CUDA: asynchronous on params->stream, allocates
+// All of it: selects when params->plan is null, then attends. CUDA: asynchronous on params->stream, allocates
 // nothing, never synchronises, may be captured into a CUDA graph.
 HA_EXPORT int ha_cpu_forward(const HaParams* params);
 HA_EXPORT int ha_cuda_forward(const HaParams* params);

@@ -52,7 +52,8 @@ HaAttributes default_attributes() {
 
 int32_t parse_selector(const std::string& name) {
   if (name == "blocks") return HA_BLOCKS;
-  throw Error(HA_INVALID, "selector is '" + name + "'; it takes one of blocks");
+  if (name == "sortlsh") return HA_SORTLSH;
+  throw Error(HA_INVALID, "selector is '" + name + "'; it takes one of blocks, sortlsh");
 }
 
 const char* selector_name(int32_t selector) { return selector == HA_SORTLSH ? "sortlsh" : "blocks"; }
@@ -64,7 +65,9 @@ void check_attributes(const HaAttributes& a) {
   }
   require(a.scale == 0 || (a.scale >= 1e-20f && a.scale <= 1e20f),
           "scale is " + std::to_string(a.scale) + "; it takes 0 for 1/sqrt(head size), or a number from 1e-20 to 1e+20");
-  require(a.selector == HA_BLOCKS, "selector is " + std::to_string(a.selector) + "; it takes one of blocks (0)");
+  require(a.selector == HA_BLOCKS || a.selector == HA_SORTLSH,
+          "selector is " + std::to_string(a.selector) + "; it takes one of blocks (0), sortlsh (1)");
+  if (a.selector == HA_SORTLSH) return;
   require(a.block_size % a.pool_size == 0, "block_size " + std::to_string(a.block_size) + " is not a multiple of pool_size " +
                                                std::to_string(a.pool_size) + "; choose a pool_size that divides it");
   require(!a.causal || a.local_size % a.block_size == 0,
@@ -105,7 +108,7 @@ void set_last_error(const std::string& message) noexcept {
 extern "C" const char* ha_last_error(void) { return ha::last_error.c_str(); }
 
 extern "C" const char* ha_build_info(void) {
-  return "{\"version\": \"" HA_VERSION "\", \"abi\": 1, \"build_id\": \"" HA_BUILD_ID "\", \"backends\": " HA_BACKENDS
+  return "{\"version\": \"" HA_VERSION "\", \"abi\": 2, \"build_id\": \"" HA_BUILD_ID "\", \"backends\": " HA_BACKENDS
          ", \"architectures\": " HA_ARCHITECTURES ", \"compiler\": \"" __VERSION__ "\"}";
 }
 
@@ -113,11 +116,12 @@ extern "C" int ha_check(const HaParams* params) {
   return ha::guarded([&] { ha::check(*params); });
 }
 
-extern "C" int ha_plan_dims(const HaParams* params, int64_t dims[2]) {
+extern "C" int ha_plan_dims(const HaParams* params, int64_t dims[3]) {
   return ha::guarded([&] {
     ha::check(*params);
     const ha::Geometry g(*params);
-    dims[0] = g.exact() ? 0 : g.query_blocks().size();
-    dims[1] = g.exact() ? 0 : g.local_blocks().size();
+    dims[0] = g.plan_size();
+    dims[1] = g.exact() ? 0 : g.sorts() ? g.levels() : g.query_blocks().size();
+    dims[2] = g.exact() ? 0 : g.draws();
   });
 }

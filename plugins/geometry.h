@@ -27,6 +27,8 @@ struct Range {
   HA_INLINE int64_t size() const { return stop > start ? stop - start : 0; }
 };
 
+struct Node;
+
 // One problem without its tensors. Positions: causal is aligned bottom-right (rule 1).
 struct Geometry {
   HaAttributes a;
@@ -39,6 +41,8 @@ struct Geometry {
   HA_INLINE int64_t group() const { return heads_q / heads_kv; }
   HA_INLINE bool exact() const { return seq_k <= a.exact_below || seq_q <= kDecodeRows; }  // rule 5
   HA_INLINE int64_t first() const { return a.causal ? seq_k - seq_q : 0; }                  // position of row 0
+
+  HA_INLINE bool sorts() const { return a.selector == HA_SORTLSH; }
 
   // Position tiles of `size` that hold a query row.
   HA_INLINE Range tiles(int64_t size) const {
@@ -75,6 +79,63 @@ struct Geometry {
     return may_use_superblocks() && superblocks(candidates).size() > kKeptMin;
   }
   HA_INLINE static int64_t kept_superblocks(int64_t count) { return max64(kKeptMin, ceil_div(count, kKeptShare)); }
+
+  // --- selector `sortlsh`: the dyadic tree of local blocks (rules 24 and 25) ---
+
+  // Levels of the tree; its root joins all local blocks. Non-causal: one, whose only node meets everything.
+  HA_INLINE int levels() const {
+    if (!a.causal) return 1;
+    int levels = 0;
+    for (int64_t last = seq_k > 0 ? (seq_k - 1) / a.local_size : 0; last; last >>= 1) ++levels;
+    return levels;
+  }
+  // Nodes of a level that hold a query row: node m has its rows in segment 2m + 1 of 2^level local blocks, its keys in 2m.
+  HA_INLINE Range nodes_of_level(int level) const {
+    if (seq_q == 0) return {0, 0};
+    if (!a.causal) return {0, 1};
+    if (level == 0 && a.local_overlap) return {0, 0};  // its keys are the rows' local part
+    const int64_t size = segment(level), first_position = max64(first(), 0), last_position = first() + seq_q - 1;
+    if (last_position < 0) return {0, 0};
+    return {(first_position / size) / 2, (last_position / size + 1) / 2};
+  }
+  HA_INLINE int64_t node_count() const {
+    int64_t count = 0;
+    for (int level = 0; level < levels(); ++level) count += nodes_of_level(level).size();
+    return count;
+  }
+  // Positions of one segment of a level.
+  HA_INLINE int64_t segment(int level) const { return int64_t{a.local_size} << level; }
+  // Node m of a level under `length` valid keys.
+  HA_INLINE Node node(int level, int64_t m, int64_t length) const;
+  // Number of node (level, m) in the order of the draws: level by level, then by m.
+  HA_INLINE int64_t node_number(int level, int64_t m) const {
+    int64_t count = m - nodes_of_level(level).start;
+    for (int below = 0; below < level; ++below) count += nodes_of_level(below).size();
+    return count;
+  }
+  // Levels, as bits, at which the row at `position` belongs to a node that has keys.
+  HA_INLINE uint64_t levels_of(int64_t position, int64_t length) const {
+    const int64_t from = min64(a.sinks, length);
+    if (!a.causal) return length > from;
+    uint64_t found = 0;
+    const int64_t c = position < 0 ? 0 : position / a.local_size;
+    for (int level = a.local_overlap; c >> level; ++level)
+      if (c >> level & 1) {
+        const int64_t stop = (c >> level) * segment(level);
+        found |= uint64_t{min64(stop, length) > max64(stop - segment(level), from)} << level;
+      }
+    return found;
+  }
+
+  // --- plan and draws of either selector ---
+
+  // int32 elements of the plan.
+  HA_INLINE int64_t plan_size() const {
+    if (exact()) return 0;
+    return batch * (sorts() ? levels() * (heads_q * seq_q + heads_kv * seq_k) : heads_q * query_blocks().size() * a.num_blocks);
+  }
+  // Draws of samples a head.
+  HA_INLINE int64_t draws() const { return sorts() ? node_count() : local_blocks().size(); }
   // First position of a local block and the number of residual candidates of its rows (rules 11 and 13).
   HA_INLINE int64_t draw_start(int64_t local_block) const { return a.causal ? local_block * a.local_size : 0; }
   HA_INLINE int64_t residual_candidates(int64_t local_block, int64_t length) const {
@@ -99,17 +160,57 @@ struct Sample {
   float weight;  // its log is added to the logit
 };
 
-// Sample s of `sample_size` for one head and local block, drawn from `total` candidates behind the sinks (rules 14, 15).
-HA_INLINE Sample draw_sample(const HaAttributes& a, int64_t total, int64_t s, int64_t head, int64_t start) {
+// Sample s of `sample_size` for one head and draw, as an index into its `total` candidates (rules 14 and 15).
+HA_INLINE Sample draw_index(const HaAttributes& a, int64_t total, int64_t s, int64_t head, int64_t start) {
   if (total <= 0) return {-1, 0.0f};
   const uint64_t u = philox(uint32_t(s), uint32_t(head), uint32_t(start), 0, uint32_t(a.seed));
-  if (!a.stratified) return {a.sinks + int64_t((u * uint64_t(total)) >> 32), float(total) / float(a.sample_size)};
+  if (!a.stratified) return {int64_t((u * uint64_t(total)) >> 32), float(total) / float(a.sample_size)};
   const int64_t m = min64(a.sample_size, total);
   if (s >= m) return {-1, 0.0f};
   // floor(s total / m) without a 64-bit division: total = whole m + rest, and s rest stays below 2^24.
   const int32_t whole = int32_t(total) / int32_t(m), rest = int32_t(total) % int32_t(m);
   const int64_t low = s * whole + int32_t(s) * rest / int32_t(m), size = (s + 1) * whole + int32_t(s + 1) * rest / int32_t(m) - low;
-  return {a.sinks + low + int64_t((u * uint64_t(size)) >> 32), float(size)};
+  return {low + int64_t((u * uint64_t(size)) >> 32), float(size)};
+}
+
+// The same as a key, where the candidates are the keys behind the sinks in position order (selector `blocks`).
+HA_INLINE Sample draw_sample(const HaAttributes& a, int64_t total, int64_t s, int64_t head, int64_t start) {
+  Sample sample = draw_index(a, total, s, head, start);
+  if (sample.key >= 0) sample.key += a.sinks;
+  return sample;
+}
+
+// --- selector `sortlsh` ---------------------------------------------------------------------------------------------
+
+struct Node {
+  Range rows, keys;  // query row indices (live and dead), keys behind the sinks and inside the length
+  int64_t start;     // of its draws' counter: the first position of its rows' segment (rule 11)
+  HA_INLINE bool empty() const { return rows.size() == 0 || keys.size() == 0; }
+};
+
+HA_INLINE Node Geometry::node(int level, int64_t m, int64_t length) const {
+  const int64_t from = min64(a.sinks, length);
+  if (!a.causal) return {{0, seq_q}, {from, length}, 0};
+  const int64_t size = segment(level), middle = (2 * m + 1) * size;
+  const int64_t low = max64(max64(middle, first()) - first(), 0), high = min64(middle + size - first(), seq_q);
+  return {{low, max64(high, low)}, {max64(middle - size, from), min64(middle, length)}, middle};
+}
+
+// Key blocks, in the node's sorted order, that query block `block` meets; `live` = live rows of the node (rule 28).
+HA_INLINE Range taken_blocks(const HaAttributes& a, int64_t block, int64_t live, int64_t keys) {
+  const int64_t nq = max64(1, ceil_div(live, a.block_size)), nk = ceil_div(keys, a.block_size), t = min64(a.num_blocks, nk);
+  const int64_t centre = min64((2 * block + 1) * nk / (2 * nq), nk - 1);
+  const int64_t start = max64(0, min64(centre - t / 2, nk - t));
+  return {start, start + t};
+}
+
+// Signs of all projections for one coordinate: bit t is set where the entry is -1 (rule 26).
+HA_INLINE uint32_t sign_word(int64_t coordinate, int32_t seed) { return philox(uint32_t(coordinate), 0, 0, 1, uint32_t(seed)); }
+
+// Rank of a code: the inverse Gray code, so that neighbouring ranks differ in one bit (rule 27).
+HA_INLINE uint32_t gray_rank(uint32_t code) {
+  for (int shift = 1; shift <= 8; shift *= 2) code ^= code >> shift;
+  return code;
 }
 
 }  // namespace ha

@@ -201,7 +201,7 @@ def test_refusals_say_what_is_allowed(library: Library, name: str) -> None:
 
 def test_attend_needs_a_plan(library: Library) -> None:
     x = inputs(PLAIN, F32)
-    with pytest.raises(UsageError, match="plan_blocks is a null pointer"):
+    with pytest.raises(UsageError, match="plan is a null pointer"):
         Stages(library, x, PLAIN.config)._attention(library._attend, None)
 
 

@@ -50,7 +50,7 @@ void check_problem(const HaParams& params) {
 
 void check_forward(const HaParams& params) {
   check_attention(params);
-  if (!params.plan_blocks) check_workspace(params, Geometry(params));
+  if (!params.plan) check_workspace(params, Geometry(params));
 }
 
 }  // namespace ha::cpu
@@ -114,9 +114,9 @@ extern "C" int ha_cpu_samples(const HaParams* params, int32_t* index, float* wei
 extern "C" int ha_cpu_attend(const HaParams* params) {
   return guarded([&] {
     ha::cpu::check_attention(*params);
-    ha::cpu::need(params->plan_blocks, "plan_blocks", ha::cpu::has_plan(Geometry(*params)));
+    ha::cpu::need(params->plan, "plan", ha::cpu::has_plan(Geometry(*params)));
     OwnThreads threads(params->threads);
-    ha::cpu::attend(*params, params->plan_blocks, threads);
+    ha::cpu::attend(*params, params->plan, threads);
   });
 }
 

@@ -17,7 +17,7 @@ void pool(const HaParams& params, HaSide side, int64_t rows, int8_t* values, flo
 void select(const HaParams& params, int32_t* blocks, Workers& workers);
 // Stage 4; `blocks` is not read on the exact path.
 void attend(const HaParams& params, const int32_t* blocks, Workers& workers);
-// Stages 2 and 4, or stage 4 alone when params.plan_blocks is set.
+// Stages 2 and 4, or stage 4 alone when params.plan is set.
 void forward(const HaParams& params, Workers& workers);
 
 }  // namespace ha::cpu

@@ -186,7 +186,7 @@ void select(const HaParams& params, int32_t* blocks, Workers& workers) {
 }
 
 void forward(const HaParams& params, Workers& workers) {
-  const int32_t* plan = params.plan_blocks;
+  const int32_t* plan = params.plan;
   const Geometry g(params);
   if (!plan && !g.exact()) {
     int32_t* blocks = SelectorMemory(g, params.workspace).blocks;

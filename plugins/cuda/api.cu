@@ -82,8 +82,8 @@ void attend(const HaParams& p) {
   require_pointer(p.k, g.seq_k, "k");
   require_pointer(p.v, g.seq_k, "v");
   require_pointer(p.out, g.seq_q, "out");
-  require(p.plan_blocks || g.exact() || g.a.num_blocks == 0, HA_INVALID,
-          "plan_blocks is a null pointer; ha_cuda_attend takes a plan, ha_cuda_forward makes one");
+  require(p.plan || g.exact() || g.a.num_blocks == 0, HA_INVALID,
+          "plan is a null pointer; ha_cuda_attend takes a plan, ha_cuda_forward makes one");
   const AttendArgs args{p, attend_config(g)};
 #define HA_CASE(T, DTYPE, D) \
   if (p.dtype == DTYPE && p.head_dim == D) return launch_attend<T, D>(args);
@@ -93,11 +93,11 @@ void attend(const HaParams& p) {
 
 void forward(HaParams p) {
   const Geometry g(p);
-  if (!p.plan_blocks && !g.exact() && g.a.num_blocks && g.batch) {
+  if (!p.plan && !g.exact() && g.a.num_blocks && g.batch) {
     const Workspace w = workspace(g);
     int32_t* const blocks = reinterpret_cast<int32_t*>(scratch(p, w.bytes) + w.blocks);
     select(p, blocks);
-    p.plan_blocks = blocks;
+    p.plan = blocks;
   }
   attend(p);
 }

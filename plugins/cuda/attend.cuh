@@ -325,7 +325,7 @@ HA_KERNEL(kAttendThreads, D == 64 ? 3 : 2) attend_kernel(const HA_CONSTANT Atten
   sync_block();
   static_assert(kAttendThreads == kTileRows && sizeof(Row) == kRowInfoBytes);
   tile.row_at(thread_index()) = walk.row(tile.first_position + thread_index());
-  if (thread_index() < args.config.query_blocks) walk.read_plan(g, args.p.plan_blocks, slice, thread_index());
+  if (thread_index() < args.config.query_blocks) walk.read_plan(g, args.p.plan, slice, thread_index());
   sync_block();
   if (thread_index() == 0) walk.plan_steps(g);
   sync_block();
