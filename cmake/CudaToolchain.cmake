@@ -1,7 +1,8 @@
-# HA_CUDA_FOUND and the language CUDA. Order: CUDA_HOME, the project's own copy of the wheels (.deps/cuda), the wheels in the
+# HA_CUDA_FOUND and the language CUDA, or HA_CUDA_MISSING: why not. Order: CUDA_HOME, the project's own copy of the wheels (.deps/cuda), the wheels in the
 # Python that drives the build (an isolated `pip install` has them there), nvcc on the PATH.
 set(CUDA_HOME "$ENV{CUDA_HOME}" CACHE PATH "CUDA toolkit 13")
 set(HA_CUDA_FOUND FALSE)
+set(HA_CUDA_MISSING "no CUDA 13 compiler (pip install the nvidia-* build requirements of pyproject.toml, or set CUDA_HOME)")
 
 set(wheel_roots "${HYPERATTENTION_DEPS}/cuda/nvidia/cu13")
 find_package(Python3 QUIET COMPONENTS Interpreter)
@@ -21,7 +22,7 @@ if(HA_NVCC)
   execute_process(COMMAND "${HA_NVCC}" --version OUTPUT_VARIABLE nvcc_version ERROR_QUIET)
   string(REGEX MATCH "release ([0-9]+)\\.([0-9]+)" nvcc_release "${nvcc_version}")
   if(NOT CMAKE_MATCH_1 GREATER_EQUAL 13)
-    message(NOTICE "nvcc at ${HA_NVCC} is '${nvcc_release}'; 13.0 or newer is needed")
+    set(HA_CUDA_MISSING "nvcc at ${HA_NVCC} is '${nvcc_release}'; 13.0 or newer is needed")
   else()
     get_filename_component(HA_CUDA_ROOT "${HA_NVCC}" REALPATH)
     get_filename_component(HA_CUDA_ROOT "${HA_CUDA_ROOT}/../.." ABSOLUTE)

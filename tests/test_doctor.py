@@ -108,7 +108,7 @@ def test_cmake_computes_the_same_build_id(tmp_path: Path) -> None:
 @pytest.mark.native
 def test_the_built_library_says_what_it_is() -> None:
     info = build_info(ort_library_path())
-    assert info["backends"] == ["cpu"] and info["architectures"] and info["build_id"] == doctor.sources_id(ROOT)
+    assert info["backends"] == ["cpu", "cuda"] and info["architectures"] and info["build_id"] == doctor.sources_id(ROOT)
     assert load_cpu().path == ort_library_path()
 
 
