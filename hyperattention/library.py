@@ -20,7 +20,7 @@ from hyperattention.errors import EnvironmentFault
 if TYPE_CHECKING:
     from hyperattention.native import Library
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 ORT_LIBRARY = "libhyperattention_ort.so"
 TRT_LIBRARY = "libhyperattention_trt.so"
 SELECTOR_CODES = {"blocks": 0, "sortlsh": 1}

@@ -55,25 +55,26 @@ class Library:
         return values, scales
 
     def select(self, q: Tensor, k: Tensor, v: Tensor, config: Config, lengths: Tensor | None = None) -> Tensor:
-        """Chosen key blocks, int32 [B, Hq, query blocks, num_blocks], ascending, -1 behind the last."""
+        """What the selector chose, int32: a Plan's `selection`."""
         call = _Call(self, q, k, v, config, lengths)
-        blocks = call.output((*call.rows, call.plan_dims()[0], config.num_blocks), torch.int32)
-        call.run(self._select, blocks.data_ptr())
-        return blocks
+        plan = call.output(call.plan_shape(), torch.int32)
+        call.run(self._select, plan.data_ptr())
+        return plan
 
     def samples(self, q: Tensor, k: Tensor, v: Tensor, config: Config, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Key index (int32, -1 = none) and weight (float32) of each sample, [B, Hq, local blocks, sample_size]."""
+        """Index (int32, -1 = none; `blocks`: of the key, `sortlsh`: into the node's sorted keys) and weight (float32) of each
+        sample, [B, Hq, local blocks or nodes, sample_size]."""
         call = _Call(self, q, k, v, config, lengths)
-        shape = (*call.rows, call.plan_dims()[1], config.sample_size)
+        shape = (*call.rows, call.plan_dims()[2], config.sample_size)
         index, weight = call.output(shape, torch.int32), call.output(shape, torch.float32)
         call.run(self._samples, index.data_ptr(), weight.data_ptr())
         return index, weight
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, config: Config, blocks: Tensor, lengths: Tensor | None = None, threads: int = 0
+        self, q: Tensor, k: Tensor, v: Tensor, config: Config, plan: Tensor, lengths: Tensor | None = None, threads: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Attention under the plan `blocks` (as `select` gives it): o [B,Hq,Sq,Dv] in Q's dtype, lse float32 [B,Hq,Sq]."""
-        return _Call(self, q, k, v, config, lengths, blocks, threads).attention(self._attend)
+        """Attention under a plan as `select` writes it: o [B,Hq,Sq,Dv] in Q's dtype, lse float32 [B,Hq,Sq]."""
+        return _Call(self, q, k, v, config, lengths, plan, threads).attention(self._attend)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, config: Config, lengths: Tensor | None = None, threads: int = 0
@@ -112,11 +113,11 @@ class _Call:
         v: Tensor,
         config: Config,
         lengths: Tensor | None,
-        blocks: Tensor | None = None,
+        plan: Tensor | None = None,
         threads: int = 0,
     ) -> None:
         self.library, self.device = library, q.device
-        given = {"q": q, "k": k, "v": v, "lengths": lengths, "plan": blocks}
+        given = {"q": q, "k": k, "v": v, "lengths": lengths, "plan": plan}
         present = {name: t for name, t in given.items() if t is not None}
         if q.device.type != library.device_type or any(t.device != q.device for t in present.values()):
             found = ", ".join(f"{name} on {t.device}" for name, t in present.items())
@@ -133,15 +134,19 @@ class _Call:
         stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else None
         self.params = HaParams(ctypes.sizeof(HaParams), DTYPE_CODES[q.dtype], attributes=HaAttributes.of(config), **sizes, **pointers)
         self.params.stream, self.params.threads = stream, threads
-        if blocks is not None:
-            expected = (*self.rows, self.plan_dims()[0], config.num_blocks)
-            if tuple(blocks.shape) != expected:
-                raise UsageError(f"blocks has shape {tuple(blocks.shape)}; this problem's plan has {expected}")
+        self.config = config
+        if plan is not None and tuple(plan.shape) != self.plan_shape():
+            raise UsageError(f"the plan has shape {tuple(plan.shape)}; this problem's has {self.plan_shape()}")
 
-    def plan_dims(self) -> tuple[int, int]:
-        dims = (c_int64 * 2)()
+    def plan_dims(self) -> tuple[int, int, int]:
+        dims = (c_int64 * 3)()
         self.library.check(self.library._plan_dims, byref(self.params), dims)
-        return dims[0], dims[1]
+        return dims[0], dims[1], dims[2]
+
+    def plan_shape(self) -> tuple[int, ...]:
+        """Of the tensor that `select` writes."""
+        elements, query_blocks, _ = self.plan_dims()
+        return (*self.rows, query_blocks, self.config.num_blocks) if self.config.selector == "blocks" else (elements,)
 
     def workspace_size(self) -> int:
         size = c_size_t()
