@@ -18,7 +18,7 @@ VERSION = 1
 INT32_MAX = 2**31 - 1
 # Sq at or below this attends exactly whatever the other attributes say (operator rule 5).
 DECODE_ROWS = 64
-SELECTORS = ("blocks",)
+SELECTORS = ("blocks", "sortlsh")
 
 # Smallest and largest `scale` but 0; both are ordinary fp32 numbers.
 SCALES = (1e-20, 1e20)
@@ -80,6 +80,10 @@ class Config:
         object.__setattr__(self, "scale", struct.unpack("f", struct.pack("f", self.scale))[0])
         if self.selector not in SELECTORS:
             raise UsageError(f"selector is {self.selector!r}; it takes one of {', '.join(SELECTORS)}")
+        if self.selector == "blocks":
+            self._check_blocks()
+
+    def _check_blocks(self) -> None:
         if self.block_size % self.pool_size:
             raise UsageError(
                 f"block_size {self.block_size} is not a multiple of pool_size {self.pool_size}; "
@@ -117,7 +121,14 @@ class Config:
         return cls(**attributes)  # type: ignore[arg-type]
 
 
-PRESETS: dict[str, Config] = {"blocks": Config(), "exact": Config().exact()}
+# `paper`: the choices of the paper's released code (Han et al. 2023), with its defects mended (docs/operator.md, rules 24 to 29).
+PRESETS: dict[str, Config] = {
+    "blocks": Config(),
+    "paper": Config(
+        selector="sortlsh", block_size=256, num_blocks=1, sample_size=256, stratified=0, local_size=4096, local_overlap=0, sinks=0
+    ),
+    "exact": Config().exact(),
+}
 
 
 def layer_seed(base: int, layer: int) -> int:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from hyperattention.config import Config
+from hyperattention.node_attention import Nodes
+from hyperattention.parts import merge, part
 from hyperattention.selection import Geometry, Plan, make_plan
 
 _TILE = 2**22  # logits held at once
@@ -58,8 +60,13 @@ def attention(
         rows = _Rows(g, length, qb, kb, vb, wide)
         if g.exact:
             rows.exact(o[b], lse[b])
+        elif g.sorts:
+            sorted_rows, sorted_keys = plan.orders(g)
+            rows.approximate(o[b], lse[b], None)
+            nodes = Nodes(g, length, (qb, kb, vb), sorted_rows[b], sorted_keys[b], plan.sample_index[b], plan.sample_weight[b])
+            nodes.add(o[b], lse[b])
         else:
-            rows.approximate(o[b], lse[b], plan.blocks[b], plan.sample_index[b], plan.sample_weight[b])
+            rows.approximate(o[b], lse[b], (plan.selection[b], plan.sample_index[b], plan.sample_weight[b]))
     return Output(o.to(q.dtype), lse, plan)
 
 
@@ -74,28 +81,6 @@ def _zero_tail(x: Tensor, length: int) -> Tensor:
     x = x.clone()
     x[..., length:, :] = 0
     return x
-
-
-def _part(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Attention over one set of keys: output and log of the sum; `bias` is -inf for a masked pair (rule 4)."""
-    logits = (q @ k.transpose(-1, -2)).to(wide) * scale + bias
-    largest = logits.amax(-1, keepdim=True)
-    largest = torch.where(largest == -torch.inf, 0.0, largest)
-    p = torch.exp(logits - largest)
-    total = p.sum(-1)
-    o = (p.to(q.dtype) @ v).to(wide) / torch.where(total == 0, 1.0, total)[..., None]
-    return o, total.log() + largest.squeeze(-1)
-
-
-def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Joins disjoint parts (o [..., D], lse [...]) by log-sum-exp; parts of -inf weigh nothing (rule 4)."""
-    lses = torch.stack([lse for _, lse in parts])
-    lse = torch.logsumexp(lses, 0)
-    weight = torch.exp(lses - torch.where(lse == -torch.inf, 0.0, lse))
-    o = torch.zeros_like(parts[0][0])
-    for w, (part, _) in zip(weight, parts, strict=True):
-        o = o + w[..., None] * part
-    return o, lse
 
 
 class _Rows:
@@ -113,7 +98,7 @@ class _Rows:
         """Rows at `position` against keys [start, stop), none of them past the length."""
         key = torch.arange(start, stop, device=self.device)
         visible = key <= position[:, None] if causal else torch.ones_like(key, dtype=torch.bool)
-        return _part(q, self.k[:, :, start:stop], self.v[:, :, start:stop], self._bias(visible), self.scale, self.wide)
+        return part(q, self.k[:, :, start:stop], self.v[:, :, start:stop], self._bias(visible), self.scale, self.wide)
 
     def exact(self, o: Tensor, lse: Tensor) -> None:
         g = self.g
@@ -124,12 +109,13 @@ class _Rows:
             stop = min(self.length, g.first + stop_row) if g.config.causal else self.length
             if stop <= 0:
                 continue
-            part = self._contiguous(self.q[:, :, row:stop_row], position, 0, stop, bool(g.config.causal))
-            o[:, row:stop_row], lse[:, row:stop_row] = (x.flatten(0, 1) for x in part)
+            found = self._contiguous(self.q[:, :, row:stop_row], position, 0, stop, bool(g.config.causal))
+            o[:, row:stop_row], lse[:, row:stop_row] = (x.flatten(0, 1) for x in found)
 
-    def approximate(self, o: Tensor, lse: Tensor, blocks: Tensor, index: Tensor, weight: Tensor) -> None:
+    def approximate(self, o: Tensor, lse: Tensor, heavy: tuple[Tensor, Tensor, Tensor] | None) -> None:
+        """Local part and sinks and, of the selector `blocks`, `heavy`: chosen blocks, sample index and sample weight."""
         g, c = self.g, self.g.config
-        blocks, index, weight = (x.unflatten(0, (g.heads_kv, g.group)) for x in (blocks, index, weight))
+        blocks, index, weight = (x.unflatten(0, (g.heads_kv, g.group)) for x in heavy) if heavy else (None, None, None)
         keys = (1 + c.local_overlap) * c.local_size * c.causal + c.sinks + c.num_blocks * c.block_size + c.sample_size
         step = max(1, _TILE // max(1, g.heads_q * keys * c.block_size))  # query blocks a tile
         for draw, n in enumerate(g.local_blocks):
@@ -139,10 +125,11 @@ class _Rows:
             for block in range(lo // c.block_size, -(-hi // c.block_size), step):
                 first, last = max(lo, block * c.block_size), min(hi, (block + step) * c.block_size)  # positions
                 row = slice(first - g.first, last - g.first)
-                part = self._tile(first, last, self.q[:, :, row], blocks, index[:, :, draw], weight[:, :, draw])
-                o[:, row], lse[:, row] = (x.flatten(0, 1) for x in part)
+                of_draw = None if blocks is None else (blocks, index[:, :, draw], weight[:, :, draw])
+                found = self._tile(first, last, self.q[:, :, row], of_draw)
+                o[:, row], lse[:, row] = (x.flatten(0, 1) for x in found)
 
-    def _tile(self, first: int, last: int, q: Tensor, blocks: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def _tile(self, first: int, last: int, q: Tensor, heavy: tuple[Tensor, Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Rows at positions [first, last), all of one local block when causal."""
         g, c = self.g, self.g.config
         position = torch.arange(first, last, device=self.device)
@@ -152,10 +139,10 @@ class _Rows:
             parts.append(self._contiguous(q, position, far, min(last, self.length), True))
         if min(c.sinks, far) > 0:
             parts.append(self._contiguous(q, position, 0, min(c.sinks, far), False))
-        if far > c.sinks and c.num_blocks:
-            parts.append(self._heavy(position, q, blocks, far))
-        if far > c.sinks and c.sample_size:
-            parts.append(self._sampled(position, q, blocks, index, weight))
+        if heavy and far > c.sinks and c.num_blocks:
+            parts.append(self._heavy(position, q, heavy[0], far))
+        if heavy and far > c.sinks and c.sample_size:
+            parts.append(self._sampled(position, q, *heavy))
         if not parts:
             shape = (g.heads_kv, g.group, last - first)
             empty = torch.zeros(*shape, g.head_dim_v, dtype=self.wide, device=self.device)
@@ -175,7 +162,7 @@ class _Rows:
             at = key.clamp(0, g.seq_k - 1)
             rows = slice(lo - int(position[0]), hi - int(position[0]))
             k, v = self.k[head, 0, at], self.v[head, 0, at]
-            outputs.append(_part(q[:, :, rows], k, v, self._bias(visible)[:, :, None], self.scale, self.wide))
+            outputs.append(part(q[:, :, rows], k, v, self._bias(visible)[:, :, None], self.scale, self.wide))
         return torch.cat([o for o, _ in outputs], 2), torch.cat([lse for _, lse in outputs], 2)
 
     def _sampled(self, position: Tensor, q: Tensor, blocks: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,4 +175,4 @@ class _Rows:
         used = torch.unique_consecutive(query_block)
         taken = (blocks[:, :, used, :, None] == (at // c.block_size)[:, :, None, None, :]).any(-2)  # [Hkv, G, blocks, samples]
         bias = self._bias(~taken)[:, :, query_block - used[0]] + log_weight[:, :, None]
-        return _part(q, self.k[head, 0, at], self.v[head, 0, at], bias, self.scale, self.wide)
+        return part(q, self.k[head, 0, at], self.v[head, 0, at], bias, self.scale, self.wide)

@@ -12,109 +12,42 @@ import torch
 from torch import Tensor
 
 from hyperattention.config import Config
+from hyperattention.draws import draw_samples
 from hyperattention.errors import UsageError
+from hyperattention.geometry import Geometry
+from hyperattention.sortlsh import sort_nodes
 
 # Rule 23: superblocks of this many rows, coarse pools, how many superblocks are always kept, and the kept share.
 SUPERBLOCK, COARSE_POOL, KEPT_MIN, KEPT_SHARE = 256, 16, 32, 8
-_MASK32 = 0xFFFFFFFF
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes of one problem and where its tiles lie. Positions are aligned bottom-right when causal (rule 1)."""
-
-    config: Config
-    batch: int
-    heads_q: int
-    heads_kv: int
-    seq_q: int
-    seq_k: int
-    head_dim: int
-    head_dim_v: int
-
-    @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, config: Config, lengths: Tensor | None = None) -> "Geometry":
-        """Checks Q [B,Hq,Sq,D], K [B,Hkv,Sk,D], V [B,Hkv,Sk,Dv], lengths [B]; UsageError names what is wrong."""
-        if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
-            raise UsageError(f"Q, K, V have {q.dim()}, {k.dim()}, {v.dim()} dimensions; each takes 4: batch, heads, sequence, head size")
-        (b, hq, sq, d), (bk, hkv, sk, dk), (bv, hv, sv, dv) = q.shape, k.shape, v.shape
-        if not b == bk == bv:
-            raise UsageError(f"batch sizes of Q, K, V are {b}, {bk}, {bv}; they must be equal")
-        if d != dk:
-            raise UsageError(f"head size of Q is {d}, of K {dk}; they must be equal")
-        if hkv != hv or sk != sv:
-            raise UsageError(f"K has {hkv} heads of {sk} keys, V {hv} heads of {sv}; they must be equal")
-        if hkv == 0 or hq % hkv:
-            raise UsageError(f"{hq} query heads over {hkv} key heads; the first must be a multiple of the second")
-        if lengths is not None and tuple(lengths.shape) != (b,):
-            raise UsageError(f"lengths has shape {tuple(lengths.shape)}; it takes one length a batch row: ({b},)")
-        return cls(config, b, hq, hkv, sq, sk, d, dv)
-
-    @property
-    def group(self) -> int:
-        return self.heads_q // self.heads_kv
-
-    @property
-    def exact(self) -> bool:
-        return self.config.is_exact(self.seq_q, self.seq_k)
-
-    @property
-    def first(self) -> int:
-        """Position of query row 0 (rule 1)."""
-        return self.seq_k - self.seq_q if self.config.causal else 0
-
-    def tiles(self, size: int) -> range:
-        """Indices of the position tiles of `size` that hold a query row."""
-        if self.seq_q == 0:
-            return range(0)
-        return range(self.first // size, (self.first + self.seq_q - 1) // size + 1)
-
-    @property
-    def query_blocks(self) -> range:
-        return self.tiles(self.config.block_size)
-
-    @property
-    def local_blocks(self) -> range:
-        return self.tiles(self.config.local_size) if self.config.causal else range(1)
-
-    def far(self, position: int, length: int) -> int:
-        """First key that is not local to `position` (rule 9)."""
-        if not self.config.causal:
-            return length
-        c = position // self.config.local_size
-        return max(0, c - self.config.local_overlap) * self.config.local_size
-
-    def clamp(self, lengths: Tensor | None) -> list[int]:
-        """Valid keys of each batch row (rule 2)."""
-        if lengths is None:
-            return [self.seq_k] * self.batch
-        return [min(max(int(n), 0), self.seq_k) for n in lengths.tolist()]
-
-    def live_rows(self, length: int) -> int:
-        """Query rows from the start that are live; the rest are dead (rule 3)."""
-        if self.config.causal or self.seq_q == self.seq_k:
-            return min(max(length - self.first, 0), self.seq_q)
-        return self.seq_q
 
 
 @dataclass(frozen=True)
 class Plan:
     """Who meets whom. Empty (no query blocks) on the exact path.
 
-    blocks: int32 [B, Hq, query blocks, num_blocks], chosen key blocks in ascending order, -1 behind the last.
-    sample_index: int32 [B, Hq, local blocks, sample_size], key of each sample, -1 behind the last.
+    selection: of `blocks`, int32 [B, Hq, query blocks, num_blocks]: chosen key blocks in ascending order, -1 behind the
+    last. Of `sortlsh`, int32, one line as the kernels take it: rows [B, Hq, levels, Sq], then keys [B, Hkv, levels, Sk]; each
+    node's sorted rows (keys) fill the slots of its own rows (keys), all others are -1.
+    sample_index: int32 [B, Hq, draws, sample_size], -1 behind the last: keys for `blocks`, places in the node's sorted keys
+    for `sortlsh`.
     sample_weight: float32, same shape: the weight whose log is added to the sample's logit; 0 where there is none.
     """
 
-    blocks: Tensor
+    selection: Tensor
     sample_index: Tensor
     sample_weight: Tensor
 
+    def orders(self, g: Geometry) -> tuple[Tensor, Tensor]:
+        """The sorted rows [B, Hq, levels, Sq] and keys [B, Hkv, levels, Sk] of a `sortlsh` plan, as views."""
+        rows, keys = _order_shapes(g)
+        split = [torch.Size(rows).numel(), torch.Size(keys).numel()]
+        flat_rows, flat_keys = self.selection.split(split)
+        return flat_rows.view(rows), flat_keys.view(keys)
+
     def check(self, g: Geometry) -> None:
         """Raises UsageError if this is the plan of a problem of other sizes."""
-        c, query_blocks, local_blocks = g.config, *((0, 0) if g.exact else (len(g.query_blocks), len(g.local_blocks)))
-        samples = (g.batch, g.heads_q, local_blocks, c.sample_size)
-        expected = {"blocks": (g.batch, g.heads_q, query_blocks, c.num_blocks), "sample_index": samples, "sample_weight": samples}
+        samples = (g.batch, g.heads_q, len(g.draws(0)), g.config.sample_size)
+        expected = {"selection": selection_shape(g), "sample_index": samples, "sample_weight": samples}
         for name, shape in expected.items():
             found = tuple(getattr(self, name).shape)
             if found != shape:
@@ -123,10 +56,28 @@ class Plan:
                 )
 
 
+def _order_shapes(g: Geometry) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    levels = 0 if g.exact else g.levels
+    return (g.batch, g.heads_q, levels, g.seq_q), (g.batch, g.heads_kv, levels, g.seq_k)
+
+
+def selection_shape(g: Geometry) -> tuple[int, ...]:
+    """Shape of a plan's `selection`; empty on the exact path."""
+    if g.sorts:
+        return (sum(torch.Size(shape).numel() for shape in _order_shapes(g)),)
+    return g.batch, g.heads_q, 0 if g.exact else len(g.query_blocks), g.config.num_blocks
+
+
 def make_plan(q: Tensor, k: Tensor, g: Geometry, lengths: Tensor | None = None) -> Plan:
     """The plan of the whole problem; no gradient, O((Sq + Sk) D) memory apart from tiles."""
     with torch.no_grad():
-        return Plan(select_blocks(q, k, g, lengths), *draw_samples(g, lengths, q.device))
+        if g.sorts:
+            shapes = _order_shapes(g)
+            orders = sort_nodes(q, k, g, lengths, shapes) if not g.exact else [q.new_empty(s, dtype=torch.int32) for s in shapes]
+            selection = torch.cat([order.flatten() for order in orders])
+        else:
+            selection = select_blocks(q, k, g, lengths)
+        return Plan(selection, *draw_samples(g, lengths, q.device))
 
 
 # --- pools -----------------------------------------------------------------------------------------------------------
@@ -279,57 +230,3 @@ def _select_two_levels(index: int, candidates: range, g: Geometry, pools: dict[i
     taken = candidate & (candidate.cumsum(-1) <= g.config.num_blocks)
     block = block.masked_fill(~taken, candidates.stop).sort(-1).values[..., : g.config.num_blocks]
     return block.masked_fill(block == candidates.stop, -1)
-
-
-# --- sampled residual ------------------------------------------------------------------------------------------------
-
-
-def _mul32(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low words of a 32 x 32 bit product, in int64 that never overflows."""
-    low = a * (b & 0xFFFF)
-    high = a * (b >> 16) + (low >> 16)
-    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
-
-
-def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, key: int) -> Tensor:
-    """Output word 0 of Philox4x32-10 (Salmon et al. 2011) with key (key, 0); int64 tensors holding 32-bit words."""
-    k0, k1 = key, 0
-    for _ in range(10):
-        high0, low0 = _mul32(c0, 0xD2511F53)
-        high1, low1 = _mul32(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
-    return c0
-
-
-def draw_samples(g: Geometry, lengths: Tensor | None, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Rules 10 to 15: key index and weight of every sample, [B, Hq, local blocks, sample_size]."""
-    c = g.config
-    tiles = range(0) if g.exact else g.local_blocks
-    shape = (g.batch, g.heads_q, len(tiles), c.sample_size)
-    index = torch.full(shape, -1, dtype=torch.int32, device=device)
-    weight = torch.zeros(shape, dtype=torch.float32, device=device)
-    if c.sample_size == 0:
-        return index, weight
-    head = torch.arange(g.heads_q, device=device)[:, None]
-    for n, tile in enumerate(tiles):
-        start = tile * c.local_size if c.causal else 0
-        for b, length in enumerate(g.clamp(lengths)):
-            total = min(g.far(start, length), length) - c.sinks
-            if total <= 0:
-                continue
-            m = min(c.sample_size, total) if c.stratified else c.sample_size
-            s = torch.arange(m, device=device)
-            zero = torch.zeros_like(s)
-            u = philox(s + 0 * head, head + 0 * s, zero + start, zero, c.seed)
-            if c.stratified:
-                low = s * total // m
-                size = (s + 1) * total // m - low
-                at, factor = low + ((u * size) >> 32), size.float()
-            else:
-                # u * total may pass 2^63 only past 2^31 keys, which no shape reaches.
-                at = (u * total) >> 32
-                factor = torch.full_like(u, total).float() / torch.tensor(float(m), device=device)
-            index[b, :, n, :m] = (c.sinks + at).int()
-            weight[b, :, n, :m] = factor
-    return index, weight

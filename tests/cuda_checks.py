@@ -59,7 +59,7 @@ def check_plan(library: Library, problem: Problem, device: str) -> None:
             for name, mine, wanted in zip(("values", "factors"), found, expected_pools(case, dtype, side, rows), strict=True):
                 assert_equal_bits(mine.cpu(), wanted, f"{name} of {side} in pools of {rows}")
     plan = expected_plan(case, dtype)
-    assert_equal_bits(stages.select().cpu(), plan.blocks, "blocks")
+    assert_equal_bits(stages.select().cpu(), plan.selection, "blocks")
     index, weight = stages.samples()
     assert_equal_bits(index.cpu(), plan.sample_index, "sample index")
     assert_equal_bits(weight.cpu(), plan.sample_weight, "sample weight")
@@ -70,7 +70,7 @@ def check_attention(library: Library, problem: Problem, device: str) -> None:
     case = problem.case
     wanted = expected(case, DTYPES[problem.dtype])
     stages = Stages(library, problem.inputs(device), case.config)
-    found = stages.attend(wanted.plan.blocks.to(device))
+    found = stages.attend(wanted.plan.selection.to(device))
     for name, mine, exact, twin in zip(("o", "lse"), found, wanted.exact, wanted.twin, strict=True):
         assert_within_twin(mine.cpu(), exact, twin, name)
     for name, mine, again in zip(("o", "lse"), found, stages.forward(), strict=True):

@@ -82,7 +82,7 @@ def test_plan_equals_the_references(library: Library, case: Case) -> None:
             for name, mine, theirs in zip(("values", "factors"), found, expected_pools(case, F32, side, rows), strict=True):
                 assert_equal_bits(mine, theirs, f"{name} of {side} in pools of {rows}")
     plan = expected_plan(case, F32)
-    assert_equal_bits(stages.select(), plan.blocks, "blocks")
+    assert_equal_bits(stages.select(), plan.selection, "blocks")
     index, weight = stages.samples()
     assert_equal_bits(index, plan.sample_index, "sample index")
     assert_equal_bits(weight, plan.sample_weight, "sample weight")
@@ -92,7 +92,7 @@ def test_plan_equals_the_references(library: Library, case: Case) -> None:
 def test_attention_under_the_references_plan(library: Library, case: Case) -> None:
     wanted = expected(case, F32)
     stages = Stages(library, inputs(case, F32), case.config, threads=1)
-    found = stages.attend(wanted.plan.blocks)
+    found = stages.attend(wanted.plan.selection)
     for name, mine, exact, twin in zip(("o", "lse"), found, wanted.exact, wanted.twin, strict=True):
         assert_within_twin(mine, exact, twin, name)
     for name, mine, again in zip(("o", "lse"), found, stages.forward(), strict=True):
@@ -131,7 +131,7 @@ def test_nan_of_a_row_stays_in_that_row(library: Library) -> None:
     x = inputs(PLAIN, F32)
     q = x.q.clone()
     q[0, 0, 5] = float("nan")
-    blocks = expected_plan(PLAIN, F32).blocks
+    blocks = expected_plan(PLAIN, F32).selection
     o, lse = Stages(library, replace(x, q=q), PLAIN.config).attend(blocks)
     clean, _ = Stages(library, x, PLAIN.config).attend(blocks)
     assert o[0, 0, 5].isnan().all() and lse[0, 0, 5].isnan()

@@ -33,11 +33,11 @@ def oracle_plan(case: Case) -> oracle.Plan:
 
 
 def as_plan(plan: oracle.Plan) -> Plan:
-    return Plan(*(torch.from_numpy(x) for x in (plan.blocks, plan.sample_index, plan.sample_weight)))
+    return Plan(*(torch.from_numpy(x) for x in (plan.selection, plan.sample_index, plan.sample_weight)))
 
 
 def assert_same_plan(plan: Plan, expected: Plan) -> None:
-    for name in ("blocks", "sample_index", "sample_weight"):
+    for name in ("selection", "sample_index", "sample_weight"):
         mine, theirs = getattr(plan, name), getattr(expected, name)
         assert mine.dtype == theirs.dtype and mine.shape == theirs.shape, (name, mine.shape, theirs.shape)
         wrong = (mine != theirs).nonzero()
@@ -81,9 +81,9 @@ def test_cases_cover_every_part_and_both_levels() -> None:
     """The list above would prove little if its plans were empty."""
     full = {str(c): oracle_plan(c) for c in CASES if c.name in ("square", "chunk", "non-causal", "lengths-causal")}
     for name, plan in full.items():
-        assert (plan.blocks >= 0).any() and (plan.sample_index >= 0).any(), name
+        assert (plan.selection >= 0).any() and (plan.sample_index >= 0).any(), name
         assert (plan.sample_weight > 1).any(), name
-    assert any((oracle_plan(c).blocks >= 0).sum(-1).max() > 32 for c in CASES if c.name.startswith("two-levels-block"))
+    assert any((oracle_plan(c).selection >= 0).sum(-1).max() > 32 for c in CASES if c.name.startswith("two-levels-block"))
 
 
 # --- exact attention -------------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def test_exact_path_equals_sdpa(case: Case) -> None:
     expected, mask = dense(q, k, v, bool(case.config.causal), lengths)
     seen = mask.any(-1)[..., None]
     out = attention(q, k, v, case.config, lengths)
-    assert out.plan.blocks.shape[2] == 0 and out.plan.sample_index.shape[2] == 0
+    assert out.plan.selection.shape[2] == 0 and out.plan.sample_index.shape[2] == 0
     assert_near(out.o, torch.where(seen, expected, 0.0), 1e-12)
     helper = exact_attention(q, k, v, bool(case.config.causal), lengths)
     assert torch.equal(helper.o, out.o) and torch.equal(helper.lse, out.lse)
@@ -146,7 +146,7 @@ def test_all_selected_is_exact(changes: dict, causal: int, lengths: tuple[int, .
     q, k, v = case.inputs()
     out = attention(q, k, v, case.config, case.lengths_tensor())
     exact = exact_attention(q, k, v, bool(causal), case.lengths_tensor())
-    assert out.plan.blocks.shape[2] > 0
+    assert out.plan.selection.shape[2] > 0
     assert_near(out.o, exact.o, 1e-12)
     assert_near(out.lse, exact.lse, 1e-12)
 
@@ -183,7 +183,7 @@ def test_sum_and_numerator_are_unbiased(changes: dict, heavy: bool) -> None:
     for seed in range(250):
         seeded = replace(c, seed=seed * 7919)
         samples = draw_samples(Geometry.of(q, k, v, seeded), None)
-        out = attention(q, k, v, seeded, plan=Plan(base.blocks, *samples))
+        out = attention(q, k, v, seeded, plan=Plan(base.selection, *samples))
         mass = (out.lse - shift).exp()[0]
         totals.append(torch.cat([mass[..., None], mass[..., None] * out.o[0]], -1))
     draws = torch.stack(totals).flatten(0, 1)  # [draws, rows, 1 + Dv]
@@ -275,7 +275,7 @@ def test_prefill_in_chunks_equals_one_call(changes: dict) -> None:
     q, k, v = Case("prefill", total, total, c, heads=(4, 2)).inputs()
     whole = attention(q, k, v, c)
     parts = [attention(q[:, :, s : s + local], k[:, :, : s + local], v[:, :, : s + local], c) for s in range(0, total, local)]
-    joined = Plan(*(torch.cat([getattr(p.plan, f) for p in parts], 2) for f in ("blocks", "sample_index", "sample_weight")))
+    joined = Plan(*(torch.cat([getattr(p.plan, f) for p in parts], 2) for f in ("selection", "sample_index", "sample_weight")))
     assert_same_plan(joined, whole.plan)
     assert_near(torch.cat([p.o for p in parts], 2), whole.o, 1e-12)
     assert_near(torch.cat([p.lse for p in parts], 2), whole.lse, 1e-12)
@@ -289,7 +289,7 @@ def test_a_batch_row_equals_it_alone() -> None:
     together = attention(q, k, v, case.config, lengths)
     for b in range(case.batch):
         alone = attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], case.config, lengths[b : b + 1])
-        assert_same_plan(alone.plan, Plan(*(getattr(together.plan, f)[b : b + 1] for f in ("blocks", "sample_index", "sample_weight"))))
+        assert_same_plan(alone.plan, Plan(*(getattr(together.plan, f)[b : b + 1] for f in ("selection", "sample_index", "sample_weight"))))
         assert torch.equal(alone.o[0], together.o[b]) and torch.equal(alone.lse[0], together.lse[b])
 
 
@@ -302,7 +302,7 @@ def test_a_plan_that_is_passed_is_followed() -> None:
     q, k, v = Case("passed").inputs()
     other = attention(q.flip(2), k.flip(2), v, replace(BASE, seed=99)).plan
     mine = attention(q, k, v, BASE)
-    assert not torch.equal(mine.plan.blocks, other.blocks)
+    assert not torch.equal(mine.plan.selection, other.selection)
     followed = attention(q, k, v, BASE, plan=other)
     assert followed.plan is other and not torch.equal(followed.o, mine.o)
 

@@ -101,7 +101,7 @@ def check_op(case: OpCase, kernels: Library) -> dict:
         plan = make_plan(case.q, case.k, g, case.lengths)
     problem = (case.q.contiguous(), case.k.contiguous(), case.v.contiguous(), case.config)
     differences = 0 if g.exact else _plan_differences(plan, kernels, problem, case)
-    o, lse = kernels.attend(*problem, plan.blocks, case.lengths)
+    o, lse = kernels.attend(*problem, plan.selection, case.lengths)
     arithmetic = None if case.q.dtype == torch.float32 else case.q.dtype
     with one_thread():
         truth = reference.attention(case.q.double(), case.k.double(), case.v.double(), case.config, case.lengths, plan)
@@ -140,7 +140,7 @@ def check_plan(captured, kernels: Library) -> int:
 
 def _plan_differences(plan: Plan, kernels: Library, problem: tuple, case: OpCase) -> int:
     index, weight = kernels.samples(*problem, case.lengths)
-    found = int((kernels.select(*problem, case.lengths) != plan.blocks).sum())
+    found = int((kernels.select(*problem, case.lengths) != plan.selection).sum())
     return found + int((index != plan.sample_index).sum()) + int((weight != plan.sample_weight).sum())
 
 
