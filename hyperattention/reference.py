@@ -115,7 +115,7 @@ class _Rows:
     def approximate(self, o: Tensor, lse: Tensor, heavy: tuple[Tensor, Tensor, Tensor] | None) -> None:
         """Local part and sinks and, of the selector `blocks`, `heavy`: chosen blocks, sample index and sample weight."""
         g, c = self.g, self.g.config
-        blocks, index, weight = (x.unflatten(0, (g.heads_kv, g.group)) for x in heavy) if heavy else (None, None, None)
+        far = [x.unflatten(0, (g.heads_kv, g.group)) for x in heavy or ()]
         keys = (1 + c.local_overlap) * c.local_size * c.causal + c.sinks + c.num_blocks * c.block_size + c.sample_size
         step = max(1, _TILE // max(1, g.heads_q * keys * c.block_size))  # query blocks a tile
         for draw, n in enumerate(g.local_blocks):
@@ -125,7 +125,7 @@ class _Rows:
             for block in range(lo // c.block_size, -(-hi // c.block_size), step):
                 first, last = max(lo, block * c.block_size), min(hi, (block + step) * c.block_size)  # positions
                 row = slice(first - g.first, last - g.first)
-                of_draw = None if blocks is None else (blocks, index[:, :, draw], weight[:, :, draw])
+                of_draw = (far[0], far[1][:, :, draw], far[2][:, :, draw]) if far else None
                 found = self._tile(first, last, self.q[:, :, row], of_draw)
                 o[:, row], lse[:, row] = (x.flatten(0, 1) for x in found)
 
