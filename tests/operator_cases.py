@@ -12,8 +12,15 @@ from hyperattention.config import INT32_MAX, PRESETS, Config
 BASE = Config(block_size=16, num_blocks=3, pool_size=4, sample_size=13, local_size=32, sinks=10, exact_below=0, seed=7)
 
 
+SORTED = replace(BASE, selector="sortlsh", num_blocks=2, local_size=20, sinks=3, local_overlap=0)
+
+
 def config(**changes) -> Config:
     return replace(BASE, **changes)
+
+
+def sorted_config(**changes) -> Config:
+    return replace(SORTED, **changes)
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,59 @@ def grid() -> list[Case]:
     return cases
 
 
+def sorted_grid() -> list[Case]:
+    """Selector `sortlsh`: trees that end anywhere, nodes that lengths, sinks and chunks cut."""
+    ragged = (0, 1, 19, 37, 64, 150, 203, 999)
+    cases = [
+        Case("sorted", config=SORTED, heads=(4, 2)),
+        Case("sorted-halving", 256, 256, sorted_config(local_size=32, sinks=0)),
+        Case("sorted-overlap", config=sorted_config(local_overlap=1), heads=(3, 1)),
+        Case("sorted-chunk", 70, 203, SORTED, heads=(2, 2)),
+        Case("sorted-chunk-overlap", 70, 203, sorted_config(local_overlap=1)),
+        Case("sorted-more-queries", 203, 65, SORTED),
+        Case("sorted-one-key", 70, 1, SORTED),
+        Case("sorted-no-key", 66, 0, SORTED),
+        Case("sorted-no-query", 0, 70, SORTED),
+        Case("sorted-exact", 64, 203, SORTED),
+        Case("sorted-one-local", 150, 150, sorted_config(local_size=150)),
+        Case("sorted-one-key-node", 151, 151, sorted_config(local_size=150, sinks=149)),
+        Case("sorted-non-causal", config=sorted_config(causal=0), heads=(4, 2)),
+        Case("sorted-non-causal-more-keys", 65, 301, sorted_config(causal=0)),
+        Case("sorted-non-causal-more-queries", 301, 65, sorted_config(causal=0)),
+        Case("sorted-value-size", config=SORTED, dims=(5, 24)),
+        Case("sorted-value-size-smaller", config=SORTED, dims=(20, 3)),
+        Case("sorted-dim-1", config=SORTED, dims=(1, 1)),
+        Case("sorted-seed-largest", config=sorted_config(seed=INT32_MAX)),
+        Case("sorted-pool-size-ignored", config=sorted_config(pool_size=7)),
+        Case("sorted-large-logits", config=SORTED, fill="large"),
+        Case("sorted-paper", 401, 401, replace(PRESETS["paper"], exact_below=0, local_size=64, sample_size=17, block_size=16)),
+        Case("sorted-paper-short-nodes", 401, 401, replace(PRESETS["paper"], exact_below=0, local_size=64, sample_size=9)),
+        Case("sorted-few-samples", 300, 300, sorted_config(causal=0, num_blocks=0, sample_size=5)),
+    ]
+    variants = {"causal": {}, "non-causal": {"causal": 0}, "overlap": {"local_overlap": 1}, "uniform": {"stratified": 0}}
+    for name, changes in variants.items():
+        c = sorted_config(**changes)
+        cases.append(Case(f"sorted-lengths-{name}", 203, 203, c, (1, 1), lengths=ragged))
+        cases.append(Case(f"sorted-lengths-{name}-chunk", 70, 203, c, (2, 1), lengths=(0, 139, 150, 203)))
+        cases.append(Case(f"sorted-lengths-{name}-more-queries", 203, 90, c, (1, 1), lengths=(0, 1, 20, 89)))
+    for block, local in ((17, 16), (16, 65), (31, 31), (48, 20), (33, 100)):
+        cases.append(Case(f"sorted-block{block}-local{local}", 259, 259, sorted_config(block_size=block, local_size=local)))
+        cases.append(Case(f"sorted-block{block}-non-causal", 129, 259, sorted_config(block_size=block, causal=0)))
+    for blocks in (0, 1, 5, 64):
+        for causal in (0, 1):
+            cases.append(Case(f"sorted-blocks{blocks}-causal{causal}", config=sorted_config(num_blocks=blocks, causal=causal)))
+    for samples in (0, 1, 7, 500):
+        for flag in (0, 1):
+            cases.append(Case(f"sorted-samples{samples}-stratified{flag}", config=sorted_config(sample_size=samples, stratified=flag)))
+    for sinks in (0, 33, 203):
+        cases += [Case(f"sorted-sinks{sinks}-causal{causal}", config=sorted_config(sinks=sinks, causal=causal)) for causal in (0, 1)]
+    cases += [Case(f"sorted-projections{r}", config=sorted_config(num_projections=r)) for r in (1, 9, 16)]
+    cases += [Case(f"sorted-{fill}", config=SORTED, fill=fill) for fill in ("constant", "zero", "ties", "tiny")]
+    return cases
+
+
 CASES = grid()
+SORTED_CASES = sorted_grid()
 # Keys that poison the rows that see them or swamp their logits: only the plan has an expected value.
 PLAN_ONLY = [
     Case("nonfinite", fill="nonfinite"),
@@ -149,4 +208,10 @@ PLAN_ONLY = [
     Case("cancelling-pool16", config=config(pool_size=16, causal=0), fill="cancelling"),
     Case("two-levels-square", 8700, 8700, config(block_size=64, local_size=64), heads=(1, 1), dims=(2, 2)),
 ]
-LOW = [(case, dtype) for case in CASES[:2] for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+SORTED_PLAN_ONLY = [
+    Case("sorted-nonfinite", config=SORTED, fill="nonfinite"),
+    Case("sorted-nonfinite-non-causal", config=sorted_config(causal=0), fill="nonfinite"),
+    Case("sorted-overflow", config=SORTED, fill="overflow"),
+    Case("sorted-cancelling", config=SORTED, fill="cancelling", dims=(33, 4)),
+]
+LOW = [(case, dtype) for case in (CASES[0], CASES[1], SORTED_CASES[0]) for dtype in (torch.float32, torch.bfloat16, torch.float16)]

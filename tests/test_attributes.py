@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from operator_cases import BASE, Case
+from oracle_rules import philox4x32
 
 from hyperattention.config import INT32_MAX, RANGES, Config, layer_seed
+from hyperattention.draws import philox
 from hyperattention.errors import UsageError
 from hyperattention.reference import attention
-from hyperattention.selection import philox
 
 # Known answers of Random123 1.14, kat_vectors, philox4x32-10.
 KNOWN = [
@@ -27,7 +27,7 @@ KNOWN = [
 
 @pytest.mark.parametrize(("counter", "key", "answer"), KNOWN, ids=["zeros", "ones", "pi"])
 def test_oracle_philox_gives_published_answers(counter: tuple, key: tuple, answer: tuple) -> None:
-    assert oracle.philox4x32(counter, key) == answer
+    assert philox4x32(counter, key) == answer
 
 
 def test_philox_equals_oracle() -> None:
@@ -36,7 +36,7 @@ def test_philox_equals_oracle() -> None:
     for key in (0, 1, 12345, INT32_MAX):
         c0, c1, c2, c3 = torch.from_numpy(counters)
         words = philox(c0, c1, c2, c3, key)
-        assert words.tolist() == [oracle.philox4x32((a, b, c, d), (key, 0))[0] for a, b, c, d in counters.T.tolist()]
+        assert words.tolist() == [philox4x32((a, b, c, d), (key, 0))[0] for a, b, c, d in counters.T.tolist()]
 
 
 OUT_OF_RANGE = [(name, bad) for name, (low, high) in RANGES.items() for bad in (low - 1, high + 1)]
@@ -61,7 +61,7 @@ def test_config_refuses_values_out_of_range(name: str, value: int) -> None:
         ({"scale": 1e-60}, r"scale is 1e-60"),
         ({"scale": "1"}, r"scale is '1'"),
         ({"scale": True}, r"scale is True"),
-        ({"selector": "sortlsh"}, r"selector is 'sortlsh'; it takes one of blocks"),
+        ({"selector": "lsh"}, r"selector is 'lsh'; it takes one of blocks, sortlsh"),
         ({"block_size": 48, "local_size": 96, "pool_size": 32}, r"block_size 48 .*pool_size 32"),
         ({"local_size": 96}, r"local_size 96 .*block_size 64"),
     ],
@@ -100,5 +100,5 @@ def test_shapes_that_do_not_fit_are_refused(q: tuple, k: tuple, v: tuple, length
 def test_a_plan_of_another_problem_is_refused() -> None:
     q, k, v = Case("plan").inputs()
     plan = attention(q, k, v, BASE).plan
-    with pytest.raises(UsageError, match=r"plan's blocks has shape \(1, 2, 13, 3\); these inputs take \(1, 2, 7, 3\)"):
+    with pytest.raises(UsageError, match=r"plan's selection has shape \(1, 2, 13, 3\); these inputs take \(1, 2, 7, 3\)"):
         attention(q[:, :, :100], k[:, :, :100], v[:, :, :100], BASE, plan=plan)

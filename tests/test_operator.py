@@ -10,7 +10,8 @@ from functools import lru_cache
 import oracle
 import pytest
 import torch
-from operator_cases import BASE, CASES, LOW, PLAN_ONLY, Case, config
+from operator_cases import BASE, CASES, LOW, PLAN_ONLY, SORTED_CASES, SORTED_PLAN_ONLY, Case, config
+from operator_checks import as_plan, assert_near, assert_same_plan, oracle_plan
 from torch import Tensor
 
 from hyperattention.reference import attention, exact_attention
@@ -26,35 +27,10 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@lru_cache(maxsize=None)
-def oracle_plan(case: Case) -> oracle.Plan:
-    q, k, _ = case.inputs()
-    return oracle.make_plan(q.numpy(), k.numpy(), case.config, case.lengths)
-
-
-def as_plan(plan: oracle.Plan) -> Plan:
-    return Plan(*(torch.from_numpy(x) for x in (plan.selection, plan.sample_index, plan.sample_weight)))
-
-
-def assert_same_plan(plan: Plan, expected: Plan) -> None:
-    for name in ("selection", "sample_index", "sample_weight"):
-        mine, theirs = getattr(plan, name), getattr(expected, name)
-        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape, (name, mine.shape, theirs.shape)
-        wrong = (mine != theirs).nonzero()
-        assert len(wrong) == 0, f"{name} differs at {len(wrong)} places, first {wrong[0].tolist()}"
-
-
-def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Within `tolerance` of the largest finite value, infinities and zeros alike."""
-    finite = expected[expected.isfinite()]
-    atol = tolerance * float(finite.abs().max()) if finite.numel() else 0.0
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=atol)
-
-
 # --- against the oracle ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES + PLAN_ONLY, ids=str)
+@pytest.mark.parametrize("case", CASES + SORTED_CASES + PLAN_ONLY + SORTED_PLAN_ONLY, ids=str)
 def test_plan_equals_oracle(case: Case) -> None:
     q, k, v = case.inputs()
     lengths = case.lengths_tensor()
@@ -68,7 +44,7 @@ def test_plan_of_low_precision_inputs(case: Case, dtype: torch.dtype) -> None:
     assert_same_plan(plan, as_plan(oracle.make_plan(q.double().numpy(), k.double().numpy(), case.config)))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + SORTED_CASES, ids=str)
 def test_output_equals_oracle(case: Case) -> None:
     q, k, v = case.inputs()
     out = attention(q, k, v, case.config, case.lengths_tensor(), as_plan(oracle_plan(case)))

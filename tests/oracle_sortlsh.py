@@ -1,0 +1,117 @@
+"""The oracle's selector `sortlsh`: nodes met row by row, Gray ranks by definition, stable sorts (rules 24 to 29)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from oracle_rules import Rows, draws, word
+
+# --- the tree (24, 25) -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Node:
+    """One pair of segments: `rows` are row indices, `keys` positions, both ascending; `start` goes into the draw (11)."""
+
+    level: int
+    rows: tuple[int, ...]
+    keys: range
+    start: int
+
+
+def levels(rows: Rows) -> int:
+    """Levels that the plan has room for: bits of the last key's local block."""
+    c = rows.config
+    return ((rows.seq_k - 1) // c.local_size).bit_length() if c.causal else 1
+
+
+def nodes(rows: Rows) -> list[Node]:
+    """Every node that a query row lies in, level by level, ascending."""
+    c = rows.config
+    if not c.causal:
+        return [Node(0, tuple(range(rows.seq_q)), range(min(c.sinks, rows.length), rows.length), 0)]
+    met: dict[tuple[int, int], list[int]] = {}
+    for i in range(rows.seq_q):
+        block = (rows.first + i) // c.local_size
+        for level in range(c.local_overlap, max(0, block).bit_length()):
+            if block >> level & 1:
+                met.setdefault((level, block >> level), []).append(i)
+    found = []
+    for (level, segment), members in sorted(met.items()):
+        size = c.local_size << level
+        keys = range(max((segment - 1) * size, c.sinks), min(segment * size, rows.length))
+        found.append(Node(level, tuple(members), keys, segment * size))
+    return found
+
+
+# --- hash and sort (26, 27) ------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=None)
+def gray_ranks(bits: int) -> dict[int, int]:
+    """Place of each code in the reflected Gray sequence of `bits` bits."""
+    sequence = [0, 1]
+    for bit in range(1, bits):
+        sequence += [code | 1 << bit for code in reversed(sequence)]
+    return {code: rank for rank, code in enumerate(sequence)}
+
+
+def ranks(x: np.ndarray, rows: Rows) -> list[int]:
+    """Rank of each token of x [S, D] fp32."""
+    c = rows.config
+    sums = np.zeros((len(x), c.num_projections), np.float32)
+    for d in range(x.shape[1]):
+        u = word((d, 0, 0, 1), c.seed)
+        for t in range(c.num_projections):
+            sums[:, t] = sums[:, t] + (-x[:, d] if u >> t & 1 else x[:, d])
+    table = gray_ranks(c.num_projections)
+    return [table[sum(1 << t for t in range(c.num_projections) if row[t] > 0)] for row in sums]
+
+
+def fill_plan(
+    q: np.ndarray, k: np.ndarray, rows: Rows, row_order: np.ndarray, key_order: np.ndarray, index: np.ndarray, weight: np.ndarray
+) -> None:
+    """One batch row's plan: q [Hq,Sq,D], k [Hkv,Sk,D] fp32; row_order [Hq,levels,Sq], key_order [Hkv,levels,Sk], index and
+    weight [Hq,nodes,samples]; all preset to "none"."""
+    busy = [(at, node) for at, node in enumerate(nodes(rows)) if len(node.keys)]
+    for h, x in enumerate(q):
+        rank = ranks(x, rows)
+        for at, node in busy:
+            order = sorted(node.rows, key=lambda i: (rows.dead(rows.first + i), 0 if rows.dead(rows.first + i) else rank[i], i))
+            row_order[h, node.level, list(node.rows)] = order
+            for s, (sample, w) in enumerate(draws(rows.config, len(node.keys), h, node.start)):
+                index[h, at, s], weight[h, at, s] = sample, w
+    for h, x in enumerate(k):
+        rank = ranks(x, rows)
+        for _, node in busy:
+            key_order[h, node.level, list(node.keys)] = sorted(node.keys, key=lambda j: (rank[j], j))
+
+
+# --- attention under a plan (6, 9, 16, 28, 29) -----------------------------------------------------------------------
+
+
+def weights(rows: Rows, row_order: np.ndarray, key_order: np.ndarray, index: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Weight of every (row, key) pair of one head under its plan: [Sq, Sk] float64."""
+    c, w = rows.config, rows.near()
+    b = c.block_size
+    for at, node in enumerate(nodes(rows)):
+        if not len(node.keys):
+            continue
+        own_rows, own_keys = row_order[node.level, list(node.rows)], key_order[node.level, list(node.keys)]
+        live = sum(not rows.dead(rows.first + i) for i in node.rows)
+        row_blocks, key_blocks = max(1, -(-live // b)), -(-len(node.keys) // b)
+        taken = min(c.num_blocks, key_blocks)
+        samples = [(int(s), x) for s, x in zip(index[at], weight[at]) if s >= 0]
+        for place, i in enumerate(own_rows):
+            centre = min((2 * (place // b) + 1) * key_blocks // (2 * row_blocks), key_blocks - 1)
+            first = min(max(centre - taken // 2, 0), key_blocks - taken)
+            far = rows.far(rows.first + int(i))
+            heavy = [key for key in own_keys[first * b : (first + taken) * b] if key < far]
+            assert not w[i, heavy].any(), "parts overlap"
+            w[i, heavy] = 1
+            for s, slice_length in samples:
+                if not first <= s // b < first + taken and own_keys[s] < far:
+                    w[i, own_keys[s]] += slice_length
+    return w
