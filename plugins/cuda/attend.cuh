@@ -134,12 +134,17 @@ struct WarpState {
   }
 };
 
+struct TileArgs {
+  HaParams p;
+  AttendConfig config;
+};
+
 template <class T, int D>
 struct AttendTile {
   static constexpr int kBuffers = attend_buffers(D), kChunks = D / 8, kTileBytes = kTileKeys * D * 2;
   static constexpr int kRowBytes = D * 2, kRowsPerPass = kAttendThreads / kChunks;
 
-  const AttendArgs& args;
+  const TileArgs& args;
   const Walk& walk;
   const char *k, *v;  // of this batch row and head
   unsigned char* shared;
@@ -294,7 +299,7 @@ struct AttendTile {
 };
 
 template <class T, int D>
-HA_KERNEL(kAttendThreads, D == 64 ? 3 : 2) attend_kernel(const HA_CONSTANT AttendArgs args) {
+HA_KERNEL(kAttendThreads, D == 64 ? 3 : 2) attend_kernel(const HA_CONSTANT TileArgs args) {
   using Tile = AttendTile<T, D>;
   const Geometry g(args.p);
   const int64_t tile_index = args.config.tiles - 1 - block_index() % args.config.tiles;  // causal: the longest first
@@ -320,7 +325,7 @@ HA_KERNEL(kAttendThreads, D == 64 ? 3 : 2) attend_kernel(const HA_CONSTANT Atten
   if (thread_index() == 0) {
     walk.chosen = reinterpret_cast<int32_t*>(shared + args.config.shared.chosen);
     walk.counts = reinterpret_cast<int32_t*>(shared + args.config.shared.counts);
-    walk.start(args, g, tile.first_position, batch, head);
+    walk.start(args.p, args.config, g, tile.first_position, batch, head);
   }
   sync_block();
   static_assert(kAttendThreads == kTileRows && sizeof(Row) == kRowInfoBytes);
@@ -358,7 +363,8 @@ HA_KERNEL(kAttendThreads, D == 64 ? 3 : 2) attend_kernel(const HA_CONSTANT Atten
 template <class T, int D>
 void launch_attend(const AttendArgs& args) {
   const Geometry g(args.p);
-  launch<attend_kernel<T, D>>(g.batch * g.heads_q * args.config.tiles, kAttendThreads, size_t(args.config.shared.bytes), args.p.stream, args);
+  const TileArgs tile{args.p, attend_config(g)};
+  launch<attend_kernel<T, D>>(g.batch * g.heads_q * tile.config.tiles, kAttendThreads, size_t(tile.config.shared.bytes), args.p.stream, tile);
 }
 
 }  // namespace ha

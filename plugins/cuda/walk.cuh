@@ -59,10 +59,10 @@ struct Walk {
   HA_DEVICE bool pairs() const { return a.block_size == kTileKeys; }
 
   // One thread fills in the tile of query positions first .. first + kTileRows - 1 ...
-  HA_DEVICE void start(const AttendArgs& args, const Geometry& g, int first, int64_t batch, int64_t head_) {
+  HA_DEVICE void start(const HaParams& p, const AttendConfig& config, const Geometry& g, int first, int64_t batch, int64_t head_) {
     a = g.a;
     exact = g.exact();
-    length = int(g.length(args.p.lengths, batch));
+    length = int(g.length(p.lengths, batch));
     head = int(head_);
     first_row = int(max64(first, g.first()));
     last_row = int(min64(int64_t(first) + kTileRows, g.first() + g.seq_q) - 1);
@@ -70,7 +70,7 @@ struct Walk {
       warp_first[w] = max(first + w * kWarpRows, first_row);
       warp_last[w] = min(first + w * kWarpRows + kWarpRows - 1, last_row);
     }
-    query_blocks = args.config.query_blocks;
+    query_blocks = config.query_blocks;
     first_query_block = int(floor_div(first, a.block_size));
   }
 
