@@ -11,9 +11,10 @@ from operator_cases import CASES, Case, config
 from torch import Tensor
 
 from hyperattention.config import PRESETS, Config
+from hyperattention.geometry import Geometry
 from hyperattention.native import Library, _Call
 from hyperattention.reference import attention
-from hyperattention.selection import COARSE_POOL, Geometry, Plan, key_pools, make_plan, query_pools
+from hyperattention.selection import COARSE_POOL, Plan, key_pools, make_plan, query_pools, selection_shape
 
 _GUARD, _PATTERN = 256, 0xA5
 
@@ -142,31 +143,29 @@ class Stages:
         return values, factors
 
     def select(self) -> Tensor:
-        g, c = self.x.geometry, self.config
-        blocks = 0 if g.exact else len(g.query_blocks)
-        return self._run(self.library._select, None, {"blocks": ((g.batch, g.heads_q, blocks, c.num_blocks), torch.int32)})[0]
+        return self._run(self.library._select, None, {"plan": (selection_shape(self.x.geometry), torch.int32)})[0]
 
     def samples(self) -> tuple[Tensor, Tensor]:
-        g, c = self.x.geometry, self.config
-        shape = (g.batch, g.heads_q, 0 if g.exact else len(g.local_blocks), c.sample_size)
+        g = self.x.geometry
+        shape = (g.batch, g.heads_q, len(g.draws(0)), g.config.sample_size)
         index, weight = self._run(self.library._samples, None, {"index": (shape, torch.int32), "weight": (shape, torch.float32)})
         return index, weight
 
-    def attend(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        return self._attention(self.library._attend, blocks)
+    def attend(self, plan: Tensor) -> tuple[Tensor, Tensor]:
+        return self._attention(self.library._attend, plan)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         return self._attention(self.library._forward, None)
 
-    def _attention(self, function, blocks: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _attention(self, function, plan: Tensor | None) -> tuple[Tensor, Tensor]:
         g = self.x.geometry
         rows = (g.batch, g.heads_q, g.seq_q)
-        o, lse = self._run(function, blocks, {"out": ((*rows, g.head_dim_v), self.x.q.dtype), "lse": (rows, torch.float32)})
+        o, lse = self._run(function, plan, {"out": ((*rows, g.head_dim_v), self.x.q.dtype), "lse": (rows, torch.float32)})
         return o, lse
 
-    def _run(self, function, blocks: Tensor | None, outputs: dict[str, tuple[tuple[int, ...], torch.dtype]], *numbers: int) -> list[Tensor]:
+    def _run(self, function, plan: Tensor | None, outputs: dict[str, tuple[tuple[int, ...], torch.dtype]], *numbers: int) -> list[Tensor]:
         x = self.x
-        call = _Call(self.library, x.q, x.k, x.v, self.config, x.lengths, blocks, self.threads)
+        call = _Call(self.library, x.q, x.k, x.v, self.config, x.lengths, plan, self.threads)
         size = call.workspace_size()
         buffers = {name: Guarded(shape, dtype, self.device) for name, (shape, dtype) in outputs.items()}
         buffers["workspace"] = Guarded((size,), torch.uint8, self.device)

@@ -36,8 +36,6 @@ void check_attention(const HaParams& params) {
   need(params.out, "out", params.batch * params.seq_q > 0);
 }
 
-bool has_plan(const Geometry& g) { return !g.exact() && g.a.num_blocks > 0 && g.batch * g.seq_q > 0; }
-
 }  // namespace
 
 void check_problem(const HaParams& params) {
@@ -50,7 +48,8 @@ void check_problem(const HaParams& params) {
 
 void check_forward(const HaParams& params) {
   check_attention(params);
-  if (!params.plan) check_workspace(params, Geometry(params));
+  const Geometry g(params);
+  if (!params.plan || g.sorts()) check_workspace(params, g);
 }
 
 }  // namespace ha::cpu
@@ -80,14 +79,14 @@ extern "C" int ha_cpu_pool(const HaParams* params, int32_t side, int32_t rows, i
   });
 }
 
-extern "C" int ha_cpu_select(const HaParams* params, int32_t* blocks) {
+extern "C" int ha_cpu_select(const HaParams* params, int32_t* plan) {
   return guarded([&] {
-    const Geometry g(*params);
     ha::cpu::check_queries_and_keys(*params);
-    ha::cpu::need(blocks, "blocks", ha::cpu::has_plan(g));
+    const Geometry g(*params);
+    ha::cpu::need(plan, "plan", g.plan_size() > 0);
     ha::cpu::check_workspace(*params, g);
     OwnThreads threads(params->threads);
-    ha::cpu::select(*params, blocks, threads);
+    ha::cpu::select(*params, plan, threads);
   });
 }
 
@@ -96,25 +95,19 @@ extern "C" int ha_cpu_samples(const HaParams* params, int32_t* index, float* wei
     ha::cpu::check_problem(*params);
     const Geometry g(*params);
     if (g.exact()) return;
-    ha::cpu::need(index, "index", g.a.sample_size > 0 && g.batch > 0);
-    ha::cpu::need(weight, "weight", g.a.sample_size > 0 && g.batch > 0);
-    const ha::Range tiles = g.local_blocks();
-    for (int64_t line = 0; line < g.batch * g.heads_q * tiles.size(); ++line) {
-      const int64_t tile = tiles.start + line % tiles.size(), head = line / tiles.size();
-      const int64_t total = g.residual_candidates(tile, g.length(params->lengths, head / g.heads_q));
-      for (int64_t s = 0; s < g.a.sample_size; ++s) {
-        const ha::Sample sample = ha::draw_sample(g.a, total, s, head % g.heads_q, g.draw_start(tile));
-        *index++ = int32_t(sample.key);
-        *weight++ = sample.weight;
-      }
-    }
+    const bool some = g.a.sample_size > 0 && g.batch * g.draws() > 0;
+    ha::cpu::need(index, "index", some);
+    ha::cpu::need(weight, "weight", some);
+    ha::cpu::samples(*params, index, weight);
   });
 }
 
 extern "C" int ha_cpu_attend(const HaParams* params) {
   return guarded([&] {
     ha::cpu::check_attention(*params);
-    ha::cpu::need(params->plan, "plan", ha::cpu::has_plan(Geometry(*params)));
+    const Geometry g(*params);
+    ha::cpu::need(params->plan, "plan", g.plan_size() > 0);
+    if (g.sorts()) ha::cpu::check_workspace(*params, g);
     OwnThreads threads(params->threads);
     ha::cpu::attend(*params, params->plan, threads);
   });

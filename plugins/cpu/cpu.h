@@ -14,9 +14,11 @@ size_t workspace_size(const Geometry& g);
 // Stage 1, in the layout of ha_cpu_pool.
 void pool(const HaParams& params, HaSide side, int64_t rows, int8_t* values, float* factors, Workers& workers);
 // Stage 2; uses the workspace.
-void select(const HaParams& params, int32_t* blocks, Workers& workers);
-// Stage 4; `blocks` is not read on the exact path.
-void attend(const HaParams& params, const int32_t* blocks, Workers& workers);
+void select(const HaParams& params, int32_t* plan, Workers& workers);
+// Stage 3, in the layout of ha_cpu_samples.
+void samples(const HaParams& params, int32_t* index, float* weight);
+// Stage 4; `plan` is not read where it is empty. `sortlsh` uses the workspace.
+void attend(const HaParams& params, const int32_t* plan, Workers& workers);
 // Stages 2 and 4, or stage 4 alone when params.plan is set.
 void forward(const HaParams& params, Workers& workers);
 

@@ -8,6 +8,7 @@ constexpr int kRows = 64;       // query rows of a tile; they lie along the vect
 constexpr int kTileKeys = 96;   // keys absorbed at once
 constexpr int kPoolGroup = 16;  // key pools that lie side by side in the packed layout
 constexpr int kMaxHeadDim = 256;
+constexpr int kMaxProjections = 16;
 
 // Up to kRows query rows of one key head and what they have met so far. All arrays are row-minor: [..][kRows].
 struct Tile {
@@ -49,6 +50,8 @@ struct Kernels {
                 float* scores);
   // Rules 18 and 20: mean of `rows` rows of x, quantised; gives max|x|/127, or NaN when the mean is not finite.
   float (*pool)(const float* x, int64_t rows, int dim, int8_t* values);
+  // Rule 26: codes of `tokens` rows of x. `signs` [dim][kMaxProjections] holds the sign bit of each entry of the matrix.
+  void (*hash)(const float* x, int64_t tokens, int dim, const uint32_t* signs, int projections, uint16_t* codes);
 };
 
 constexpr int kScoreQueries = 4;

@@ -218,11 +218,46 @@ float pool(const float* x, int64_t rows, int dim, int8_t* values) {
   return a;
 }
 
+// Projections lie along the lanes, and kTokens tokens are summed side by side.
+template <int kVectors, int kTokens = 8 / kVectors>
+void hash_tokens(const float* x, int64_t tokens, int dim, const uint32_t* signs, uint32_t used, uint16_t* codes) {
+  for (int64_t first = 0; first < tokens; first += kTokens) {
+    const float* token[kTokens];
+    Floats sum[kTokens][kVectors] = {};
+    for (int i = 0; i < kTokens; ++i) token[i] = x + (first + i < tokens ? first + i : tokens - 1) * dim;
+    for (int d = 0; d < dim; ++d) {
+      Bits sign[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sign[v] = load(signs + d * kMaxProjections + v * kLanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < kTokens; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sum[i][v] += (Floats)((Bits)all(token[i][d]) ^ sign[v]);
+    }
+    for (int i = 0; i < kTokens && first + i < tokens; ++i) {
+      uint32_t code = 0;
+      for (int v = 0; v < kVectors; ++v) code |= positive_lanes(sum[i][v]) << v * kLanes;
+      codes[first + i] = uint16_t(code & used);
+    }
+  }
+}
+
+template <int kVectors = kMaxProjections / kLanes>
+void hash_vectors(const float* x, int64_t tokens, int dim, const uint32_t* signs, int projections, uint16_t* codes) {
+  if constexpr (kVectors > 1)
+    if (projections <= (kVectors - 1) * kLanes) return hash_vectors<kVectors - 1>(x, tokens, dim, signs, projections, codes);
+  hash_tokens<kVectors>(x, tokens, dim, signs, (1u << projections) - 1, codes);
+}
+
+void hash(const float* x, int64_t tokens, int dim, const uint32_t* signs, int projections, uint16_t* codes) {
+  hash_vectors(x, tokens, dim, signs, projections, codes);
+}
+
 }  // namespace
 
 #define HA_STRING_(x) #x
 #define HA_STRING(x) HA_STRING_(x)
 extern const Kernels kTable;
-const Kernels kTable = {HA_STRING(HA_ISA), absorb, score, pool};
+const Kernels kTable = {HA_STRING(HA_ISA), absorb, score, pool, hash};
 
 }  // namespace ha::cpu::HA_ISA

@@ -6,11 +6,12 @@
 #include <vector>
 
 #include "pools.h"
+#include "selectors.h"
+#include "workspace.h"
 
 namespace ha::cpu {
 namespace {
 
-constexpr size_t kAlignment = 256;
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 
 // Whether some query block of this shape is scored on two levels.
@@ -19,38 +20,31 @@ bool needs_coarse_pools(const Geometry& g) {
   return g.uses_superblocks(g.candidates(g.first() + g.seq_q - 1, g.seq_k));
 }
 
-// The selector's part of the workspace. Built from a null pointer it only counts its bytes.
 struct SelectorMemory {
   QueryPools fine_q{}, coarse_q{};
   KeyPools fine_k{}, coarse_k{};
   int32_t* blocks = nullptr;
   size_t bytes = 0;
 
-  SelectorMemory(const Geometry& g, void* memory) : memory_(static_cast<char*>(memory)) {
-    if (g.exact() || g.a.num_blocks == 0) return;
-    place(g, g.a.pool_size, fine_q, fine_k);
-    if (needs_coarse_pools(g)) place(g, kCoarsePool, coarse_q, coarse_k);
-    blocks = take<int32_t>(g.batch * g.heads_q * g.query_blocks().size() * g.a.num_blocks);
+  SelectorMemory(const Geometry& g, void* workspace) {
+    if (g.plan_size() == 0) return;
+    Carver carver(workspace);
+    place(g, g.a.pool_size, fine_q, fine_k, carver);
+    if (needs_coarse_pools(g)) place(g, kCoarsePool, coarse_q, coarse_k, carver);
+    blocks = carver.take<int32_t>(g.plan_size());
+    bytes = carver.bytes();
   }
 
  private:
-  template <class T>
-  T* take(int64_t count) {
-    const size_t at = bytes;
-    bytes += (size_t(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
-    return memory_ ? reinterpret_cast<T*>(memory_ + at) : nullptr;
-  }
-  void place(const Geometry& g, int64_t rows, QueryPools& q, KeyPools& k) {
+  static void place(const Geometry& g, int64_t rows, QueryPools& q, KeyPools& k, Carver& carver) {
     q.rows = k.rows = rows;
     q.pools = g.query_pools(rows);
-    q.values = take<int8_t>(g.batch * g.heads_q * q.pools * g.head_dim);
-    q.factors = take<float>(g.batch * g.heads_q * q.pools);
+    q.values = carver.take<int8_t>(g.batch * g.heads_q * q.pools * g.head_dim);
+    q.factors = carver.take<float>(g.batch * g.heads_q * q.pools);
     k.groups = ceil_div(g.key_pools(rows), kPoolGroup);
-    k.values = take<int8_t>(g.batch * g.heads_kv * k.groups * packed_pairs(g) * kPoolGroup * 2);
-    k.factors = take<float>(g.batch * g.heads_kv * k.groups * kPoolGroup);
+    k.values = carver.take<int8_t>(g.batch * g.heads_kv * k.groups * packed_pairs(g) * kPoolGroup * 2);
+    k.factors = carver.take<float>(g.batch * g.heads_kv * k.groups * kPoolGroup);
   }
-
-  char* memory_;
 };
 
 struct Item {
@@ -163,11 +157,12 @@ class SelectWorker {
 
 }  // namespace
 
-size_t workspace_size(const Geometry& g) { return SelectorMemory(g, nullptr).bytes; }
+size_t blocks_workspace_size(const Geometry& g) { return SelectorMemory(g, nullptr).bytes; }
 
-void select(const HaParams& params, int32_t* blocks, Workers& workers) {
+int32_t* blocks_plan(const Geometry& g, void* workspace) { return SelectorMemory(g, workspace).blocks; }
+
+void select_blocks(const HaParams& params, int32_t* blocks, Workers& workers) {
   const Geometry g(params);
-  if (g.exact() || g.a.num_blocks == 0 || g.batch == 0) return;
   const SelectorMemory memory(g, params.workspace);
   fill(params, memory.fine_q, workers);
   fill(params, memory.fine_k, workers);
@@ -183,17 +178,6 @@ void select(const HaParams& params, int32_t* blocks, Workers& workers) {
       worker(head / g.heads_q, head % g.heads_q, span.start + block, blocks + (head * span.size() + block) * g.a.num_blocks);
     };
   });
-}
-
-void forward(const HaParams& params, Workers& workers) {
-  const int32_t* plan = params.plan;
-  const Geometry g(params);
-  if (!plan && !g.exact()) {
-    int32_t* blocks = SelectorMemory(g, params.workspace).blocks;
-    select(params, blocks, workers);
-    plan = blocks;
-  }
-  attend(params, plan, workers);
 }
 
 }  // namespace ha::cpu
