@@ -27,8 +27,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 def _attribute(name: str, text: str) -> Any:
     low, high = RANGES[name]
-    preset = getattr(PRESETS["blocks"], name)
-    return typer.Option(f"--{name.replace('_', '-')}", help=f"{text} {low} to {high}. (default: {preset})", **_TUNED)
+    defaults = ", ".join(f"{preset}: {getattr(PRESETS[preset], name)}" for preset in ("blocks", "paper"))
+    return typer.Option(f"--{name.replace('_', '-')}", help=f"{text} {low} to {high}. ({defaults})", **_TUNED)
 
 
 @app.command()
@@ -36,7 +36,7 @@ def export_model(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A directory as transformers saves it: config.json and weights.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make. A finished output is replaced.")],
     layers: Annotated[str, typer.Option(help="Layers that approximate: all, none, odd, even, first:N, last:N, or 0-3,7.")] = "odd",
-    preset: Annotated[str, typer.Option(help="blocks, or exact: our own exact attention in every chosen layer.")] = "blocks",
+    preset: Annotated[str, typer.Option(help="blocks, paper (the paper's choices), or exact: our own exact attention.")] = "blocks",
     keep_exact: Annotated[str, typer.Option(help="The other layers: op (exact path of the op) or onnx (n x n memory).")] = "op",
     dtype: Annotated[Optional[str], typer.Option(help="fp32, fp16 or bf16. (default: fp32, on a GPU the model's half type)")] = None,
     task: Annotated[str, typer.Option(help="logits, last-logits, or prefill (last logits, keys and values).")] = "logits",
@@ -46,7 +46,7 @@ def export_model(
     opt_seq: Annotated[Optional[int], typer.Option(help="Length to tune for. (default: a quarter of the longest)", **_SHAPES)] = None,
     max_seq: Annotated[Optional[int], typer.Option(help="Longest sequence. (default: what the model was trained for)", **_SHAPES)] = None,
     batch: Annotated[str, typer.Option(help="Rows: N, or min,opt,max.", **_SHAPES)] = "1",
-    selector: Annotated[str, typer.Option(help="How heavy blocks are found: blocks.", **_TUNED)] = "blocks",
+    selector: Annotated[Optional[str], typer.Option(help="How heavy keys are found: blocks or sortlsh.", **_TUNED)] = None,
     block_size: Annotated[Optional[int], _attribute("block_size", "Keys of a block.")] = None,
     num_blocks: Annotated[Optional[int], _attribute("num_blocks", "Heavy blocks of each query block.")] = None,
     pool_size: Annotated[Optional[int], _attribute("pool_size", "Rows averaged for the selection.")] = None,

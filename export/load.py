@@ -70,7 +70,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def default_dtype(source: Source) -> str:
-    """fp32 without a CUDA device, else the model's half type (bf16 for a model in fp32, which the kernels do not take)."""
+    """fp32 without a CUDA device, else the model's half type (bf16 for a model in fp32: there the kernels are several times as fast)."""
     if not torch.cuda.is_available():
         return "fp32"
     return "fp16" if getattr(source.config, "dtype", None) == torch.float16 else "bf16"

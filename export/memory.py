@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
+import torch
+
 from hyperattention.config import Config
 from hyperattention.errors import EnvironmentFault, UsageError
 from hyperattention.export.load import AttentionLayer, Source
@@ -56,7 +58,7 @@ def predict(source: Source, plan: ExportPlan) -> list[Item]:
 def _workspace(source: Source, plan: ExportPlan) -> Item:
     by_name = {layer.name: layer for layer in source.layers}
     sizes = []
-    kernels = "CPU" if plan.dtype == "fp32" else "CUDA"
+    kernels = "CUDA" if plan.dtype != "fp32" or torch.cuda.is_available() else "CPU"
     try:
         for layer in plan.planned:
             assert layer.config is not None

@@ -75,8 +75,6 @@ def engine_obstacle(source: "Source", plan: ExportPlan) -> str | None:
     """Why the plugin cannot take this plan on any machine; None when it can."""
     if not plan.planned:
         return None
-    if plan.dtype == "fp32":
-        return "the plugin takes fp16 and bf16, the plan is fp32; choose with --dtype"
     by_name = {layer.name: layer for layer in source.layers}
     try:
         for layer in plan.planned:

@@ -142,6 +142,13 @@ def test_experts_are_plain_matmuls_and_compute_the_same(model_type: str, tmp_pat
     assert not [str(node.target) for node in program.graph.nodes if "grouped_mm" in str(node.target)], "ONNX has no such operator"
 
 
+def test_preset_paper_brings_its_own_selector(source: Source) -> None:
+    plan = make_plan(source, layers="all", preset="paper")
+    assert {layer.config.selector for layer in plan.approximate if layer.config} == {"sortlsh"}
+    plan = make_plan(source, layers="all", preset="paper", attributes={"selector": "blocks", "block_size": 128})
+    assert {(c.selector, c.block_size, c.local_size) for c in (layer.config for layer in plan.approximate) if c} == {("blocks", 128, 4096)}
+
+
 def test_preset_exact_never_approximates(source: Source) -> None:
     plan = make_plan(source, layers="all", preset="exact", attributes={"exact_below": 5})
     assert {layer.mode for layer in plan.layers} == {"exact"}
@@ -151,7 +158,7 @@ def test_preset_exact_never_approximates(source: Source) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (dict(preset="paper"), "--preset is 'paper'"),
+        (dict(preset="fast"), "--preset is 'fast'"),
         (dict(task="classify"), "--task"),
         (dict(dtype="fp8"), "--dtype"),
         (dict(input_ids="words"), "--input-ids"),

@@ -181,11 +181,11 @@ def test_require_engine_without_a_gpu(model: Path, tmp_path: Path, export: Calla
 
 
 def test_require_engine_of_a_plan_the_plugin_cannot_take(
-    model: Path, tmp_path: Path, export: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, export: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "missing_parts", dict)
-    result = export(model, tmp_path / "out", "--no-validate", "--require-engine", "--dtype", "fp32")
-    assert result.code == 2 and "the plugin takes fp16 and bf16, the plan is fp32" in result.err
+    result = export(tiny.save(tmp_path / "model", head_dim=12), tmp_path / "out", "--no-validate", "--require-engine", "--dtype", "bf16")
+    assert result.code == 2 and "head_dim is 12" in result.err
 
 
 def test_device_cuda_without_one_is_refused_before_any_work(

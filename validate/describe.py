@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from hyperattention.config import INT32_MAX
+from hyperattention.config import INT32_MAX, Config
 from hyperattention.export.plan import ExportPlan
 from hyperattention.validate.approximation import is_exact
 from hyperattention.validate.configs import configs
 from hyperattention.validate.inputs import Corpus
+
+# Whose rows take part in the choice of a row's keys.
+_LOOK_AHEAD = {"blocks": "of its query block", "sortlsh": "of its node of the tree, which are up to half of the sequence"}
+
+
+def _look_ahead(config: Config, length: int) -> int:
+    """How many later rows may take part in the choice of a row's keys (rules 22 and 29)."""
+    if config.selector == "blocks":
+        return config.block_size - 1
+    if not config.causal:
+        return length - 1
+    levels = ((length - 1) // config.local_size).bit_length()
+    return (config.local_size << (levels - 1)) - 1 if levels else 0
 
 
 def plan_summary(plan: ExportPlan) -> dict:
@@ -18,7 +31,7 @@ def plan_summary(plan: ExportPlan) -> dict:
         "approximate_layers": [layer.index for layer in plan.approximate],
         "native_layers": [layer.index for layer in plan.layers if layer.config is None],
         "exact_below": min((c.exact_below for c in found), default=INT32_MAX),
-        "look_ahead": max((c.block_size - 1 for c in found), default=0),
+        "look_ahead": max((_look_ahead(c, plan.seq[2]) for c in found), default=0),
         "attributes": found[0].attributes() if found else {},
         "seeds": {layer.index: c.seed for layer, c in zip(plan.approximate, found, strict=True)},
     }
@@ -33,9 +46,9 @@ def plan_notes(plan: ExportPlan, corpus: Corpus, lengths: tuple[int, ...]) -> li
             f"At {', '.join(f'{n:,}' for n in below)} tokens the op takes its exact path (exact_below): those rows are exact attention."
         )
     if plan.approximate:
-        ahead = max(c.block_size - 1 for c in configs(plan.approximate))
         notes.append(
-            f"Look-ahead: the blocks that a row meets are chosen for its whole query block, so up to {ahead} later rows take part in the "
-            f"choice, through Q only. All-position numbers can profit from it; in the regime of the gates the judged rows attend exactly."
+            f"Look-ahead: the keys that a row meets are chosen for all rows {_LOOK_AHEAD[configs(plan.approximate)[0].selector]}, so later "
+            f"rows take part in the choice, through Q only. All-position numbers can profit from it; in the regime of the gates the judged "
+            f"rows attend exactly."
         )
     return notes
