@@ -1,9 +1,11 @@
-"""Times the op against exact attention on one GPU: ours (kernels, and the plugin inside a TensorRT engine; preset blocks, and
-our exact path), cuDNN, flash, FA4.
+"""Times and memory of the op against exact attention and the released HyperAttention code, all in one run on one GPU.
 
-    PYTHONPATH=. python tests/gpu/bench_attention.py --json OUT/attention.json [--lengths 8192 32768 131072] [--dims 64 128]
+    PYTHONPATH=. python tests/gpu/bench_attention.py --json OUT/attention.json [--upstream DIR] [--lengths 8192 131072] [--dims 64 128]
 
-Every time is the median of CUDA events after a warm-up, in milliseconds; inputs are bf16, batch 1, causal.
+Inputs are bf16, batch 1. Every time is the median of CUDA events after a warm-up, in milliseconds; calls of 150 ms and more
+are timed twice, others at least three times. `forward` is our kernels without a runtime, `select` and `attend` its stages. The
+outputs of both runtimes have to equal the kernels' bit for bit. Writes OUT/attention.json and, beside it, attention.md with the
+tables. Exit code 1 when a runtime failed or a target of bench_table.py is missed. About three minutes on an H200.
 """
 
 from __future__ import annotations
@@ -11,36 +13,50 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from bench_backends import make_backends
+from bench_rivals import Rival, find_rivals
+from bench_table import MASKS, check_targets, markdown, verdict
+from engine_parts import Heads
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hyperattention.config import PRESETS, Config
-from hyperattention.library import build_info, load_cuda, trt_library_path
+from hyperattention.library import build_info, load_cuda, ort_library_path, trt_library_path
 
-COLUMNS = ("plugin", "forward", "select", "attend", "exact", "cudnn", "flash", "fa4")
-OURS = COLUMNS[:5]
+LENGTHS = [4096, 8192, 16384, 32768, 65536, 131072]
+LONG_MS = 150
 
 
 def median_ms(run: Callable[[], object], budget_ms: float) -> float:
-    """Median of as many runs as fit the budget, 3 to 50."""
-    run()
-    torch.cuda.synchronize()
+    """Median over as many runs as fit the budget, from 3 (2 for long ones) to 30, after one run that does not count."""
     times: list[float] = []
-    while len(times) < 3 or (sum(times) < budget_ms and len(times) < 50):
+    least = 3
+    while len(times) <= least or (sum(times[1:]) < budget_ms and len(times) <= 30):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()
         stop.record()
         stop.synchronize()
         times.append(start.elapsed_time(stop))
-    return statistics.median(times)
+        least = 2 if len(times) > 1 and times[-1] >= LONG_MS else least
+    return statistics.median(times[1:])
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most device memory that torch held during one run, over what it held before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def inputs(n: int, heads: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,112 +65,131 @@ def inputs(n: int, heads: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def flash_attention_4() -> Callable[..., Tensor] | None:
-    """FA4's function over [B,S,H,D], where its package is installed."""
-    try:
-        from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        print(f"fa4 is left out: {error}")
-        return None
-    return flash_attn_func
+class Bench:
+    """The problem at hand and what is measured of it."""
+
+    def __init__(self, heads: int, budget_ms: float, rivals: dict[str, Rival]) -> None:
+        self.heads, self.budget_ms, self.rivals, self.library = heads, budget_ms, rivals, load_cuda()
+
+    def measure(self, runs: dict[str, Callable[[], object]]) -> dict[str, Any]:
+        """Times and peaks by name. A rival may lack a kernel for this shape or the memory for it: then its error stands there."""
+        found: dict[str, Any] = {"ms": {}, "peak": {}, "errors": {}}
+        for name, run in runs.items():
+            try:
+                found["ms"][name] = median_ms(run, self.budget_ms)
+                found["peak"][name] = peak_bytes(run)
+            except Exception as error:
+                if name not in self.rivals:
+                    raise
+                found["errors"][name] = f"{type(error).__name__}: {error}"[:300]
+        return found
+
+    def exact(self, q: Tensor, k: Tensor, v: Tensor, config: Config) -> dict[str, Any]:
+        """Everything that does not depend on the preset."""
+        runs: dict[str, Callable[[], object]] = {"exact": lambda: self.library.forward(q, k, v, config.exact())}
+        runs |= {name: rival(q, k, v, bool(config.causal)) for name, rival in self.rivals.items()}
+        return self.measure(runs)
+
+    def approximate(self, q: Tensor, k: Tensor, v: Tensor, config: Config, backends: dict[str, Any]) -> dict[str, Any]:
+        """One preset: the kernels, their stages, both runtimes."""
+        library, n = self.library, k.shape[2]
+        runs: dict[str, Callable[[], object]] = {"forward": lambda: library.forward(q, k, v, config)}
+        if not config.is_exact(q.shape[2], n):
+            plan = library.select(q, k, v, config)
+            runs |= {"select": lambda: library.select(q, k, v, config), "attend": lambda: library.attend(q, k, v, config, plan)}
+        row = self.measure(runs) | {"workspace": library.workspace_size(q, k, v, config), "engine_memory": {}}
+        wanted = library.forward(q, k, v, config)[0]
+        for name, backend in backends.items():
+            try:
+                row["ms"][name] = self.runtime(backend, q, k, v, wanted)
+                row["engine_memory"][name] = backend.workspace()
+            except Exception as error:  # recorded and counted; the other columns are still worth their time
+                row["errors"][name] = f"{type(error).__name__}: {error}"[:300]
+        return row
+
+    def runtime(self, backend: Any, q: Tensor, k: Tensor, v: Tensor, wanted: Tensor) -> float:
+        """Milliseconds of one call of a runtime, whose output has to be `wanted`."""
+        backend.bind(q, k, v)
+        with torch.cuda.stream(backend.stream):
+            ms = median_ms(backend.launch, self.budget_ms)
+        torch.cuda.synchronize()
+        assert torch.equal(backend.output, wanted), "the output is not the kernels'"
+        return ms
 
 
-def plugin_engine(config: Config, heads: int, dim: int, longest: int) -> Any | None:
-    """A runner of an engine of this one node, where TensorRT is installed."""
-    try:
-        import tensorrt as trt  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        print(f"plugin is left out: {error}")
-        return None
-    from engine_parts import Heads, Runner, build, op_model
-
-    from hyperattention.export.engine import register_plugin
-
-    register_plugin(trt_library_path())
-    shapes = tuple((1, heads, n, dim) for n in (1, min(8192, longest), longest))
-    profile = {name: shapes for name in ("q", "k", "v")}
-    model = op_model(config, torch.bfloat16, Heads(heads, heads, dim, dim), lengths=False)
-    return Runner(trt, build(trt, trt.Logger(trt.Logger.ERROR), model, profile))
-
-
-def rivals(q: Tensor, k: Tensor, v: Tensor, fa4: Callable[..., Tensor] | None) -> dict[str, Callable[[], object]]:
-    def sdpa(backend: SDPBackend) -> Callable[[], object]:
-        def run() -> Tensor:
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-        return run
-
-    found = {"cudnn": sdpa(SDPBackend.CUDNN_ATTENTION), "flash": sdpa(SDPBackend.FLASH_ATTENTION)}
-    if fa4:
-        swapped = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
-        found["fa4"] = lambda: fa4(*swapped, causal=True)
-    return found
+def bench_head_size(bench: Bench, dim: int, causal: int, options: argparse.Namespace, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """All lengths and presets at one head size and mask."""
+    configs = {name: replace(PRESETS[name], causal=causal) for name in options.presets}
+    backends: dict[str, dict[str, Any]] = {}
+    for name, config in configs.items():
+        heads = Heads(options.heads, options.heads, dim, dim)
+        backends[name], missing, failed = make_backends(config, heads, max(options.lengths))
+        report["missing"] |= missing
+        report["failed"] |= {f"{backend}, {name}, {MASKS[causal]}, D={dim}": text for backend, text in failed.items()}
+    rows = []
+    for n in options.lengths:
+        q, k, v = inputs(n, options.heads, dim)
+        common = bench.exact(q, k, v, configs[options.presets[0]])
+        for name, config in configs.items():
+            own = bench.approximate(q, k, v, config, backends[name])
+            row: dict[str, Any] = {"preset": name, "causal": causal, "head_dim": dim, "heads": options.heads, "n": n}
+            row |= {key: {**own[key], **common[key]} for key in ("ms", "peak", "errors")}
+            rows.append(row | {"workspace": own["workspace"], "engine_memory": own["engine_memory"]})
+            times = " ".join(f"{column} {ms:.3f}" for column, ms in row["ms"].items())
+            print(f"{name} {MASKS[causal]} D={dim} n={n}: {times} {row['errors'] or ''}", flush=True)
+        del q, k, v
+        torch.cuda.empty_cache()
+    return rows
 
 
-def measure(
-    n: int, heads: int, dim: int, config: Config, skip_exact: bool, budget_ms: float, fa4: Callable[..., Tensor] | None, plugin: Any | None
-) -> dict:
-    """One row: times in ms and the relative L2 distance of our outputs from exact attention."""
-    library = load_cuda()
-    q, k, v = inputs(n, heads, dim)
-    exact = config.exact()
-    row: dict = {"n": n, "heads": heads, "head_dim": dim, "errors": {}}
-    o, _ = library.forward(q, k, v, config)
-    blocks = library.select(q, k, v, config) if not config.is_exact(n, n) else torch.empty(1, heads, 0, config.num_blocks, device="cuda")
-    runs = {
-        "forward": lambda: library.forward(q, k, v, config),
-        "select": lambda: library.select(q, k, v, config),
-        "attend": lambda: library.attend(q, k, v, config, blocks),
-        **({} if skip_exact else {"exact": lambda: library.forward(q, k, v, exact)}),
-        **rivals(q, k, v, fa4),
+def failures(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """What went wrong in our own runtimes, by problem; a rival that refuses a shape is no failure of ours."""
+    return {
+        f"{name}, {row['preset']}, {MASKS[row['causal']]}, D={row['head_dim']}, n={row['n']}": text
+        for row in rows
+        for name, text in row["errors"].items()
+        if name in ("plugin", "ort")
     }
-    if plugin:
-        plugin.bind(q=q, k=k, v=v)
-        with torch.cuda.stream(plugin.stream):
-            row["plugin"] = median_ms(plugin.launch, budget_ms)
-        assert torch.equal(plugin.outputs["o"], o), "the engine's output is not the kernels'"
-    for name, run in runs.items():
-        try:
-            row[name] = median_ms(run, budget_ms)
-        except Exception as error:  # a rival may lack a kernel for this shape; ours may not
-            if name in OURS:
-                raise
-            row["errors"][name] = f"{type(error).__name__}: {error}"[:300]
-    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]):
-        wanted = F.scaled_dot_product_attention(q, k, v, is_causal=True).float()
-    row["distance_forward"] = ((o.float() - wanted).norm() / wanted.norm()).item()
-    if not skip_exact:
-        row["distance_exact"] = ((library.forward(q, k, v, exact)[0].float() - wanted).norm() / wanted.norm()).item()
-    return row
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768, 65536, 131072])
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--presets", nargs="+", default=["blocks", "paper"], choices=[p for p in PRESETS if p != "exact"])
+    parser.add_argument("--causal", type=int, nargs="+", default=[1, 0], choices=[0, 1])
     parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--budget-ms", type=float, default=400, help="time spent on each number")
-    parser.add_argument("--skip-exact-above", type=int, default=131072, help="leave our exact path out of longer inputs")
-    parser.add_argument("--exact-below", type=int, default=PRESETS["blocks"].exact_below)
+    parser.add_argument("--budget-ms", type=float, default=100, help="time spent on each number")
+    parser.add_argument("--upstream", type=Path, help="a checkout of the released HyperAttention code")
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
 
-    config, fa4 = replace(PRESETS["blocks"], exact_below=options.exact_below), flash_attention_4()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, library {build_info(trt_library_path())['build_id']}")
-    print("   D       n " + "".join(f"{name:>9}" for name in COLUMNS) + "  vs fa4  vs best  distance")
-    rows = []
+    start = time.perf_counter()
+    rivals, missing = find_rivals(options.upstream)
+    report: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "libraries": {path.name: build_info(path)["build_id"] for path in (trt_library_path(), ort_library_path())},
+        "missing": missing,
+        "failed": {},
+        "rows": [],
+    }
+    print(f"{report['device']}, torch {torch.__version__}, libraries {report['libraries']}, missing {missing}", flush=True)
+    bench = Bench(options.heads, options.budget_ms, rivals)
     for dim in options.dims:
-        plugin = plugin_engine(config, options.heads, dim, max(options.lengths))
-        for n in options.lengths:
-            row = measure(n, options.heads, dim, config, n > options.skip_exact_above, options.budget_ms, fa4, plugin)
-            rows.append(row)
-            times = "".join(f"{row[name]:9.3f}" if name in row else f"{'-':>9}" for name in COLUMNS)
-            best = min(row[name] for name in ("cudnn", "flash", "fa4") if name in row)
-            against = f"{row['fa4'] / row['forward']:7.2f}x" if "fa4" in row else f"{'-':>8}"
-            print(f"{dim:4d} {n:7d} {times}{against} {best / row['forward']:7.2f}x  {row['distance_forward']:.4f}", flush=True)
-    options.json.write_text(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}, indent=1))
+        for causal in options.causal:
+            report["rows"] += bench_head_size(bench, dim, causal, options, report)
+            report["targets"] = check_targets(report["rows"])
+            report["seconds"] = round(time.perf_counter() - start, 1)
+            options.json.write_text(json.dumps(report, indent=1))
+    report["failed"] |= failures(report["rows"])
+    options.json.write_text(json.dumps(report, indent=1))
+    options.json.with_suffix(".md").write_text(markdown(report))
+    for name, text in report["failed"].items():
+        print(f"FAILED: {name}: {text}")
+    print("; ".join(verdict(result) for result in report["targets"]))
+    return 1 if report["failed"] or any(result["least"] and not result["met"] for result in report["targets"]) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
