@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-from operator_cases import CASES, Case, config
+from operator_cases import CASES, SORTED_CASES, Case, config, sorted_config
 from torch import Tensor
 
 from hyperattention.config import PRESETS, Config
@@ -27,6 +27,16 @@ KERNEL_CASES = CASES + [
     *(Case(f"exact-group-causal{causal}", 5, 99, config(causal=causal).exact(), heads=(30, 2), lengths=(60, 99)) for causal in (0, 1)),
     Case("block256", 513, 513, config(block_size=256, local_size=256, num_blocks=1), dims=(16, 16)),
     Case("preset", 700, 4300, replace(PRESETS["blocks"], local_size=256), heads=(2, 1), dims=(64, 64), lengths=(4300, 4011)),
+]
+# The same for `sortlsh`: projections around the lanes of a vector and the digits of the sort, query blocks of several tiles.
+_SORTED_WIDE = sorted_config(block_size=100, local_size=150, num_blocks=3, sample_size=110)
+SORTED_KERNEL_CASES = SORTED_CASES + [
+    *(Case(f"sorted-projections{r}", 130, 137, sorted_config(num_projections=r), dims=(9, 4)) for r in (4, 5, 8, 12, 13)),
+    *(Case("sorted-head-size", 130, 300, _SORTED_WIDE, dims=dims) for dims in ((20, 33), (64, 64), (96, 7), (256, 256))),
+    Case("sorted-tiles", 700, 700, _SORTED_WIDE, heads=(3, 1), dims=(16, 12), lengths=(700, 333)),
+    Case("sorted-tiles-overlap", 700, 700, replace(_SORTED_WIDE, local_overlap=1, sinks=40), dims=(16, 12), lengths=(601, 700)),
+    Case("sorted-tiles-non-causal", 600, 700, replace(_SORTED_WIDE, causal=0, num_projections=10), dims=(16, 12), lengths=(700, 101)),
+    Case("sorted-preset", 700, 4300, replace(PRESETS["paper"], local_size=512), heads=(2, 1), dims=(64, 64), lengths=(4300, 4011)),
 ]
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from native import (
     KERNEL_CASES,
+    SORTED_KERNEL_CASES,
     Inputs,
     Stages,
     assert_equal_bits,
@@ -21,9 +22,9 @@ from native import (
     inputs,
     pool_sizes,
 )
-from operator_cases import PLAN_ONLY, Case, config
+from operator_cases import PLAN_ONLY, SORTED_PLAN_ONLY, Case, config, sorted_config
 
-from hyperattention.config import Config
+from hyperattention.config import PRESETS, Config
 from hyperattention.errors import UsageError
 from hyperattention.library import HaAttributes, HaParams, ort_library_path
 from hyperattention.native import Library, _Call
@@ -31,6 +32,7 @@ from hyperattention.native import Library, _Call
 pytestmark = pytest.mark.native
 F32 = torch.float32
 PLAIN = Case("plain", 130, 203, config(), dims=(9, 7))
+SORTED = replace(PLAIN, config=sorted_config())
 
 
 def instruction_sets() -> list[str]:
@@ -74,21 +76,26 @@ def one_thread():
 
 
 @pytest.mark.parametrize("case", KERNEL_CASES + PLAN_ONLY, ids=str)
-def test_plan_equals_the_references(library: Library, case: Case) -> None:
+def test_pools_equal_the_references(library: Library, case: Case) -> None:
     stages = Stages(library, inputs(case, F32), case.config, threads=1)
     for side in ("queries", "keys"):
         for rows in pool_sizes(case):
             found = stages.pool(side, rows)
             for name, mine, theirs in zip(("values", "factors"), found, expected_pools(case, F32, side, rows), strict=True):
                 assert_equal_bits(mine, theirs, f"{name} of {side} in pools of {rows}")
+
+
+@pytest.mark.parametrize("case", KERNEL_CASES + PLAN_ONLY + SORTED_KERNEL_CASES + SORTED_PLAN_ONLY, ids=str)
+def test_plan_equals_the_references(library: Library, case: Case) -> None:
+    stages = Stages(library, inputs(case, F32), case.config, threads=1)
     plan = expected_plan(case, F32)
-    assert_equal_bits(stages.select(), plan.selection, "blocks")
+    assert_equal_bits(stages.select(), plan.selection, "selection")
     index, weight = stages.samples()
     assert_equal_bits(index, plan.sample_index, "sample index")
     assert_equal_bits(weight, plan.sample_weight, "sample weight")
 
 
-@pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
+@pytest.mark.parametrize("case", KERNEL_CASES + SORTED_KERNEL_CASES, ids=str)
 def test_attention_under_the_references_plan(library: Library, case: Case) -> None:
     wanted = expected(case, F32)
     stages = Stages(library, inputs(case, F32), case.config, threads=1)
@@ -102,7 +109,9 @@ def test_attention_under_the_references_plan(library: Library, case: Case) -> No
 # --- what may not matter ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [PLAIN, Case("exact", 200, 200, Config().exact(), heads=(3, 1)), KERNEL_CASES[-1]], ids=str)
+@pytest.mark.parametrize(
+    "case", [PLAIN, Case("exact", 200, 200, Config().exact(), heads=(3, 1)), KERNEL_CASES[-1], *SORTED_KERNEL_CASES[-4:]], ids=str
+)
 def test_thread_count_changes_no_bit(library: Library, case: Case) -> None:
     first = Stages(library, inputs(case, F32), case.config, threads=1).forward()
     for threads in (0, 2, 3):
@@ -112,9 +121,10 @@ def test_thread_count_changes_no_bit(library: Library, case: Case) -> None:
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e4], ids=str)
 @pytest.mark.parametrize("causal", [0, 1])
-@pytest.mark.parametrize("exact_below", [0, 4096], ids=["approximate", "exact"])
-def test_padding_reaches_no_live_row(library: Library, causal: int, exact_below: int, poison: float) -> None:
-    case = Case("padding", 203, 203, config(causal=causal, exact_below=exact_below), lengths=(150, 203, 1))
+@pytest.mark.parametrize("path", ["blocks", "sortlsh", "exact"])
+def test_padding_reaches_no_live_row(library: Library, causal: int, path: str, poison: float) -> None:
+    made = sorted_config(causal=causal) if path == "sortlsh" else config(causal=causal, exact_below=4096 if path == "exact" else 0)
+    case = Case("padding", 203, 203, made, lengths=(150, 203, 1))
     clean = inputs(case, F32)
     q, k, v = clean.q.clone(), clean.k.clone(), clean.v.clone()
     live = torch.arange(203) < torch.tensor(case.lengths)[:, None]
@@ -127,16 +137,31 @@ def test_padding_reaches_no_live_row(library: Library, causal: int, exact_below:
         assert_equal_bits(mine.transpose(1, 2)[live], wanted.transpose(1, 2)[live], name)
 
 
-def test_nan_of_a_row_stays_in_that_row(library: Library) -> None:
-    x = inputs(PLAIN, F32)
+@pytest.mark.parametrize("case", [PLAIN, SORTED], ids=["blocks", "sortlsh"])
+def test_nan_of_a_row_stays_in_that_row(library: Library, case: Case) -> None:
+    x = inputs(case, F32)
     q = x.q.clone()
     q[0, 0, 5] = float("nan")
-    blocks = expected_plan(PLAIN, F32).selection
-    o, lse = Stages(library, replace(x, q=q), PLAIN.config).attend(blocks)
-    clean, _ = Stages(library, x, PLAIN.config).attend(blocks)
+    plan = expected_plan(case, F32).selection
+    o, lse = Stages(library, replace(x, q=q), case.config).attend(plan)
+    clean, _ = Stages(library, x, case.config).attend(plan)
     assert o[0, 0, 5].isnan().all() and lse[0, 0, 5].isnan()
     o[0, 0, 5] = clean[0, 0, 5]
     assert_equal_bits(o, clean, "other rows")
+
+
+@pytest.mark.parametrize("index", [-1, 2**31 - 1], ids=["none", "largest"])
+@pytest.mark.parametrize("side", ["rows", "keys"])
+def test_a_sorted_plan_never_leads_outside_the_tensors(library: Library, side: str, index: int) -> None:
+    """Rows and keys that are not there are passed over, which leaves the local part and the sinks."""
+    x = inputs(SORTED, F32)
+    plan = expected_plan(SORTED, F32)
+    foreign = replace(plan, selection=plan.selection.clone())
+    foreign.orders(x.geometry)[("rows", "keys").index(side)].fill_(index)
+    found = Stages(library, x, SORTED.config).attend(foreign.selection)
+    nothing = sorted_config(num_blocks=0, sample_size=0)
+    for name, mine, wanted in zip(("o", "lse"), found, Stages(library, x, nothing).forward(), strict=True):
+        assert_equal_bits(mine, wanted, name)
 
 
 def test_lse_is_optional(library: Library) -> None:
@@ -149,9 +174,10 @@ def test_lse_is_optional(library: Library) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 70, 80), (1, 2, 0, 80), (1, 2, 70, 0), (2, 2, 3, 0)], ids=str)
-def test_empty_problems(library: Library, shape: tuple[int, int, int, int]) -> None:
+@pytest.mark.parametrize("made", [config(), sorted_config()], ids=["blocks", "sortlsh"])
+def test_empty_problems(library: Library, made: Config, shape: tuple[int, int, int, int]) -> None:
     b, h, sq, sk = shape
-    o, lse = library.forward(torch.randn(b, h, sq, 8), torch.randn(b, h, sk, 8), torch.randn(b, h, sk, 4), config())
+    o, lse = library.forward(torch.randn(b, h, sq, 8), torch.randn(b, h, sk, 8), torch.randn(b, h, sk, 4), made)
     assert o.shape == (b, h, sq, 4) and lse.shape == (b, h, sq)
     if sk == 0:
         assert (o == 0).all() and (lse == -torch.inf).all()
@@ -189,20 +215,29 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_refusals_say_what_is_allowed(library: Library, name: str) -> None:
+@pytest.mark.parametrize("case", [PLAIN, SORTED], ids=["blocks", "sortlsh"])
+def test_refusals_say_what_is_allowed(library: Library, case: Case, name: str) -> None:
     changes, text = REFUSALS[name]
     out = torch.zeros(130 * 7 * 2)
-    x = inputs(PLAIN, F32)
-    params = problem(x, **{"out": out.data_ptr(), "workspace": 256, "workspace_size": 1 << 40, **changes})
+    params = problem(inputs(case, F32), **{"out": out.data_ptr(), "workspace": 256, "workspace_size": 1 << 40, **changes})
     with pytest.raises(UsageError, match="(?s).*" + text.replace("(", r"\(").replace(")", r"\)")):
         library.check(library._forward, ctypes.byref(params))
     assert (out == 0).all()
 
 
-def test_attend_needs_a_plan(library: Library) -> None:
-    x = inputs(PLAIN, F32)
+@pytest.mark.parametrize("case", [PLAIN, SORTED], ids=["blocks", "sortlsh"])
+def test_attend_needs_a_plan(library: Library, case: Case) -> None:
     with pytest.raises(UsageError, match="plan is a null pointer"):
-        Stages(library, x, PLAIN.config)._attention(library._attend, None)
+        Stages(library, inputs(case, F32), case.config)._attention(library._attend, None)
+
+
+def test_attention_under_a_sorted_plan_needs_its_workspace(library: Library) -> None:
+    x, out = inputs(SORTED, F32), torch.zeros(2 * 130 * 7)
+    plan = expected_plan(SORTED, F32).selection
+    for function in (library._attend, library._forward):
+        with pytest.raises(UsageError, match="workspace is a null pointer"):
+            library.check(function, ctypes.byref(problem(x, out=out.data_ptr(), plan=plan.data_ptr())))
+    assert (out == 0).all()
 
 
 @pytest.mark.parametrize(("side", "rows", "text"), [(2, 4, "side is 2; it takes 0"), (0, 0, "rows is 0; it takes an integer")])
@@ -217,11 +252,16 @@ def test_unknown_instruction_set_is_refused_by_name(tmp_path: Path) -> None:
     assert all(isa in str(error.value) for isa in instruction_sets())
 
 
-def test_workspace_is_a_function_of_shapes(library: Library) -> None:
-    x = inputs(PLAIN, F32)
-    sizes = {library.workspace_size(f * x.q, f * x.k, x.v, PLAIN.config) for f in (0, 1, float("nan"))}
+@pytest.mark.parametrize("case", [PLAIN, SORTED], ids=["blocks", "sortlsh"])
+def test_workspace_is_a_function_of_shapes(library: Library, case: Case) -> None:
+    x = inputs(case, F32)
+    sizes = {library.workspace_size(f * x.q, f * x.k, x.v, case.config) for f in (0, 1, float("nan"))}
     assert len(sizes) == 1 and sizes.pop() > 0
-    assert library.workspace_size(x.q, x.k, x.v, PLAIN.config.exact()) == 0
+    assert library.workspace_size(x.q, x.k, x.v, case.config.exact()) == 0
+
+
+@pytest.mark.parametrize(("preset", "bytes_a_row"), [("blocks", 3 * 64), ("paper", 6 * 4 + 2 * 2 + 2 * 4)])
+def test_workspace_of_the_presets(library: Library, preset: str, bytes_a_row: int) -> None:
+    """`blocks`: pools of 4 rows in int8 take a sixteenth of Q and K. `paper`: three levels of two orders, ranks, two sums a row."""
     tall = torch.empty(1, 4, 32768, 64)
-    long = library.workspace_size(tall, tall, tall, Config())
-    assert long < 3 * 4 * 32768 * 64, "pools of 4 rows in int8 take a sixteenth of Q and K"
+    assert library.workspace_size(tall, tall, tall, PRESETS[preset]) <= 4 * 32768 * bytes_a_row
