@@ -4,7 +4,7 @@
 
 namespace ha {
 
-#define HA_DECLARE(T, DTYPE, D) extern template void launch_attend<T, D>(const AttendArgs&);
+#define HA_DECLARE(T, DTYPE, P) extern template void launch_attend<T, P>(const AttendArgs&);
 HA_ATTEND_INSTANCES(HA_DECLARE)
 #undef HA_DECLARE
 
@@ -16,13 +16,13 @@ void require(bool ok, HaStatus status, const std::string& message) {
 
 void check_supported(const HaParams& p) {
   check(p);
-  require(p.dtype != HA_FLOAT32, HA_UNSUPPORTED,
-          "dtype is float32; the CUDA kernels take float16 (1) and bfloat16 (2): convert the tensors, or use the CPU kernels");
-  require(p.head_dim == 64 || p.head_dim == 128, HA_UNSUPPORTED,
-          "head_dim is " + std::to_string(p.head_dim) + "; the CUDA kernels take 64 and 128");
-  require(p.head_dim_v == p.head_dim, HA_UNSUPPORTED,
-          "head_dim_v is " + std::to_string(p.head_dim_v) + " and head_dim " + std::to_string(p.head_dim) +
-              "; the CUDA kernels take equal ones");
+  const auto size = [](const char* name, int64_t value) {
+    require(value >= kHeadStep && value <= kHeadMost && value % kHeadStep == 0, HA_UNSUPPORTED,
+            std::string(name) + " is " + std::to_string(value) + "; the CUDA kernels take multiples of " + std::to_string(kHeadStep) + " up to " +
+                std::to_string(kHeadMost) + ": pad the tensors with zeros and set scale, or use the CPU kernels");
+  };
+  size("head_dim", p.head_dim);
+  size("head_dim_v", p.head_dim_v);
 }
 
 void require_pointer(const void* pointer, int64_t elements, const char* name) {
@@ -31,11 +31,11 @@ void require_pointer(const void* pointer, int64_t elements, const char* name) {
 }
 
 void check_selectable(const Geometry& g) {
-  if (g.exact() || g.a.num_blocks == 0) return;
+  if (g.exact() || g.sorts() || g.a.num_blocks == 0) return;
   const SelectConfig config = select_config(g);
   require(config.fits(), HA_UNSUPPORTED,
           "selection over " + std::to_string(g.seq_k) + " keys with block_size " + std::to_string(g.a.block_size) + " needs " +
-              std::to_string(config.bytes) + " bytes of shared memory, the CUDA kernel takes " + std::to_string(kSelectSharedLimit) +
+              std::to_string(config.bytes) + " bytes of shared memory, the CUDA kernel takes " + std::to_string(kSelectMostShared) +
               ": raise block_size (64, 128 and 256 go furthest), or split the sequence");
 }
 
@@ -47,33 +47,54 @@ unsigned char* scratch(const HaParams& p, size_t bytes) {
   return static_cast<unsigned char*>(p.workspace);
 }
 
-void pool(const HaParams& p, int32_t side, Pools fine, Pools coarse) {
-  const Geometry g(p);
-  require_pointer(side == HA_QUERIES ? p.q : p.k, side == HA_QUERIES ? g.seq_q : g.seq_k, side == HA_QUERIES ? "q" : "k");
-  launch_pools({p, side, fine, coarse});
+// The tensor that a selector reads.
+void require_side(const HaParams& p, int32_t side) {
+  if (side == HA_QUERIES) require_pointer(p.q, p.seq_q, "q");
+  else require_pointer(p.k, p.seq_k, "k");
 }
 
-void select(const HaParams& p, int32_t* blocks) {
+void select_blocks(const HaParams& p, unsigned char* base, const Workspace& w, int32_t* plan) {
   const Geometry g(p);
-  if (g.exact() || g.a.num_blocks == 0 || g.batch == 0) return;
   check_selectable(g);
-  require(blocks, HA_INVALID, "blocks is a null pointer; it takes device memory for the plan");
-  const Workspace w = workspace(g);
-  unsigned char* const base = scratch(p, w.bytes);
-  SelectArgs args{p, select_config(g), {}, {}, {}, {}, blocks};
-  const auto pools = [base](size_t values, size_t scales, int32_t rows, int64_t count) {
-    return Pools{reinterpret_cast<int8_t*>(base + values), reinterpret_cast<float*>(base + scales), rows, count};
+  const auto pools = [&](size_t values, size_t scales, int32_t rows, int64_t count) {
+    return Pools{reinterpret_cast<int8_t*>(base + values), reinterpret_cast<float*>(base + scales), rows, count, pool_stride(g.head_dim)};
   };
+  SelectArgs args{p, select_config(g), {}, {}, {}, {}, plan};
   args.q_fine = pools(w.q_fine, w.q_fine_scale, g.a.pool_size, g.query_pools(g.a.pool_size));
   args.k_fine = pools(w.k_fine, w.k_fine_scale, g.a.pool_size, g.key_pools(g.a.pool_size));
   if (args.config.supers) {
     args.q_coarse = pools(w.q_coarse, w.q_coarse_scale, kCoarsePool, g.query_pools(kCoarsePool));
     args.k_coarse = pools(w.k_coarse, w.k_coarse_scale, kCoarsePool, g.key_pools(kCoarsePool));
   }
-  pool(p, HA_QUERIES, args.q_fine, args.q_coarse);
-  pool(p, HA_KEYS, args.k_fine, args.k_coarse);
+  launch_pools({p, HA_QUERIES, args.q_fine, args.q_coarse});
+  launch_pools({p, HA_KEYS, args.k_fine, args.k_coarse});
   launch_select(args);
 }
+
+void select_sorted(const HaParams& p, unsigned char* base, const Workspace& w, int32_t* plan) {
+  const Geometry g(p);
+  uint16_t* const ranks_q = reinterpret_cast<uint16_t*>(base + w.q_ranks);
+  uint16_t* const ranks_k = reinterpret_cast<uint16_t*>(base + w.k_ranks);
+  int32_t* const order = g.a.num_projections > kSortDigitBits ? reinterpret_cast<int32_t*>(base + w.order) : nullptr;
+  launch_hash({p, HA_QUERIES, ranks_q});
+  launch_hash({p, HA_KEYS, ranks_k});
+  launch_sort({p, ranks_q, ranks_k, plan, order, sort_threads(g)});
+}
+
+void select(const HaParams& p, int32_t* plan) {
+  const Geometry g(p);
+  if (g.plan_size() == 0) return;
+  require(plan, HA_INVALID, "plan is a null pointer; it takes device memory");
+  require_side(p, HA_QUERIES);
+  require_side(p, HA_KEYS);
+  const Workspace w = workspace(g);
+  unsigned char* const base = scratch(p, w.bytes);
+  if (g.sorts()) select_sorted(p, base, w, plan);
+  else select_blocks(p, base, w, plan);
+}
+
+// Whether attention follows a plan.
+bool needs_plan(const Geometry& g) { return g.sorts() ? has_nodes(g) : !g.exact() && g.a.num_blocks; }
 
 void attend(const HaParams& p) {
   const Geometry g(p);
@@ -82,22 +103,29 @@ void attend(const HaParams& p) {
   require_pointer(p.k, g.seq_k, "k");
   require_pointer(p.v, g.seq_k, "v");
   require_pointer(p.out, g.seq_q, "out");
-  require(p.plan || g.exact() || g.a.num_blocks == 0, HA_INVALID,
+  require(p.plan || !needs_plan(g), HA_INVALID,
           "plan is a null pointer; ha_cuda_attend takes a plan, ha_cuda_forward makes one");
-  const AttendArgs args{p, attend_config(g)};
-#define HA_CASE(T, DTYPE, D) \
-  if (p.dtype == DTYPE && p.head_dim == D) return launch_attend<T, D>(args);
+  AttendArgs args{p, p.lse};
+  if (!p.lse && g.sorts() && !g.exact()) {
+    const Workspace w = workspace(g);
+    args.lse = reinterpret_cast<float*>(scratch(p, w.bytes) + w.lse);
+  }
+  require(!g.sorts() || g.exact(), HA_UNSUPPORTED, "attention over sorted nodes is not built into this library yet; use selector blocks");
+#define HA_CASE(T, DTYPE, P) \
+  if (p.dtype == DTYPE && p.head_dim == P && p.head_dim_v == P) return launch_attend<T, P>(args);
   HA_ATTEND_INSTANCES(HA_CASE)
 #undef HA_CASE
+  throw Error(HA_UNSUPPORTED, "attention has no kernel for head sizes " + std::to_string(p.head_dim) + " and " + std::to_string(p.head_dim_v) +
+                                  " of dtype " + std::to_string(p.dtype) + " yet");
 }
 
 void forward(HaParams p) {
   const Geometry g(p);
-  if (!p.plan && !g.exact() && g.a.num_blocks && g.batch) {
+  if (!p.plan && needs_plan(g) && g.batch) {
     const Workspace w = workspace(g);
-    int32_t* const blocks = reinterpret_cast<int32_t*>(scratch(p, w.bytes) + w.blocks);
-    select(p, blocks);
-    p.plan = blocks;
+    int32_t* const plan = reinterpret_cast<int32_t*>(scratch(p, w.bytes) + w.plan);
+    select(p, plan);
+    p.plan = plan;
   }
   attend(p);
 }
@@ -122,14 +150,15 @@ extern "C" int ha_cuda_pool(const HaParams* params, int32_t side, int32_t rows, 
     const ha::Geometry g(*params);
     const int64_t count = side == HA_QUERIES ? g.query_pools(rows) : g.key_pools(rows);
     ha::require((values && scales) || count == 0, HA_INVALID, "values or scales is a null pointer; they take device memory");
-    ha::pool(*params, side, {values, scales, rows, count}, {});
+    ha::require_side(*params, side);
+    ha::launch_pools({*params, side, {values, scales, rows, count, g.head_dim}, {}});
   });
 }
 
-extern "C" int ha_cuda_select(const HaParams* params, int32_t* blocks) {
+extern "C" int ha_cuda_select(const HaParams* params, int32_t* plan) {
   return ha::guarded([&] {
     ha::check_supported(*params);
-    ha::select(*params, blocks);
+    ha::select(*params, plan);
   });
 }
 

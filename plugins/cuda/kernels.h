@@ -14,12 +14,16 @@ struct Bfloat16;
   X(Bfloat16, HA_BFLOAT16, 64) \
   X(Bfloat16, HA_BFLOAT16, 128)
 
-// Quantised pools of one tensor: values int8 [batch, heads, count, head_dim], scales float [batch, heads, count].
+// X(element type, HaDtype) of everything that reads Q and K before attention.
+#define HA_ELEMENT_TYPES(X) X(float, HA_FLOAT32) X(Half, HA_FLOAT16) X(Bfloat16, HA_BFLOAT16)
+
+// Quantised pools of one tensor: values int8 [batch, heads, count, stride], scales float [batch, heads, count].
 struct Pools {
   int8_t* values;
   float* scales;
   int32_t rows;  // positions a pool; 0 = not wanted
   int64_t count;
+  int64_t stride;  // at least the head size, behind which lie zeros
 };
 
 struct PoolArgs {
@@ -32,7 +36,21 @@ struct SelectArgs {
   HaParams p;
   SelectConfig config;
   Pools q_fine, q_coarse, k_fine, k_coarse;
-  int32_t* blocks;
+  int32_t* plan;
+};
+
+struct HashArgs {
+  HaParams p;
+  int32_t side;
+  uint16_t* ranks;  // [batch, heads, rows]
+};
+
+struct SortArgs {
+  HaParams p;
+  const uint16_t *ranks_q, *ranks_k;
+  int32_t* plan;
+  int32_t* scratch;  // as large as the plan, for ranks of two digits; else null
+  int32_t threads;
 };
 
 struct SampleArgs {
@@ -41,16 +59,22 @@ struct SampleArgs {
   float* weight;
 };
 
+// `p.plan` is required off the exact path. `lse` [batch, heads_q, seq_q] is p.lse, or scratch of the same shape where the caller
+// wants none: with `sortlsh` it and p.out carry what a row has seen from one launch to the next; else it may be null.
 struct AttendArgs {
   HaParams p;
-  AttendConfig config;
+  float* lse;
 };
 
 // Each throws Error(HA_FAILED) when the launch is refused and Error(HA_UNSUPPORTED) when the grid cannot hold the problem.
 void launch_pools(const PoolArgs& args);
 void launch_select(const SelectArgs& args);
+void launch_hash(const HashArgs& args);
+void launch_sort(const SortArgs& args);
 void launch_samples(const SampleArgs& args);
-template <class T, int D>
+// All of stage 4, for either selector and the exact path: `sortlsh` takes one launch a level of its tree and one for the local part
+// and the sinks.
+template <class T, int P>
 void launch_attend(const AttendArgs& args);
 
 }  // namespace ha

@@ -4,6 +4,9 @@
 
 namespace ha {
 
+// Head sizes, of values too: rows are read in pieces of 16 bytes.
+constexpr int kHeadStep = 8, kHeadMost = 256;
+
 // --- attention ------------------------------------------------------------------------------------------------------
 
 constexpr int kTileRows = 128;  // query positions of one block of threads
@@ -56,16 +59,21 @@ HA_INLINE AttendConfig attend_config(const Geometry& g) {
 
 // --- selection ------------------------------------------------------------------------------------------------------
 
+// Bytes from one quantised pool to the next, X(bytes): the head size filled up to whole tensor-core operands.
+#define HA_POOL_STRIDES(X) X(64) X(128) X(192) X(256)
+HA_INLINE int64_t pool_stride(int64_t head_dim) { return ceil_div(head_dim, 64) * 64; }
+
 constexpr int kSelectThreads = 128;
 constexpr int kSelectMostBlocks = 4;
 constexpr int kSelectBlockBytes = 128;  // what is known of each query block
-constexpr int kSelectSharedLimit = 96 * 1024;  // every GPU of sm_80 and later grants this
+constexpr int kSelectShared = 96 * 1024;    // wanted at most: every GPU of sm_80 and later grants this
+constexpr int kSelectMostShared = 227 * 1024;  // taken at most: sm_90 grants this
 
 struct SelectConfig {
   int blocks;                             // neighbouring query blocks of one block of threads: 1, 2 or 4
   int64_t first, groups;                  // groups of `blocks` query blocks, cut at multiples, that hold a row
   int64_t supers, kept, entries, bytes;   // most superblocks scored, kept, and key blocks scored for one query block
-  bool fits() const { return bytes <= kSelectSharedLimit; }
+  bool fits() const { return bytes <= kSelectMostShared; }
 };
 
 inline SelectConfig select_config(const Geometry& g) {
@@ -84,39 +92,80 @@ inline SelectConfig select_config(const Geometry& g) {
   const int widest = g.may_use_superblocks() ? kSuperblock / g.a.block_size : 1;
   c.blocks = widest < kSelectMostBlocks ? widest : kSelectMostBlocks;
   const auto bytes = [&c] { return kSelectBlockBytes + c.blocks * (c.supers + c.kept + c.entries) * 4; };
-  while (c.blocks > 1 && bytes() > kSelectSharedLimit) c.blocks /= 2;
+  while (c.blocks > 1 && bytes() > kSelectShared) c.blocks /= 2;
   c.bytes = bytes();
   c.first = floor_div(tiles.start, c.blocks);
   c.groups = tiles.size() ? floor_div(tiles.stop - 1, c.blocks) - c.first + 1 : 0;
   return c;
 }
 
+// --- selector `sortlsh` ---------------------------------------------------------------------------------------------
+
+constexpr int kHashThreads = 64;
+constexpr int kHashWarpRows = 128;  // rows that a warp hashes: four a lane
+constexpr int kHashPieces = 4;      // pieces of 16 bytes of each row that are in shared memory at once
+constexpr int kHashBuffers = 2;
+constexpr int kHashBufferBytes = kHashThreads / 32 * kHashBuffers * kHashWarpRows * (kHashPieces + 1) * 16;
+
+constexpr int kSortDigitBits = 8;
+constexpr int kSortBins = 1 << kSortDigitBits;
+constexpr int kSortMostThreads = 1024;
+
+// Pairs of segments of a level, a node's keys and its rows, that hold any key or row: their slots are one block's work.
+HA_INLINE Range sort_spans(const Geometry& g, int level, int side) {
+  if ((side == HA_QUERIES ? g.seq_q : g.seq_k) == 0) return {0, 0};
+  if (!g.a.causal) return {0, 1};
+  const int64_t size = 2 * g.segment(level);
+  return side == HA_QUERIES ? g.tiles(size) : Range{0, ceil_div(g.seq_k, size)};
+}
+
+// Threads that sort one node: enough for the largest, the scan needs one a bin.
+HA_INLINE int sort_threads(const Geometry& g) {
+  const int64_t most = max64(g.seq_q, g.seq_k);
+  int threads = kSortBins;
+  while (threads < kSortMostThreads && most > threads * 32) threads *= 2;
+  return threads;
+}
+
+// Nodes contribute to the output; otherwise they need no plan.
+HA_INLINE bool has_nodes(const Geometry& g) { return !g.exact() && g.sorts() && (g.a.num_blocks || g.a.sample_size) && g.node_count(); }
+
 // --- scratch --------------------------------------------------------------------------------------------------------
 
-// Byte offsets of the pools and the plan in the workspace.
+// Byte offsets in the workspace. `blocks`: pools and the plan. `sortlsh`: ranks, a first pass' order where ranks have two
+// digits, the plan, and what rows have seen between launches where the caller wants no LSE.
 struct Workspace {
-  size_t q_fine, q_fine_scale, q_coarse, q_coarse_scale, k_fine, k_fine_scale, k_coarse, k_coarse_scale, blocks, bytes;
+  size_t q_fine, q_fine_scale, q_coarse, q_coarse_scale, k_fine, k_fine_scale, k_coarse, k_coarse_scale;
+  size_t q_ranks, k_ranks, order, lse;
+  size_t plan, bytes;
 };
 
 inline Workspace workspace(const Geometry& g) {
   Workspace w{};
-  if (g.exact() || g.a.num_blocks == 0) return w;
+  if (g.exact()) return w;
   const auto take = [&w](int64_t bytes) {
     const size_t start = w.bytes;
     w.bytes += (size_t(bytes) + 255) / 256 * 256;
     return start;
   };
-  const auto pools = [&](int64_t heads, int64_t count, size_t& values, size_t& scales) {
-    values = take(g.batch * heads * count * g.head_dim);
-    scales = take(g.batch * heads * count * 4);
-  };
-  pools(g.heads_q, g.query_pools(g.a.pool_size), w.q_fine, w.q_fine_scale);
-  pools(g.heads_kv, g.key_pools(g.a.pool_size), w.k_fine, w.k_fine_scale);
-  if (select_config(g).supers) {
-    pools(g.heads_q, g.query_pools(kCoarsePool), w.q_coarse, w.q_coarse_scale);
-    pools(g.heads_kv, g.key_pools(kCoarsePool), w.k_coarse, w.k_coarse_scale);
+  if (g.sorts()) {
+    w.q_ranks = take(g.batch * g.heads_q * g.seq_q * 2);
+    w.k_ranks = take(g.batch * g.heads_kv * g.seq_k * 2);
+    w.order = take(g.a.num_projections > kSortDigitBits ? g.plan_size() * 4 : 0);
+    w.lse = take(g.batch * g.heads_q * g.seq_q * 4);
+  } else if (g.a.num_blocks) {
+    const auto pools = [&](int64_t heads, int64_t count, size_t& values, size_t& scales) {
+      values = take(g.batch * heads * count * pool_stride(g.head_dim));
+      scales = take(g.batch * heads * count * 4);
+    };
+    pools(g.heads_q, g.query_pools(g.a.pool_size), w.q_fine, w.q_fine_scale);
+    pools(g.heads_kv, g.key_pools(g.a.pool_size), w.k_fine, w.k_fine_scale);
+    if (select_config(g).supers) {
+      pools(g.heads_q, g.query_pools(kCoarsePool), w.q_coarse, w.q_coarse_scale);
+      pools(g.heads_kv, g.key_pools(kCoarsePool), w.k_coarse, w.k_coarse_scale);
+    }
   }
-  w.blocks = take(g.batch * g.heads_q * g.query_blocks().size() * g.a.num_blocks * 4);
+  w.plan = take(g.plan_size() * 4);
   return w;
 }
 

@@ -1,4 +1,5 @@
 // Quantised pools of queries or keys (rules 18 and 20): one pass over the tensor writes the fine and the coarse level.
+#include "elements.cuh"
 #include "kernels.h"
 #include "launch.cuh"
 
@@ -7,12 +8,15 @@ namespace {
 
 constexpr int kPoolThreads = 256;
 constexpr int kBatch = 4;    // rows in flight at once
-constexpr int kPerLane = 8;  // elements of a row that one lane holds: 16 bytes
+constexpr int kPerLane = 8;  // elements of a row that one lane holds
 
-// A pool's sum and what becomes of it. D / kPerLane neighbouring lanes hold one row.
-template <int D>
+// Neighbouring lanes that share a row, a power of two for the reductions. Those past the head size hold zeros, which they
+// also write where the pools' stride is longer.
+HA_INLINE int row_lanes(int64_t stride) { return stride <= 64 ? 8 : stride <= 128 ? 16 : 32; }
+
+// A pool's sum and what becomes of it. kLanes neighbouring lanes hold one row.
+template <int kLanes>
 struct Accumulator {
-  static constexpr int kLanes = D / kPerLane;
   float sum[kPerLane] = {};
   int eligible = 0, seen = 0;
 
@@ -44,9 +48,11 @@ struct Accumulator {
     for (int mask = 1; mask < kLanes; mask *= 2) square += shuffle_xor(square, mask);
     if (pool >= 0 && pool < out.count) {
       const int64_t at = slice * out.count + pool;
-      uint32_t* target = reinterpret_cast<uint32_t*>(out.values + at * D + lane * kPerLane);
-      target[0] = packed[0];
-      target[1] = packed[1];
+      if (lane * kPerLane < out.stride) {
+        uint32_t* target = reinterpret_cast<uint32_t*>(out.values + at * out.stride + lane * kPerLane);
+        target[0] = packed[0];
+        target[1] = packed[1];
+      }
       const float scale = side == HA_QUERIES ? div_rn(1.0f, sqrt_rn(float(square > 1 ? square : 1))) : a;
       if (lane == 0) out.scales[at] = used ? scale : NAN;
     }
@@ -54,14 +60,9 @@ struct Accumulator {
   }
 };
 
-template <class T>
-HA_DEVICE void unpack(const Words4& raw, float (&x)[kPerLane]) {
-  for (int i = 0; i < kPerLane; ++i) x[i] = to_float(T{uint16_t(raw.w[i / 2] >> (i % 2 * 16))});
-}
-
-template <class T, int D>
-HA_KERNEL(kPoolThreads, 3) pool_kernel(const HA_CONSTANT PoolArgs args) {
-  constexpr int kLanes = D / kPerLane, kUnits = kPoolThreads / kLanes;
+template <class T, int kLanes>
+HA_KERNEL(kPoolThreads, sizeof(T) == 4 ? 2 : 3) pool_kernel(const HA_CONSTANT PoolArgs args) {
+  constexpr int kUnits = kPoolThreads / kLanes, kParts = kPerLane / kPieceElements<T>;
   const Geometry g(args.p);
   const bool queries = args.side == HA_QUERIES;
   const int unit = args.fine.rows > args.coarse.rows ? args.fine.rows : args.coarse.rows;
@@ -75,24 +76,30 @@ HA_KERNEL(kPoolThreads, 3) pool_kernel(const HA_CONSTANT PoolArgs args) {
 
   const int64_t length = g.length(args.p.lengths, batch);
   const Range eligible = queries ? Range{0, g.live_rows(length)} : Range{min64(g.a.sinks, length), length};
-  const char* source = static_cast<const char*>(queries ? args.p.q : args.p.k) + (slice * rows * D + lane * kPerLane) * 2;
+  const int64_t row_bytes = g.head_dim * int64_t{sizeof(T)};
+  const char* source = static_cast<const char*>(queries ? args.p.q : args.p.k) + slice * rows * row_bytes + lane * kPerLane * sizeof(T);
+  const bool holds = lane * kPerLane < g.head_dim;
 
-  Accumulator<D> fine, coarse;
+  Accumulator<kLanes> fine, coarse;
   for (int base = 0; base < unit; base += kBatch) {
-    Words4 raw[kBatch];
+    Words4 raw[kBatch][kParts] = {};
     bool take[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int64_t row = start + base + i - first;
       take[i] = base + i < unit && row >= eligible.start && row < eligible.stop;
-      if (take[i]) raw[i] = load16(source + row * D * 2);
+      if (take[i] && holds) {
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) raw[i][part] = load16(source + row * row_bytes + part * 16);
+      }
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       if (base + i >= unit) break;
       float x[kPerLane];
       if (take[i]) {
-        unpack<T>(raw[i], x);
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) unpack<T>(raw[i][part], x + part * kPieceElements<T>);
         fine.add(x);
         if (args.coarse.rows) coarse.add(x);
       }
@@ -107,7 +114,7 @@ HA_KERNEL(kPoolThreads, 3) pool_kernel(const HA_CONSTANT PoolArgs args) {
   }
 }
 
-template <class T, int D>
+template <class T, int kLanes>
 void launch_instance(const PoolArgs& args) {
   const Geometry g(args.p);
   const bool queries = args.side == HA_QUERIES;
@@ -115,16 +122,22 @@ void launch_instance(const PoolArgs& args) {
   if (rows == 0) return;
   const int unit = args.fine.rows > args.coarse.rows ? args.fine.rows : args.coarse.rows;
   const int64_t units = floor_div(first + rows - 1, unit) - floor_div(first, unit) + 1;
-  const int64_t groups = ceil_div(units, kPoolThreads / (D / kPerLane));
-  launch<pool_kernel<T, D>>(g.batch * heads * groups, kPoolThreads, 0, args.p.stream, args);
+  const int64_t groups = ceil_div(units, kPoolThreads / kLanes);
+  launch<pool_kernel<T, kLanes>>(g.batch * heads * groups, kPoolThreads, 0, args.p.stream, args);
+}
+
+template <class T>
+void launch_type(const PoolArgs& args) {
+  const int lanes = row_lanes(args.fine.stride);
+  return lanes == 8 ? launch_instance<T, 8>(args) : lanes == 16 ? launch_instance<T, 16>(args) : launch_instance<T, 32>(args);
 }
 
 }  // namespace
 
 void launch_pools(const PoolArgs& args) {
-#define HA_CASE(T, DTYPE, D) \
-  if (args.p.dtype == DTYPE && args.p.head_dim == D) return launch_instance<T, D>(args);
-  HA_ATTEND_INSTANCES(HA_CASE)
+#define HA_CASE(T, DTYPE) \
+  if (args.p.dtype == DTYPE) return launch_type<T>(args);
+  HA_ELEMENT_TYPES(HA_CASE)
 #undef HA_CASE
 }
 

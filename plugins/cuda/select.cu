@@ -11,12 +11,13 @@ constexpr int kWarps = kSelectThreads / 32;
 constexpr int kPoolRows = 16, kPoolColumns = 8;  // query and key pools of one tensor-core product
 
 // 2^23 + 2^22 as an int32 accumulator's start: the sum's bits are then a float that is exact for |dot| < 2^22, and
-// 127 * 127 * 128 lies below. A subtraction is cheaper than a conversion.
+// 127 * 127 * 256 lies below. A subtraction is cheaper than a conversion.
 constexpr int32_t kMagicBits = 0x4B400000;
 constexpr float kMagic = 12582912.0f;
 
 // Key pools `first`.. of one head as B operand. Lane 4 g + t holds bytes 16 t.. of each 64 bytes of pool g: A and B
 // permute the products' inner index alike, which the sum does not see, and every load is 16 bytes.
+// D is the pools' stride: the head size, filled up with zeros.
 template <int D>
 struct Fragment {
   uint32_t w[D / 16];
@@ -41,8 +42,8 @@ struct PoolView {
   const float* scales;
   int count;
 
-  HA_DEVICE PoolView(const Pools& pools, int64_t slice, int64_t head_dim)
-      : values(pools.values + slice * pools.count * head_dim), scales(pools.scales + slice * pools.count), count(int(pools.count)) {}
+  HA_DEVICE PoolView(const Pools& pools, int64_t slice)
+      : values(pools.values + slice * pools.count * pools.stride), scales(pools.scales + slice * pools.count), count(int(pools.count)) {}
 };
 
 // Up to 16 query pools as A operand: pool `first` + row; those at or past `stop` or not there are skipped (factor NaN).
@@ -219,7 +220,7 @@ HA_DEVICE void score_blocks(const PoolView& q, const PoolView& k, const Block& b
 }
 
 template <int D>
-HA_KERNEL(kSelectThreads, D == 64 ? 6 : 5) select_kernel(const HA_CONSTANT SelectArgs args) {
+HA_KERNEL(kSelectThreads, D == 64 ? 6 : D == 128 ? 5 : 4) select_kernel(const HA_CONSTANT SelectArgs args) {
   const Geometry g(args.p);
   const SelectConfig& config = args.config;
   const int warp = thread_index() / 32, lane = thread_index() % 32;
@@ -242,7 +243,7 @@ HA_KERNEL(kSelectThreads, D == 64 ? 6 : 5) select_kernel(const HA_CONSTANT Selec
   int32_t* const list = kept + mine * config.kept;
 
   if (config.supers) {
-    const PoolView q(args.q_coarse, slice, D), k(args.k_coarse, kv_slice, D);
+    const PoolView q(args.q_coarse, slice), k(args.k_coarse, kv_slice);
     const int64_t first = group * config.blocks * (g.a.block_size / kCoarsePool) - floor_div(g.first(), kCoarsePool);
     score_supers<D>(args, infos, q, k, int(first), super_scores, warp, lane);
     sync_block();
@@ -253,7 +254,7 @@ HA_KERNEL(kSelectThreads, D == 64 ? 6 : 5) select_kernel(const HA_CONSTANT Selec
   }
   uint32_t* const scores = block_scores + mine * config.entries;
   if (block.present) {
-    const PoolView q(args.q_fine, slice, D), k(args.k_fine, kv_slice, D);
+    const PoolView q(args.q_fine, slice), k(args.k_fine, kv_slice);
     const int per_block = g.a.block_size / g.a.pool_size;
     const int64_t first = query_block * per_block - floor_div(g.first(), g.a.pool_size);
     score_blocks<D>(q, k, block, list, int(first), per_block, scores, part, parts, lane);
@@ -263,7 +264,7 @@ HA_KERNEL(kSelectThreads, D == 64 ? 6 : 5) select_kernel(const HA_CONSTANT Selec
   const Range tiles = g.query_blocks();
   const int entries = block.entries();
   const int count = min(g.a.num_blocks, count_at_least(scores, entries, 1, lane));
-  int32_t* const out = args.blocks + (slice * tiles.size() + query_block - tiles.start) * g.a.num_blocks;
+  int32_t* const out = args.plan + (slice * tiles.size() + query_block - tiles.start) * g.a.num_blocks;
   for (int i = count + lane; i < g.a.num_blocks; i += 32) out[i] = -1;
   if (count) keep_best(scores, entries, count, lane, [&](int rank, int e) { out[rank] = block.key_block(list, e); });
 }
@@ -277,8 +278,10 @@ void launch_instance(const SelectArgs& args) {
 }  // namespace
 
 void launch_select(const SelectArgs& args) {
-  if (args.p.head_dim == 64) return launch_instance<64>(args);
-  if (args.p.head_dim == 128) return launch_instance<128>(args);
+#define HA_CASE(D) \
+  if (args.q_fine.stride == D) return launch_instance<D>(args);
+  HA_POOL_STRIDES(HA_CASE)
+#undef HA_CASE
 }
 
 }  // namespace ha
