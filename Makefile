@@ -1,4 +1,4 @@
-# make demo | test | test-tensorrt | native | lint | clean. README.md says what each gives.
+# make demo | test | test-tensorrt | verify-status | native | lint | clean. README.md says what each gives.
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell command -v $(p) > /dev/null 2>&1 && \
   $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null && echo $(p))))
 BIN := .venv/bin
@@ -8,7 +8,7 @@ MODEL := models/byte-lm-4m
 TEXT := tests/data/heldout.txt
 PACKAGE := $(shell find hyperattention export validate -type f -not -path '*/lib/*' -not -name '*.pyc')
 
-.PHONY: demo test test-tensorrt test-gpu lint native clean help
+.PHONY: demo test test-tensorrt test-gpu verify-status lint native clean help
 
 help:
 	@sed -n 1p Makefile
@@ -68,6 +68,10 @@ test-tensorrt: $(NATIVE) .deps/tensorrt/10.6/.installed .deps/tensorrt/11.2/.ins
 run-tensorrt-%:
 	HYPERATTENTION_NO_SKIP=1 HYPERATTENTION_TENSORRT_VERSION=$* LD_LIBRARY_PATH=$(CURDIR)/.deps/tensorrt/$*/lib \
 	  PYTHONPATH=.:$(CURDIR)/.deps/tensorrt/$*/site $(BIN)/python -m pytest -m "tensorrt and not gpu"
+
+# Whether docs/gpu_verification.json is of the present plugins/.
+verify-status: .venv/.installed
+	@PYTHONPATH=. $(BIN)/python tests/gpu/collect.py --status
 
 clean:
 	rm -rf build out hyperattention/lib
