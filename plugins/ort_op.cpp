@@ -1,4 +1,6 @@
 // ONNX Runtime's custom op HyperAttention: its kernels by provider and element type, and the library's entry point.
+#include <algorithm>
+#include <cstdio>
 #include <mutex>
 
 #include "ort_kernel.h"
@@ -9,7 +11,15 @@ namespace {
 
 // Release 1.18 brought KernelInfoGetAllocator and KernelContext_GetScratchBuffer.
 constexpr uint32_t kOldestApi = 18;
-uint32_t api_version = 0;
+// Before release 1.24 ONNX Runtime ends the process when it readies shape inference of a custom op for a node whose optional
+// input has an empty name; there the op goes without, and shapes are those that the file declares.
+constexpr unsigned kSafeInference = 24;
+
+struct Host {
+  uint32_t api_version = 0;
+  bool infers_shapes = false;
+};
+Host host;  // set once, before the first op is made
 
 // One kernel of the op. ONNX Runtime merges kernels of one name into one schema: Q, K, V and O take any of their element types,
 // and O's type is that of the kernel whose input types match.
@@ -18,7 +28,8 @@ struct Op : Ort::CustomOpBase<Op, Kernel, true> {
 
   Op(const char* provider, ONNXTensorElementDataType type, HaDtype dtype, Make make)
       : provider_(provider), type_(type), dtype_(dtype), make_(make) {
-    version = api_version;  // the host refuses a newer one than its own
+    version = host.api_version;  // ONNX Runtime refuses a newer one than its own
+    if (!host.infers_shapes) return;
     InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) -> OrtStatus* {
       return guarded([&] { infer_shapes(context); });
     };
@@ -62,11 +73,14 @@ OrtCustomOpDomain* make_domain() {
   return domain;
 }
 
-// The newest interface that both this library's headers and the host know; null when the host's is too old.
+// The newest interface that both this library's headers and the host know; null when the host's is too old. Release 1.x has
+// interface x; asking for a newer one would print a complaint.
 const OrtApi* negotiate(const OrtApiBase* base) {
-  for (api_version = ORT_API_VERSION; api_version >= kOldestApi; --api_version)
-    if (const OrtApi* api = base->GetApi(api_version)) return api;
-  return nullptr;
+  unsigned major = 0, minor = 0;
+  std::sscanf(base->GetVersionString(), "%u.%u", &major, &minor);
+  host.infers_shapes = major > 1 || minor >= kSafeInference;
+  host.api_version = major > 1 ? ORT_API_VERSION : std::min<uint32_t>(ORT_API_VERSION, minor);
+  return host.api_version < kOldestApi ? nullptr : base->GetApi(host.api_version);
 }
 
 OrtStatus* refuse(const OrtApiBase* base) {
