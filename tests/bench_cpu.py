@@ -1,9 +1,10 @@
 """Times the op in ONNX Runtime on the processor against ONNX Runtime's exact attention ops, in one run.
 
-    python tests/bench_cpu.py [--lengths 4096 16384 32768] [--threads 2] [--repeats 5] [--json FILE]
+    python tests/bench_cpu.py [--full] [--lengths 4096 16384 32768] [--threads 2] [--repeats 5] [--json FILE]
 
-Causal, fp32, normal inputs, batch 1. Every op is checked before it is timed: the exact ones against PyTorch's exact
-attention, ours against the reference on its last rows. Then all of them run in turn, `repeats` times; the table has medians.
+Causal (`--full`: without a mask), fp32, normal inputs, batch 1. Every op is checked before it is timed: the exact ones against
+PyTorch's exact attention, `blocks` against the reference on its last rows, `paper` on its first head. Then all of them run
+in turn, `repeats` times; the table has medians.
 Ops that hold every logit at once are left out where that takes more than half of the free memory, and the table says so.
 """
 
@@ -14,7 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,14 +38,15 @@ class Problem:
 
     heads: int
     head_dim: int
+    causal: bool
     q: np.ndarray
     k: np.ndarray
     v: np.ndarray
 
     @classmethod
-    def random(cls, length: int, heads: int, head_dim: int) -> "Problem":
+    def random(cls, length: int, heads: int, head_dim: int, causal: bool) -> "Problem":
         torch.manual_seed(length)
-        return cls(heads, head_dim, *(torch.randn(1, heads, length, head_dim).numpy() for _ in "qkv"))
+        return cls(heads, head_dim, causal, *(torch.randn(1, heads, length, head_dim).numpy() for _ in "qkv"))
 
     @property
     def length(self) -> int:
@@ -58,18 +60,22 @@ class Problem:
 
     def exact(self) -> torch.Tensor:
         q, k, v = (torch.from_numpy(x) for x in (self.q, self.k, self.v))
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
 
 
 @dataclass(frozen=True)
 class Op:
-    """One ONNX op: how its node looks, what it is fed, and whether it holds all logits at once."""
+    """One ONNX op: how its node looks, what it is fed, and whether it holds all logits at once; `preset` for ours."""
 
     name: str
     node: Callable[[Problem], dict]
     packed: bool
     quadratic: bool
-    config: Config | None = None
+    preset: str | None = None
+    causal_only: bool = False
+
+    def config(self, p: Problem) -> Config | None:
+        return configured(self.preset, p) if self.preset else None
 
     def extra(self, p: Problem) -> dict[str, np.ndarray]:
         if self.name != "GroupQueryAttention":
@@ -95,13 +101,19 @@ class Op:
         return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def ours(config: Config) -> Callable[[Problem], dict]:
-    return lambda p: {"op": OP_TYPE, "domain": DOMAIN, **config.attributes()}
+def configured(preset: str, p: Problem) -> Config:
+    return replace(PRESETS[preset], causal=int(p.causal))
+
+
+def ours(preset: str) -> Op:
+    def node(p: Problem) -> dict:
+        return {"op": OP_TYPE, "domain": DOMAIN, **configured(preset, p).attributes()}
+
+    return Op(f"HyperAttention {preset}", node, packed=False, quadratic=False, preset=preset)
 
 
 OPS = [
-    Op("HyperAttention blocks", ours(PRESETS["blocks"]), packed=False, quadratic=False, config=PRESETS["blocks"]),
-    Op("HyperAttention exact", ours(PRESETS["exact"]), packed=False, quadratic=False, config=PRESETS["exact"]),
+    *(ours(preset) for preset in ("blocks", "paper", "exact")),
     Op(
         "GroupQueryAttention",
         lambda p: {
@@ -110,16 +122,17 @@ OPS = [
         },
         packed=True,
         quadratic=False,
+        causal_only=True,
     ),
     Op(
         "MultiHeadAttention",
-        lambda p: {"op": "MultiHeadAttention", "domain": MICROSOFT, "num_heads": p.heads, "unidirectional": 1},
+        lambda p: {"op": "MultiHeadAttention", "domain": MICROSOFT, "num_heads": p.heads, "unidirectional": int(p.causal)},
         packed=True,
         quadratic=True,
     ),
-    Op("Attention-23", lambda p: {"op": "Attention", "domain": "", "is_causal": 1}, packed=False, quadratic=True),
+    Op("Attention-23", lambda p: {"op": "Attention", "domain": "", "is_causal": int(p.causal)}, packed=False, quadratic=True),
 ]  # fmt: skip
-BASELINE = "GroupQueryAttention"
+BASELINES = {True: "GroupQueryAttention", False: "HyperAttention exact"}  # causal or not
 
 
 class Runner:
@@ -140,13 +153,17 @@ class Runner:
 
     def check(self, exact: torch.Tensor) -> float:
         """Largest deviation from what the op should give; SystemExit when that is too much."""
-        o, p, config = self(), self.p, self.op.config
+        o, p, config = self(), self.p, self.op.config(self.p)
         self.seconds.clear()
         if config is None or config.is_exact(p.length, p.length):
             deviation = (o - exact).abs().max().item()
-        else:  # the last rows as a chunk see the same keys
-            q, k, v = (torch.from_numpy(x) for x in (p.q[:, :, -CHECKED_ROWS:], p.k, p.v))
-            deviation = (o[:, :, -CHECKED_ROWS:] - attention(q, k, v, config).o).abs().max().item()
+        else:
+            q, k, v = (torch.from_numpy(x) for x in (p.q, p.k, p.v))
+            if config.selector == "blocks":  # the last rows as a chunk see the same keys
+                q, o = q[:, :, -CHECKED_ROWS:], o[:, :, -CHECKED_ROWS:]
+            else:  # a row's place in its node depends on all the others
+                q, k, v, o = (x[:, :1] for x in (q, k, v, o))
+            deviation = (o - attention(q, k, v, config).o).abs().max().item()
         if not deviation <= TOLERANCE:
             raise SystemExit(f"{self.op.name} at {p.length} is off by {deviation:.3g}; allowed is {TOLERANCE:.3g}: nothing was timed")
         return deviation
@@ -165,10 +182,12 @@ def processor() -> str:
 
 def measure(length: int, arguments: argparse.Namespace) -> list[dict]:
     """One row per op at this length; ops that do not fit have no seconds but a reason."""
-    p = Problem.random(length, arguments.heads, arguments.head_dim)
+    p = Problem.random(length, arguments.heads, arguments.head_dim, not arguments.full)
     exact = p.exact()
     rows, runners = [], {}
     for op in OPS:
+        if op.causal_only and arguments.full:
+            continue
         row = {"op": op.name, "length": length}
         logits = 4 * arguments.heads * length**2
         if op.quadratic and 2 * logits > free_memory() / 2:
@@ -180,7 +199,7 @@ def measure(length: int, arguments: argparse.Namespace) -> list[dict]:
     for _ in range(arguments.repeats):
         for runner in runners.values():
             runner()
-    baseline = statistics.median(runners[BASELINE].seconds)
+    baseline = statistics.median(runners[BASELINES[p.causal]].seconds)
     for row in rows:
         if row["op"] in runners:
             seconds = runners[row["op"]].seconds
@@ -190,6 +209,7 @@ def measure(length: int, arguments: argparse.Namespace) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="without the causal mask")
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384, 32768])
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=64)
@@ -199,8 +219,8 @@ def main() -> None:
     arguments = parser.parse_args()
     machine = {"processor": processor(), "onnxruntime": ort.__version__, "build": build_info(ort_library_path())["build_id"]}
     print(f"{machine['processor']}, {arguments.threads} threads, ONNX Runtime {machine['onnxruntime']}, batch 1, {arguments.heads} heads, "
-          f"D={arguments.head_dim}, causal, fp32, medians of {arguments.repeats}\n")  # fmt: skip
-    print(f"| length | op | seconds | against {BASELINE} | deviation |\n|---|---|---|---|---|")
+          f"D={arguments.head_dim}, {'full' if arguments.full else 'causal'}, fp32, medians of {arguments.repeats}\n")  # fmt: skip
+    print(f"| length | op | seconds | against {BASELINES[not arguments.full]} | deviation |\n|---|---|---|---|---|")
     rows = []
     for length in arguments.lengths:
         for row in measure(length, arguments):
@@ -210,7 +230,7 @@ def main() -> None:
                 told = f"{row['seconds']:.3f} | {row['speedup']:.2f}x | {row['deviation']:.1e} |"
             print(f"| {length} | {row['op']} | {told}", flush=True)
     if arguments.json:
-        shown = {name: getattr(arguments, name) for name in ("heads", "head_dim", "threads", "repeats")}
+        shown = {name: getattr(arguments, name) for name in ("full", "heads", "head_dim", "threads", "repeats")}
         arguments.json.write_text(json.dumps({"machine": machine, **shown, "rows": rows}, indent=1) + "\n")
 
 
