@@ -25,7 +25,7 @@ def sorted_config(**changes) -> Config:
 
 @dataclass(frozen=True)
 class Case:
-    """One problem; its inputs follow from `fill` alone, in float64."""
+    """One problem; its inputs follow from shape, `fill` and `seed` alone, in float64."""
 
     name: str
     seq_q: int = 203
@@ -35,6 +35,7 @@ class Case:
     dims: tuple[int, int] = (8, 8)  # D, Dv
     lengths: tuple[int, ...] | None = None
     fill: str = "normal"
+    seed: int = 0  # of the inputs
 
     def __str__(self) -> str:
         heads, dims = "x".join(map(str, self.heads)), "x".join(map(str, self.dims))
@@ -45,7 +46,7 @@ class Case:
         return len(self.lengths) if self.lengths else 1
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        rng = torch.Generator().manual_seed(self.seq_q * 1009 + self.seq_k)
+        rng = torch.Generator().manual_seed(self.seq_q * 1009 + self.seq_k + self.seed * 1_000_003)
         q = torch.randn(self.batch, self.heads[0], self.seq_q, self.dims[0], generator=rng, dtype=torch.float64)
         k = torch.randn(self.batch, self.heads[1], self.seq_k, self.dims[0], generator=rng, dtype=torch.float64)
         v = torch.randn(self.batch, self.heads[1], self.seq_k, self.dims[1], generator=rng, dtype=torch.float64)
@@ -67,6 +68,13 @@ class Case:
             k[:, :, 16:35, 0] = float("nan")  # all of key block 1 and a pool of block 2
             k[:, :, 60, 1], k[:, :, 101, 2], k[:, :, 128:160] = float("inf"), -float("inf"), float("nan")
             q[:, :, 70, 3], q[:, :, 176:192] = float("nan"), float("inf")  # a pool, and all of query block 11
+        elif self.fill == "scattered":  # a few rows that are not finite, anywhere
+            for x in (q, k):
+                for value in (float("nan"), float("inf"), -float("inf")):
+                    x[torch.rand(x.shape, generator=rng) < 0.02 / max(1, self.dims[0])] = value
+        elif self.fill == "padding":  # nothing may come from behind the lengths
+            for b, length in enumerate(self.lengths or ()):
+                k[b, :, max(0, length) :], v[b, :, max(0, length) :] = float("nan"), float("inf")
         elif self.fill == "large":
             q, k = q * 30, k * 30
         else:
