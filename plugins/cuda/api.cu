@@ -110,13 +110,11 @@ void attend(const HaParams& p) {
     const Workspace w = workspace(g);
     args.lse = reinterpret_cast<float*>(scratch(p, w.bytes) + w.lse);
   }
-  require(!g.sorts() || g.exact(), HA_UNSUPPORTED, "attention over sorted nodes is not built into this library yet; use selector blocks");
+  const int padded = padded_head(g.head_dim, g.head_dim_v);
 #define HA_CASE(T, DTYPE, P) \
-  if (p.dtype == DTYPE && p.head_dim == P && p.head_dim_v == P) return launch_attend<T, P>(args);
+  if (p.dtype == DTYPE && padded == P) return launch_attend<T, P>(args);
   HA_ATTEND_INSTANCES(HA_CASE)
 #undef HA_CASE
-  throw Error(HA_UNSUPPORTED, "attention has no kernel for head sizes " + std::to_string(p.head_dim) + " and " + std::to_string(p.head_dim_v) +
-                                  " of dtype " + std::to_string(p.dtype) + " yet");
 }
 
 void forward(HaParams p) {

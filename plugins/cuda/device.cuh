@@ -66,6 +66,12 @@ HA_DEVICE void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
                : "memory");
 }
 
+HA_DEVICE uint32_t load_word(uint32_t address) {
+  uint32_t y;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(y) : "r"(address) : "memory");
+  return y;
+}
+
 // c[16 x 8] += a[16 x 16] b[16 x 8] in fp32.
 template <class T>
 HA_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
@@ -80,6 +86,18 @@ HA_DEVICE void multiply_add<Half>(float (&c)[4], const uint32_t (&a)[4], uint32_
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// c[16 x 8] += a[16 x 8] b[8 x 8] of fp32 words, of which the product sees 10 bits of mantissa.
+HA_DEVICE void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// x rounded to what multiply_add_tf32 sees of it.
+HA_DEVICE uint32_t round_tf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
 }
 // c[16 x 8] += a[16 x 32] b[32 x 8] of int8 in int32.
 HA_DEVICE void multiply_add_int8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -129,6 +147,7 @@ HA_DEVICE float to_float(Half x) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
   return y;
 }
+HA_DEVICE float to_float(float x) { return x; }
 template <class T>
 HA_DEVICE T load_once(const T* source) {
   return __ldg(source);

@@ -1,5 +1,6 @@
 // What each kernel is launched with, and the one table of kernel instances that dispatch and instantiation share.
 #pragma once
+#include "attend_config.h"
 #include "launch_config.h"
 
 namespace ha {
@@ -7,12 +8,12 @@ namespace ha {
 struct Half;
 struct Bfloat16;
 
-// X(element type, HaDtype, head size): one attend_*.cu file each.
-#define HA_ATTEND_INSTANCES(X) \
-  X(Half, HA_FLOAT16, 64)      \
-  X(Half, HA_FLOAT16, 128)     \
-  X(Bfloat16, HA_BFLOAT16, 64) \
-  X(Bfloat16, HA_BFLOAT16, 128)
+// X(element type, HaDtype, padded head size): one attend_*.cu file each.
+#define HA_ATTEND_SIZES(X, T, DTYPE) X(T, DTYPE, 32) X(T, DTYPE, 64) X(T, DTYPE, 96) X(T, DTYPE, 128) X(T, DTYPE, 192) X(T, DTYPE, 256)
+#define HA_ATTEND_INSTANCES(X)         \
+  HA_ATTEND_SIZES(X, Half, HA_FLOAT16) \
+  HA_ATTEND_SIZES(X, Bfloat16, HA_BFLOAT16) \
+  HA_ATTEND_SIZES(X, float, HA_FLOAT32)
 
 // X(element type, HaDtype) of everything that reads Q and K before attention.
 #define HA_ELEMENT_TYPES(X) X(float, HA_FLOAT32) X(Half, HA_FLOAT16) X(Bfloat16, HA_BFLOAT16)

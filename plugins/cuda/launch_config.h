@@ -7,56 +7,6 @@ namespace ha {
 // Head sizes, of values too: rows are read in pieces of 16 bytes.
 constexpr int kHeadStep = 8, kHeadMost = 256;
 
-// --- attention ------------------------------------------------------------------------------------------------------
-
-constexpr int kTileRows = 128;  // query positions of one block of threads
-constexpr int kTileKeys = 64;   // keys of one step
-constexpr int kAttendThreads = 128;
-constexpr int kWarpRows = 32;
-constexpr int kStepRing = 4;  // steps that are described, and whose key lists are held, at once
-constexpr int kStepBytes = 32, kRowInfoBytes = 8, kWalkBytes = 256;
-
-// Buffers that keys and values pass through: the most that let two blocks (64: three) share a multiprocessor.
-HA_INLINE constexpr int attend_buffers(int head_dim) { return head_dim == 64 ? 4 : 3; }
-
-// Byte offsets in shared memory.
-struct AttendShared {
-  int ring, walk, rows, steps, keys, bias, chosen, counts, bytes;  // the queries lie at 0
-};
-
-struct AttendConfig {
-  int64_t first_tile, tiles;  // position tiles of kTileRows that hold a row
-  int query_blocks;           // query blocks that one tile may touch; 0 on the exact path
-  AttendShared shared;
-};
-
-// Query blocks of `block` positions that a tile of kTileRows positions, cut at its multiples, may touch.
-HA_INLINE int blocks_per_tile(int block) {
-  if (kTileRows % block == 0) return kTileRows / block;
-  if (block % kTileRows == 0) return 1;
-  return (kTileRows + block - 2) / block + 1;
-}
-
-HA_INLINE AttendConfig attend_config(const Geometry& g) {
-  AttendConfig c{};
-  const Range tiles = g.tiles(kTileRows);
-  c.first_tile = tiles.start;
-  c.tiles = tiles.size();
-  c.query_blocks = g.exact() ? 0 : blocks_per_tile(g.a.block_size);
-  const int row_bytes = int(g.head_dim) * 2;
-  AttendShared& s = c.shared;
-  s.ring = kTileRows * row_bytes;
-  s.walk = s.ring + attend_buffers(int(g.head_dim)) * kTileKeys * row_bytes;
-  s.rows = s.walk + kWalkBytes;
-  s.steps = s.rows + kTileRows * kRowInfoBytes;
-  s.keys = s.steps + kStepRing * kStepBytes;
-  s.bias = s.keys + (g.exact() ? 0 : kStepRing * kTileKeys * 4);
-  s.chosen = s.bias + kStepRing * c.query_blocks * kTileKeys * 4;
-  s.counts = s.chosen + c.query_blocks * g.a.num_blocks * 4;
-  s.bytes = s.counts + c.query_blocks * 4;
-  return c;
-}
-
 // --- selection ------------------------------------------------------------------------------------------------------
 
 // Bytes from one quantised pool to the next, X(bytes): the head size filled up to whole tensor-core operands.

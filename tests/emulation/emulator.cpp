@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kWarp = 32, kMaxThreads = 1024;
 constexpr size_t kStack = 256 * 1024;
+constexpr uint32_t kBelowTf32 = 0x1fff;  // bits of an fp32 word that a TF32 product ignores
 
 struct Copy {
   uint32_t target;
@@ -261,6 +262,12 @@ void copy_wait(int pending) {
 
 void load_matrices(uint32_t (&r)[4], uint32_t address) { matrices(r, address, false); }
 void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) { matrices(r, address, true); }
+uint32_t load_word(uint32_t address) {
+  if (address % 4 || address + 4 > block.shared.size()) fail("ld.shared outside shared memory");
+  uint32_t word;
+  std::memcpy(&word, block.base + address, 4);
+  return word;
+}
 
 template <class T>
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -272,6 +279,19 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 }
 template void multiply_add<Half>(float (&)[4], const uint32_t (&)[4], uint32_t, uint32_t);
 template void multiply_add<Bfloat16>(float (&)[4], const uint32_t (&)[4], uint32_t, uint32_t);
+
+void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  give(c, a, b0, b1);
+  warp_operation([](Lane* lanes) {
+    matrix_product<1, float>(lanes, [](uint32_t x, uint32_t y, int) { return bits_float(x & ~kBelowTf32) * bits_float(y & ~kBelowTf32); });
+  });
+  std::memcpy(c, lane().out, 16);
+}
+uint32_t round_tf32(float x) {
+  const uint32_t bits = float_bits(x);
+  const bool finite = (bits >> 23 & 0xff) != 0xff;
+  return (finite ? bits + (kBelowTf32 + 1) / 2 : bits) & ~kBelowTf32;  // ties away from zero
+}
 
 void multiply_add_int8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   give(c, a, b0, b1);

@@ -35,8 +35,11 @@ void copy_wait() {
 
 void load_matrices(uint32_t (&r)[4], uint32_t address);
 void load_matrices_transposed(uint32_t (&r)[4], uint32_t address);
+uint32_t load_word(uint32_t address);
 template <class T>
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+uint32_t round_tf32(float x);
 void multiply_add_int8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
 float shuffle_xor(float x, int mask);
@@ -56,6 +59,7 @@ uint32_t float_bits(float x);
 float bits_float(uint32_t x);
 float to_float(Bfloat16 x);
 float to_float(Half x);
+inline float to_float(float x) { return x; }
 template <class T>
 uint32_t pack(float low, float high);
 

@@ -1,0 +1,193 @@
+// The walk of a tile of consecutive query positions (rules 6 to 9, 13 to 16, 19): everything of `blocks` and of the exact path, local
+// part and sinks of `sortlsh`.
+#pragma once
+#include "walk.cuh"
+
+namespace ha {
+
+// Everything about one tile that does not change between steps; lies in shared memory, because registers are short.
+// Positions and keys fit int: the sequence is below 2^31.
+template <class S>
+struct PositionWalk {
+  static constexpr bool kConsecutive = true;  // rows of the tile, and keys of some steps
+
+  HaAttributes a;
+  bool exact, listed, stored;
+  int length, head, first, first_row, last_row;  // positions of the tile and of its first and last query row
+  int row0;                                      // position of query row 0
+  int warp_first[S::kWarps], warp_last[S::kWarps];  // positions of each warp's rows; first > last: it has none
+  int query_blocks, first_query_block;              // query blocks the tile may touch
+  int sampled_local;                                // the tile's first local block that has samples
+  int local_start, local_steps, sink_steps, heavy_steps, sample_list_steps, total;
+  int32_t* chosen;  // [query_blocks][num_blocks]
+  int32_t* counts;  // [query_blocks]
+
+  HA_DEVICE int far(int position) const {
+    if (exact) return 0;
+    if (!a.causal) return length;
+    if (position < 0) return 0;
+    const int64_t c = position / a.local_size - a.local_overlap;
+    return c > 0 ? int(c * a.local_size) : 0;
+  }
+
+  HA_DEVICE int sample_candidates(int local_block) const {
+    const int far = a.causal ? max(0, local_block - a.local_overlap) * a.local_size : length;
+    return max(0, min(far, length) - a.sinks);
+  }
+
+  HA_DEVICE bool pairs() const { return S::kPairs && a.block_size == S::kKeys; }
+
+  // One thread fills in tile `tile` of a batch row and head ...
+  HA_DEVICE void start(const HaParams& p, const AttendConfig& config, const Geometry& g, int64_t tile, int64_t batch, int64_t head_) {
+    a = g.a;
+    exact = g.exact();
+    listed = config.query_blocks > 0;
+    stored = config.stored;
+    length = int(g.length(p.lengths, batch));
+    head = int(head_);
+    first = first_position(config, tile);
+    row0 = int(g.first());
+    first_row = max(first, row0);
+    last_row = int(min64(int64_t(first) + S::kTileRows, g.first() + g.seq_q) - 1);
+    for (int w = 0; w < S::kWarps; ++w) {
+      warp_first[w] = max(first + w * S::kWarpRows, first_row);
+      warp_last[w] = min(first + w * S::kWarpRows + S::kWarpRows - 1, last_row);
+    }
+    query_blocks = config.query_blocks;
+    first_query_block = int(floor_div(first, a.block_size));
+  }
+
+  // Causal: the longest first.
+  HA_DEVICE static int first_position(const AttendConfig& config, int64_t tile) {
+    return int((config.first_tile + config.tiles - 1 - tile) * S::kTileRows);
+  }
+  // Row index of the tile's row `slot`, before the walk has started.
+  HA_DEVICE static int row_index(const AttendConfig& config, const Geometry& g, int64_t tile, int slot) {
+    const int64_t index = int64_t(first_position(config, tile)) + slot - g.first();
+    return index >= 0 && index < g.seq_q ? int(index) : -1;
+  }
+
+  // ... then some threads read the plan of the tile's query blocks, up to the first entry that is no key block ...
+  HA_DEVICE void read_plan(const HaParams& p, const Geometry& g, int64_t slice, int q) {
+    const Range blocks = g.query_blocks();
+    const int64_t query_block = int64_t(first_query_block) + q, limit = ceil_div(g.seq_k, a.block_size);
+    int count = 0;
+    if (query_block >= blocks.start && query_block < blocks.stop) {
+      const int32_t* const row = p.plan + (slice * blocks.size() + query_block - blocks.start) * a.num_blocks;
+      for (int block; count < a.num_blocks && (block = row[count]) >= 0 && block < limit; ++count)
+        chosen[q * a.num_blocks + count] = block;
+    }
+    counts[q] = count;
+  }
+
+  HA_DEVICE Row row(const Geometry& g, int slot) const {
+    const int position = first + slot;
+    const bool present = position >= first_row && position <= last_row;
+    return {far(position), listed ? (position - first_query_block * a.block_size) / a.block_size : 0, present ? position - row0 : -1,
+            present && stored && g.levels_of(position, length) != 0};
+  }
+
+  // ... and one thread counts the steps.
+  HA_DEVICE void plan_steps(const Geometry& g) {
+    const int stop = a.causal ? min(last_row + 1, length) : length;
+    local_start = exact ? 0 : far(first_row);
+    local_steps = exact || a.causal ? steps_of<S::kKeys>(stop - local_start) : 0;
+    sink_steps = heavy_steps = sampled_local = 0;
+    sample_list_steps = steps_of<S::kKeys>(a.sample_size);
+    total = local_steps;
+    if (exact) return;
+    sink_steps = steps_of<S::kKeys>(min(a.sinks, min(far(last_row), length)));
+    total += sink_steps;
+    if (!listed) return;
+    if (pairs()) {
+      heavy_steps = 2 * max(counts[0], counts[1]);
+    } else {
+      for (int q = 0; q < query_blocks; ++q) heavy_steps += steps_of<S::kKeys>(counts[q] * a.block_size);
+    }
+    const int last_local = int(g.local_block(last_row));
+    sampled_local = int(g.local_block(first_row));
+    while (sampled_local <= last_local && sample_candidates(sampled_local) == 0) ++sampled_local;
+    total += heavy_steps + sample_list_steps * (last_local - sampled_local + 1);
+  }
+
+  // Which consecutive keys the row of warp row `slot` sees; `limit` = its first key that is not local.
+  HA_DEVICE Bounds bounds(Part part, int slot, int limit) const { return bounds_at(part, first + slot, limit); }
+  HA_DEVICE Bounds bounds_at(Part part, int position, int limit) const {
+    if (part == Part::kLocal) return {limit, a.causal ? min(position + 1, length) : length};
+    return {part == Part::kSinks ? 0 : a.sinks, min(part == Part::kSinks ? min(a.sinks, limit) : limit, length)};
+  }
+  HA_DEVICE bool masks_listed() const { return false; }  // the biases say it all
+
+  HA_DEVICE void describe(int j, Step& step) const {
+    if (j < local_steps + sink_steps) {
+      step.part = j < local_steps ? Part::kLocal : Part::kSinks;
+      step.lower = j < local_steps ? local_start + j * S::kKeys : (j - local_steps) * S::kKeys;
+      step.upper = step.lower + S::kKeys / 2;
+      return;
+    }
+    j -= local_steps + sink_steps;
+    if (j < heavy_steps && pairs()) {
+      step.part = Part::kPair;
+      const int at = j / 2, part = j % 2 * (S::kKeys / 2);
+      step.lower = at < counts[0] ? chosen[at] * S::kKeys + part : -1;
+      step.upper = at < counts[1] ? chosen[a.num_blocks + at] * S::kKeys + part : -1;
+    } else if (j < heavy_steps) {
+      step.part = Part::kList;
+      for (int steps; j >= (steps = steps_of<S::kKeys>(counts[step.owner] * a.block_size)); ++step.owner) j -= steps;
+      step.lower = j * S::kKeys;
+    } else {
+      step.part = Part::kSample;
+      j -= heavy_steps;
+      step.owner = sampled_local + j / sample_list_steps;
+      step.lower = j % sample_list_steps * S::kKeys;
+    }
+  }
+
+  HA_DEVICE Mode mode(const Step& step, int w) const {
+    const int from = warp_first[w], to = warp_last[w];
+    if (from > to) return Mode::kSkip;
+    if (step.part == Part::kSample) return Mode::kBiased;
+    if (step.part == Part::kList) {
+      const int start = (first_query_block + step.owner) * a.block_size;
+      return to >= start && from < start + a.block_size ? Mode::kBiased : Mode::kSkip;
+    }
+    // Both bounds grow with the position.
+    const bool pair = step.part == Part::kPair;
+    const int start = pair && w >= S::kWarps / 2 ? step.upper : step.lower, stop = start + (pair ? S::kKeys / 2 : S::kKeys);
+    const Bounds low = bounds_at(step.part, from, far(from)), high = bounds_at(step.part, to, far(to));
+    if (start < 0 || start >= high.high || stop <= low.low) return Mode::kSkip;
+    return start >= high.low && stop <= low.high ? Mode::kPlain : Mode::kMasked;
+  }
+
+  // Entry `slot` of a kList or kSample step: writes its key (-1 = none) and its bias for query blocks q0, q0 + stride, ...
+  // (-inf = masked), in units of logits before `factor` turns them into base 2.
+  HA_DEVICE void write_entry(const Step& step, int slot, int q0, int stride, float factor, int32_t* keys, float* bias) const {
+    const int at = step.lower + slot;
+    int key = -1;
+    float weight = 1.0f;
+    if (step.part == Part::kList) {
+      const int limit = min(far((first_query_block + step.owner) * a.block_size), length);
+      if (at < counts[step.owner] * a.block_size)
+        key = chosen[step.owner * a.num_blocks + at / a.block_size] * a.block_size + at % a.block_size;
+      if (key < a.sinks || key >= limit) key = -1;
+    } else if (at < a.sample_size) {
+      const Sample sample = draw_sample(a, sample_candidates(step.owner), at, head, a.causal ? int64_t(step.owner) * a.local_size : 0);
+      key = int(sample.key);
+      weight = sample.weight;
+    }
+    if (q0 == 0) keys[slot] = key;
+    const float value = log2f(weight) / factor;
+    for (int q = q0; q < query_blocks; q += stride) {
+      bool visible = key >= 0;
+      if (step.part == Part::kList) {
+        visible = visible && q == step.owner;
+      } else {
+        visible = visible && (!a.causal || (first_query_block + q) * a.block_size / a.local_size == step.owner);
+        for (int i = 0; i < counts[q] && visible; ++i) visible = chosen[q * a.num_blocks + i] != key / a.block_size;
+      }
+      bias[q * S::kKeys + slot] = visible ? value : -INFINITY;
+    }
+  }
+};
+
+}  // namespace ha
