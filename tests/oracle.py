@@ -85,9 +85,10 @@ def attention(q, k, v, config: Config, lengths, plan: Plan) -> tuple[np.ndarray,
             if not len(w):
                 continue
             keys, values = (x[b, head_kv, :length].astype(np.float64) for x in (k, v))
-            logits = np.where(w > 0, scale * (q[b, h, seen].astype(np.float64) @ keys.T), -np.inf)
+            # einsum: the problems are small, and a BLAS library's threads would only wait for each other.
+            logits = np.where(w > 0, scale * np.einsum("id,jd->ij", q[b, h, seen].astype(np.float64), keys), -np.inf)
             largest = logits.max(1, keepdims=True)
             e = w * np.exp(logits - largest)
-            o[b, h, seen] = e @ values / e.sum(1, keepdims=True)
+            o[b, h, seen] = np.einsum("ij,jd->id", e, values) / e.sum(1, keepdims=True)
             lse[b, h, seen] = largest[:, 0] + np.log(e.sum(1))
     return o, lse

@@ -107,17 +107,15 @@ def fill_plan(q: np.ndarray, k: np.ndarray, rows: Rows, blocks: np.ndarray, inde
 def weights(rows: Rows, blocks: np.ndarray, index: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Weight of every (row, key) pair of one head under its plan: [Sq, Sk] float64 (6, 9, 16, 19)."""
     c, j = rows.config, np.arange(rows.seq_k)
-    tile_at = {t: at for at, t in enumerate(rows.tiles(c.block_size))}
+    picked = {tile: np.isin(j // c.block_size, blocks[at]) for at, tile in enumerate(rows.tiles(c.block_size))}
     local_at = {t: at for at, t in enumerate(rows.local_blocks())}
     w = rows.near()
     for i in range(rows.seq_q):
         position = rows.first + i
-        candidate = (j >= c.sinks) & (j < min(rows.far(position), rows.length))
-        heavy = candidate & np.isin(j // c.block_size, blocks[tile_at[position // c.block_size]])
+        heavy = picked[position // c.block_size] & (j >= c.sinks) & (j < min(rows.far(position), rows.length))
         assert not w[i, heavy].any(), "parts overlap"
         w[i, heavy] = 1
-        taken, at = w[i] > 0, local_at[rows.local_block(position)]
-        for key, slice_length in zip(index[at], weight[at]):
-            if key >= 0 and not taken[key]:
-                w[i, key] += slice_length
+        at = local_at[rows.local_block(position)]
+        free = (index[at] >= 0) & (w[i, index[at]] == 0)
+        np.add.at(w[i], index[at, free], weight[at, free])
     return w

@@ -103,15 +103,16 @@ def weights(rows: Rows, row_order: np.ndarray, key_order: np.ndarray, index: np.
         live = sum(not rows.dead(rows.first + i) for i in node.rows)
         row_blocks, key_blocks = max(1, -(-live // b)), -(-len(node.keys) // b)
         taken = min(c.num_blocks, key_blocks)
-        samples = [(int(s), x) for s, x in zip(index[at], weight[at]) if s >= 0]
+        drawn = index[at] >= 0
+        places, slices = index[at, drawn], weight[at, drawn]
         for place, i in enumerate(own_rows):
             centre = min((2 * (place // b) + 1) * key_blocks // (2 * row_blocks), key_blocks - 1)
             first = min(max(centre - taken // 2, 0), key_blocks - taken)
             far = rows.far(rows.first + int(i))
-            heavy = [key for key in own_keys[first * b : (first + taken) * b] if key < far]
+            heavy = own_keys[first * b : (first + taken) * b]
+            heavy = heavy[heavy < far]
             assert not w[i, heavy].any(), "parts overlap"
             w[i, heavy] = 1
-            for s, slice_length in samples:
-                if not first <= s // b < first + taken and own_keys[s] < far:
-                    w[i, own_keys[s]] += slice_length
+            free = ((places // b < first) | (places // b >= first + taken)) & (own_keys[places] < far)
+            np.add.at(w[i], own_keys[places[free]], slices[free])
     return w

@@ -127,10 +127,11 @@ class Tolerance:
     @classmethod
     def of(cls, case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray, dtype: torch.dtype) -> "Tolerance":
         """fp32 logits and sums, probabilities and O in `dtype`; padding takes no part."""
-        k, v = (np.where(np.isfinite(x), x, 0) for x in (k, v))
-        largest = max((np.abs(q[b, h]) @ np.abs(k[b, h * len(k[b]) // len(q[b])]).T).max(initial=0) for b, h in np.ndindex(q.shape[:2]))
-        logit = 4 * EPS32 * (largest * case.config.resolved_scale(case.dims[0]) + 16)
-        return cls(float(np.abs(v).max(initial=0)) * (2 * logit + 2 * torch.finfo(dtype).eps), logit)
+        norms = [np.sqrt(np.square(np.where(np.isfinite(x), x, 0)).sum(-1)).max(initial=0) for x in (q, k)]
+        largest = norms[0] * norms[1] * case.config.resolved_scale(case.dims[0])  # of a logit, and of the sum of its terms' sizes
+        logit = 4 * EPS32 * (largest + 16)
+        value = np.abs(v[np.isfinite(v)]).max(initial=0)
+        return cls(value * (2 * logit + 2 * torch.finfo(dtype).eps), logit)
 
 
 def _assert_close(found: Tensor, wanted: np.ndarray, tolerance: float, what: str) -> None:

@@ -29,6 +29,15 @@ def library() -> Library:
     return load_cpu()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These problems are tiny: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.native
 @pytest.mark.parametrize("seed", range(300))
 def test_kernels_equal_oracle(seed: int) -> None:
