@@ -12,16 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hyperattention.config import DOMAIN, OP_TYPE, VERSION
+from hyperattention.config import OP_TYPE
 from hyperattention.errors import EnvironmentFault
 from hyperattention.export.engine_log import BuildLog, Progress, Share, make_logger, make_monitor
-from hyperattention.library import build_info
+from hyperattention.export.engine_plugin import register_plugin
 
 if TYPE_CHECKING:
     from hyperattention.export.plan import ExportPlan
 
 ONNX_FILE, ENGINE_FILE, CACHE_FILE, LOG_FILE = "model.trt.onnx", "model.engine", "timing.cache", "build.log"
-_registered: list[str] = []  # build id of the library this process has registered
 
 
 @dataclass(frozen=True)
@@ -56,31 +55,6 @@ def runtime_available() -> str | None:
     if int(trt.__version__.split(".")[0]) < 10:
         return f"TensorRT is {trt.__version__}; the plugin takes 10.6 or newer"
     return None
-
-
-def register_plugin(library: Path) -> None:
-    """Puts the library's creator into TensorRT's plugin registry; once a process, however often it is called.
-
-    Raises EnvironmentFault where it cannot be loaded, or where a different build of it has been registered before.
-    """
-    import tensorrt as trt
-
-    build = str(build_info(library)["build_id"])
-    registry = trt.get_plugin_registry()
-    key = (OP_TYPE, str(VERSION), DOMAIN)
-    if registry.get_creator(*key) is None:
-        # TensorRT's own messages go to standard error: load_library takes no logger.
-        if registry.load_library(str(library)) is None or registry.get_creator(*key) is None:
-            raise EnvironmentFault(
-                f"TensorRT {trt.__version__} did not take the plugin library {library.name}; "
-                f"rebuild it with `make native`; `hyperattention doctor` says more"
-            )
-        _registered[:] = [build]
-    elif _registered and _registered != [build]:
-        raise EnvironmentFault(
-            f"this process has registered build {_registered[0]} of the plugin, {library.name} is build {build}; "
-            f"use one of them, or another process"
-        )
 
 
 def build_engine(

@@ -2,33 +2,19 @@
 #pragma once
 #include <NvInferRuntime.h>
 
-#include <atomic>
 #include <cstdio>
 
 #include "config.h"
+#include "trt_host.h"
 
 namespace ha::trt {
-
-// Given by the plugin registry when it loads the library; null where the library was opened by other means.
-inline std::atomic<nvinfer1::ILoggerFinder*> logger_finder{nullptr};
 
 // Writes "HyperAttention[layer]: text", to standard error where TensorRT has given no logger. Allocates nothing: it also
 // reports that memory ran out.
 inline void log(nvinfer1::ILogger::Severity severity, const char* layer, const char* text) noexcept {
   char line[1024];
   std::snprintf(line, sizeof(line), "HyperAttention[%s]: %s", layer, text);
-  nvinfer1::ILogger* logger = nullptr;
-  if (nvinfer1::ILoggerFinder* finder = logger_finder.load()) {
-    try {
-      logger = finder->findLogger();
-    } catch (...) {
-      logger = nullptr;
-    }
-  }
-  if (logger)
-    logger->log(severity, line);
-  else
-    std::fprintf(stderr, "%s\n", line);
+  if (!log_line(severity, line)) std::fprintf(stderr, "%s\n", line);
 }
 
 // Runs a function that throws: 0, or an error status after logging what was found and what is allowed.

@@ -1,9 +1,8 @@
 // TensorRT's view of the operator: IPluginV3 "HyperAttention", version "1", namespace "hyperattention".
 //
-// Inputs Q, K, V (float16 or bfloat16, linear) and optionally lengths (int32 [batch]); outputs O and, with the field
-// with_lse, LSE (float32). The plugin registry finds it through getCreators, so libnvinfer is not linked. Every method
-// that TensorRT calls is a noexcept shell that logs the reason and returns an error status.
-#include <NvInferRuntime.h>
+// Inputs Q, K, V (float16, bfloat16 or float32, linear) and optionally lengths (int32 [batch]); outputs O and, with the field
+// with_lse, LSE (float32). Every method that TensorRT calls is a noexcept shell that logs the reason and returns an error status.
+#include "trt_plugin.h"
 
 #include <algorithm>
 
@@ -37,10 +36,11 @@ void check_counts(const Fields& fields, int32_t inputs, int32_t outputs) {
 }
 
 int32_t dtype_of(DataType type) {
+  if (type == DataType::kFLOAT) return HA_FLOAT32;
   if (type == DataType::kHALF) return HA_FLOAT16;
   if (type == DataType::kBF16) return HA_BFLOAT16;
   throw Error(HA_UNSUPPORTED, "Q, K, V have TensorRT data type " + std::to_string(static_cast<int32_t>(type)) +
-                                  "; the CUDA kernels take float16 (1) or bfloat16 (7): export with --dtype fp16 or bf16");
+                                  "; the kernels take float32 (0), float16 (1) or bfloat16 (7): export with --dtype fp32, fp16 or bf16");
 }
 
 // The problem that the shapes pose, checked; without tensors. `lengths` is null where the node has none.
@@ -60,6 +60,14 @@ HaParams problem(const Fields& fields, DataType type, const Dims& q, const Dims&
   params.attributes = fields.attributes;
   check(params);
   return params;
+}
+
+// The hash of the sources, out of ha_build_info.
+std::string build_id() {
+  constexpr char key[] = "\"build_id\": \"";
+  const std::string info = ha_build_info();
+  const size_t at = info.find(key) + sizeof(key) - 1;
+  return info.substr(at, info.find('"', at) - at);
 }
 
 size_t workspace_of(const HaParams& params) {
@@ -96,7 +104,7 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
  public:
   Plugin(const Fields& fields, std::string layer)
       : fields_(fields), layer_(std::move(layer)), selector_(selector_name(fields.attributes.selector)), description_(describe(fields)),
-        metadata_(std::string(kName) + " " + description_) {}
+        metadata_(std::string(kName) + " build=" + build_id() + " " + description_) {}
 
   IPluginCapability* getCapabilityInterface(PluginCapabilityType type) noexcept override {
     if (type == PluginCapabilityType::kCORE) return static_cast<IPluginV3OneCore*>(this);
@@ -115,16 +123,12 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
 
   int32_t getNbOutputs() const noexcept override { return 1 + fields_.with_lse; }
   const char* getTimingCacheID() noexcept override { return description_.c_str(); }
-  // Shown by the engine inspector, where the name tells our layers from others.
+  // Shown by the engine inspector, where the name tells our layers from others; the build tells which library is registered.
   const char* getMetadataString() noexcept override { return metadata_.c_str(); }
 
   int32_t getOutputDataTypes(DataType* out, int32_t outputs, const DataType* in, int32_t inputs) const noexcept override {
     return guarded(layer(), [&] {
       check_counts(fields_, inputs, outputs);
-      // A network that is not strongly typed may still be cast to a type that the kernels take: say it, go on.
-      if (in[0] == DataType::kFLOAT)
-        log(ILogger::Severity::kWARNING, layer(),
-            "Q is float32; the CUDA kernels take float16 or bfloat16, so a strongly typed build fails: export with --dtype fp16 or bf16");
       out[0] = in[0];
       if (fields_.with_lse) out[1] = DataType::kFLOAT;
     });
@@ -153,7 +157,8 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
     if (status != HA_OK || position < 0 || position >= inputs + outputs) return false;
     const PluginTensorDesc& tensor = tensors[position].desc;
     if (tensor.format != TensorFormat::kLINEAR) return false;
-    if (position == 0) return tensor.type == DataType::kHALF || tensor.type == DataType::kBF16;
+    if (position == 0)
+      return tensor.type == DataType::kFLOAT || tensor.type == DataType::kHALF || tensor.type == DataType::kBF16;
     if (position == kLengths && inputs > kLengths) return tensor.type == DataType::kINT32;
     if (position == inputs + 1) return tensor.type == DataType::kFLOAT;
     return tensor.type == tensors[0].desc.type;
@@ -247,14 +252,10 @@ class Creator final : public IPluginCreatorV3One {
 };
 
 }  // namespace
-}  // namespace ha::trt
 
-// The two entry points that IPluginRegistry::loadLibrary looks for.
-extern "C" HA_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) noexcept {
-  static ha::trt::Creator creator;
-  static nvinfer1::IPluginCreatorInterface* const creators[] = {&creator};
-  count = 1;
-  return creators;
+IPluginCreatorInterface& creator() {
+  static Creator instance;
+  return instance;
 }
 
-extern "C" HA_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept { ha::trt::logger_finder = finder; }
+}  // namespace ha::trt

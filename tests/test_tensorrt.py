@@ -10,19 +10,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorrt_builds import HEADERS, OWN, native_checks, plugin_library
 
 from hyperattention.config import DOMAIN, OP_TYPE, Config
 from hyperattention.errors import BuildFailed, EnvironmentFault, UsageError
 from hyperattention.export import engine
 from hyperattention.export.engine_log import BuildLog, Share, make_logger, make_monitor
+from hyperattention.export.engine_plugin import register_plugin, registered_build
 from hyperattention.export.plan import ExportPlan
-from hyperattention.library import trt_library_path
+from hyperattention.library import build_info, trt_library_path
 
 KEY = (OP_TYPE, "1", DOMAIN)
-ROOT = Path(__file__).resolve().parent.parent
 # The checks of tests/trt_fields_test.cpp; it lists them itself.
 NATIVE_CHECKS = (
-    "cache_id contexts field_forms formats output_shapes refused_fields refused_shapes serialised_fields workspace"
+    "accepted_shapes cache_id contexts field_forms formats layouts output_shapes random_workspace refused_fields refused_shapes "
+    "serialised_fields workspace"
 ).split()
 
 
@@ -45,12 +47,16 @@ BAD = (
     Bad("flag", {"causal": 2}, "causal is 2; it takes an integer from 0 to 1"),
     Bad("scale", {"scale": -0.5}, "scale is -0.5"),
     Bad("nan-scale", {"scale": float("nan")}, "scale is nan; it takes 0 for 1/sqrt(head size), or a number from 1e-20 to 1e+20"),
-    Bad("selector", {"selector": "nearest"}, "selector is 'nearest'; it takes one of blocks"),
+    Bad("selector", {"selector": "nearest"}, "selector is 'nearest'; it takes one of blocks, sortlsh"),
     Bad("pools", {"pool_size": 3}, "block_size 64 is not a multiple of pool_size 3"),
     Bad("local", {"local_size": 1000}, "local_size 1000 is not a multiple of block_size 64"),
 )
 
-GOOD = {"defaults": Config(), "changed": Config(causal=0, scale=0.25, block_size=32, pool_size=8, seed=2**31 - 1).exact()}
+GOOD = {
+    "defaults": Config(),
+    "changed": Config(causal=0, scale=0.25, block_size=32, pool_size=8, seed=2**31 - 1).exact(),
+    "sortlsh": Config(selector="sortlsh", block_size=48, pool_size=5, local_size=1000, num_projections=16),
+}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +66,7 @@ def trt():
 
 @pytest.fixture(scope="module")
 def creator(trt):
-    engine.register_plugin(trt_library_path())
+    register_plugin(trt_library_path())
     return trt.get_plugin_registry().get_creator(*KEY)
 
 
@@ -124,60 +130,48 @@ def test_refused_fields(trt, creator, bad: Bad, capfd: pytest.CaptureFixture[str
 
 
 @pytest.mark.tensorrt
-def test_loading_twice(trt, creator) -> None:
-    registry = trt.get_plugin_registry()
-    engine.register_plugin(trt_library_path())
-    assert registry.load_library(str(trt_library_path())) is None  # TensorRT's own answer
-    assert [c.name for c in registry.all_creators].count(OP_TYPE) == 1
-    assert _create(trt, registry.get_creator(*KEY), {"block_size": 32}) is not None
+def test_registered_build(trt, creator) -> None:
+    """The plugin says which library it is from."""
+    assert registered_build(trt) == build_info(trt_library_path())["build_id"]
 
 
 @pytest.mark.tensorrt
 def test_loading_another_build(trt, creator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_registered", ["another"])
+    monkeypatch.setattr("hyperattention.export.engine_plugin.registered_build", lambda trt: "another")
     with pytest.raises(EnvironmentFault, match="has registered build another"):
-        engine.register_plugin(trt_library_path())
+        register_plugin(trt_library_path())
 
 
 @pytest.mark.tensorrt
 def test_loading_no_library(trt, tmp_path: Path) -> None:
     (tmp_path / "lib.so").write_bytes(b"not a library")
     with pytest.raises(EnvironmentFault, match="cannot be loaded"):
-        engine.register_plugin(tmp_path / "lib.so")
+        register_plugin(tmp_path / "lib.so")
 
 
 # --- the plugin without TensorRT -------------------------------------------------------------------------------------
 
 
-def _library() -> Path:
-    try:
-        return trt_library_path()
-    except EnvironmentFault as error:
-        pytest.skip(f"libhyperattention_trt.so: {error}")
-
-
-@pytest.fixture(scope="module")
-def native_test() -> Path:
-    built = sorted(ROOT.glob("build/*/trt_fields_test"), key=lambda p: p.stat().st_mtime)
-    if not built:
-        pytest.skip("build/*/trt_fields_test is not built: make native (it needs the TensorRT headers and a CUDA 13 compiler)")
-    return built[-1]
+@pytest.fixture(scope="module", params=HEADERS, ids=lambda headers: f"headers-{headers}")
+def native_test(request: pytest.FixtureRequest) -> list[str]:
+    """The native checks and the library under test, both against the same headers."""
+    return [str(native_checks(request.param)), str(plugin_library(request.param))]
 
 
 @pytest.mark.parametrize("check", NATIVE_CHECKS)
-def test_native(native_test: Path, check: str) -> None:
-    done = subprocess.run([native_test, _library(), check], capture_output=True, text=True, timeout=60)
+def test_native(native_test: list[str], check: str) -> None:
+    done = subprocess.run([*native_test, check], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_native_checks_are_all_run(native_test: Path) -> None:
-    listed = subprocess.run([native_test, _library()], capture_output=True, text=True, timeout=60).stdout.split()
+def test_native_checks_are_all_run(native_test: list[str]) -> None:
+    listed = subprocess.run(native_test, capture_output=True, text=True, timeout=60).stdout.split()
     assert listed == NATIVE_CHECKS
 
 
 def test_linkage() -> None:
     """TensorRT's two entry points and the C interface are exported, nothing of ours else; TensorRT is not linked."""
-    library = _library()
+    library = plugin_library(OWN)
     needed = subprocess.run(["readelf", "-dW", library], capture_output=True, text=True, check=True).stdout
     assert "NEEDED" in needed and "nvinfer" not in needed and "libcuda" not in needed
     symbols = subprocess.run(["readelf", "--dyn-syms", "-W", library], capture_output=True, text=True, check=True).stdout

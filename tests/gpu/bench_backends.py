@@ -31,7 +31,7 @@ class TensorRTBackend:
     def __init__(self, config: Config, heads: Heads, longest: int) -> None:
         import tensorrt as trt  # pyright: ignore[reportMissingImports]
 
-        from hyperattention.export.engine import register_plugin
+        from hyperattention.export.engine_plugin import register_plugin
 
         register_plugin(trt_library_path())
         shapes = tuple((1, heads.q, n, heads.dim) for n in (1, min(8192, longest), longest))

@@ -24,8 +24,9 @@ import torch
 from engine_parts import Heads, Runner, build, compare, op_model, random_inputs, token_model
 
 from hyperattention.config import Config
-from hyperattention.export.engine import build_engine, layer_names, load_engine, register_plugin
+from hyperattention.export.engine import build_engine, layer_names, load_engine
 from hyperattention.export.engine_log import BuildLog, make_logger
+from hyperattention.export.engine_plugin import register_plugin
 from hyperattention.export.plan import ExportPlan
 from hyperattention.library import build_info, trt_library_path
 
