@@ -1,4 +1,4 @@
-# make demo | test | test-tensorrt | verify-status | native | lint | clean. README.md says what each gives.
+# make demo | test | test-tensorrt | test-package | verify-status | native | lint | clean. README.md says what each gives.
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell command -v $(p) > /dev/null 2>&1 && \
   $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null && echo $(p))))
 BIN := .venv/bin
@@ -8,7 +8,7 @@ MODEL := models/byte-lm-4m
 TEXT := tests/data/heldout.txt
 PACKAGE := $(shell find hyperattention export validate -type f -not -path '*/lib/*' -not -name '*.pyc')
 
-.PHONY: demo test test-tensorrt test-gpu verify-status lint native clean help
+.PHONY: demo test test-tensorrt test-gpu test-package verify-status lint native clean help
 
 help:
 	@sed -n 1p Makefile
@@ -52,12 +52,22 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 
 test: lint $(NATIVE)
-	$(PYTEST) -m "not tensorrt and not gpu"
+	$(PYTEST) -m "not tensorrt and not gpu and not package"
+
+# Builds the sdist and, in isolation, a wheel from it; the wheel is installed and used elsewhere.
+test-package: .venv/.installed
+	$(PYTEST) -m package
 
 test-gpu: $(NATIVE)
 	$(PYTEST) -m gpu
 
-test-tensorrt: $(NATIVE) .deps/tensorrt/10.6/.installed .deps/tensorrt/11.2/.installed
+# The plugin once more, against the headers of 11.4: either library has to run in either release.
+build/dev/headers-11.4/.built: $(NATIVE)
+	$(BIN)/cmake -S . -B build/dev -DHYPERATTENTION_TENSORRT_VARIANTS=11.4 --log-level=NOTICE
+	$(BIN)/cmake --build build/dev
+	@touch $@
+
+test-tensorrt: build/dev/headers-11.4/.built .deps/tensorrt/10.6/.installed .deps/tensorrt/11.2/.installed
 	$(MAKE) --no-print-directory run-tensorrt-10.6
 	$(MAKE) --no-print-directory run-tensorrt-11.2
 

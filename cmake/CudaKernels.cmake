@@ -1,8 +1,25 @@
 # hyperattention_cuda: the CUDA kernels and their C interface as objects. Whoever links it also gets its headers and the static
 # CUDA runtime; libcuda is not linked, so both libraries load on a machine without a driver.
+# HYPERATTENTION_HEAD_SIZES leaves instances of the attention kernel out, three files a size: a build for one GPU and one head size
+# takes a fraction of the time.
 file(GLOB sources CONFIGURE_DEPENDS plugins/cuda/*.cu)
+set(known 32 64 96 128 192 256)
+set(bits 0)
+foreach(size IN LISTS HYPERATTENTION_HEAD_SIZES)
+  list(FIND known "${size}" place)
+  if(place EQUAL -1)
+    message(FATAL_ERROR "HYPERATTENTION_HEAD_SIZES has '${size}'; it takes a list of ${known}")
+  endif()
+  math(EXPR bits "${bits} | (1 << ${place})")
+endforeach()
+foreach(size IN LISTS known)
+  if(NOT size IN_LIST HYPERATTENTION_HEAD_SIZES)
+    list(FILTER sources EXCLUDE REGEX "/attend_[a-z0-9]+_${size}\\.cu$")
+  endif()
+endforeach()
 add_library(hyperattention_cuda OBJECT ${sources})
 target_include_directories(hyperattention_cuda PRIVATE plugins)
+target_compile_definitions(hyperattention_cuda PRIVATE HA_HEAD_SIZES=${bits})
 target_include_directories(hyperattention_cuda SYSTEM INTERFACE "${HA_CUDA_INCLUDE_DIR}")
 target_link_directories(hyperattention_cuda INTERFACE "${HA_CUDA_LIBRARY_DIR}")
 target_link_libraries(hyperattention_cuda INTERFACE cudart_static dl rt pthread)

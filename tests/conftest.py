@@ -15,7 +15,11 @@ from hyperattention.errors import EnvironmentFault
 from hyperattention.library import ort_library_path, trt_library_path
 
 NO_SKIP = os.environ.get("HYPERATTENTION_NO_SKIP") == "1"
-LEFT_OUT = {"tensorrt": "make test-tensorrt runs them", "gpu": "make test-gpu runs them on a machine with a CUDA device"}
+LEFT_OUT = {
+    "tensorrt": "make test-tensorrt runs them",
+    "gpu": "make test-gpu runs them on a machine with a CUDA device",
+    "package": "make test-package runs them",
+}
 _left_out: Counter[str] = Counter()
 
 

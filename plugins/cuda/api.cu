@@ -23,6 +23,9 @@ void check_supported(const HaParams& p) {
   };
   size("head_dim", p.head_dim);
   size("head_dim_v", p.head_dim_v);
+  require(padded_head(p.head_dim, p.head_dim_v), HA_UNSUPPORTED,
+          "head sizes are " + std::to_string(p.head_dim) + " and " + std::to_string(p.head_dim_v) + "; this build has CUDA kernels up to " +
+              std::to_string(largest_head()) + ": build with more HYPERATTENTION_HEAD_SIZES");
 }
 
 void require_pointer(const void* pointer, int64_t elements, const char* name) {
@@ -111,8 +114,10 @@ void attend(const HaParams& p) {
     args.lse = reinterpret_cast<float*>(scratch(p, w.bytes) + w.lse);
   }
   const int padded = padded_head(g.head_dim, g.head_dim_v);
-#define HA_CASE(T, DTYPE, P) \
-  if (p.dtype == DTYPE && padded == P) return launch_attend<T, P>(args);
+#define HA_CASE(T, DTYPE, P)                                               \
+  if constexpr (has_padded_head(P)) {                                      \
+    if (p.dtype == DTYPE && padded == P) return launch_attend<T, P>(args); \
+  }
   HA_ATTEND_INSTANCES(HA_CASE)
 #undef HA_CASE
 }

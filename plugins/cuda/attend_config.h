@@ -8,10 +8,31 @@ constexpr int kMostAttendWarps = 8;
 constexpr int kStepRing = 4;  // steps that are described, and whose key lists are held, at once
 constexpr int kStepBytes = 48, kRowInfoBytes = 16, kWalkBytes = 384;
 
-// The padded head size of the kernels that take these sizes: the smallest instance that holds both.
-HA_INLINE int padded_head(int64_t head_dim, int64_t head_dim_v) {
-  const int64_t size = max64(head_dim, head_dim_v);
-  return size <= 32 ? 32 : size <= 64 ? 64 : size <= 96 ? 96 : size <= 128 ? 128 : size <= 192 ? 192 : 256;
+// Head sizes that there are kernels for. A build may leave some out (HYPERATTENTION_HEAD_SIZES of CMakeLists.txt): HA_HEAD_SIZES
+// has a bit for each that is built, and problems of the others are padded further.
+constexpr int kPaddedHeads[] = {32, 64, 96, 128, 192, 256};
+#ifndef HA_HEAD_SIZES
+#define HA_HEAD_SIZES 63
+#endif
+constexpr bool has_padded_head(int padded) {
+  for (int i = 0; i < 6; ++i) {
+    if (kPaddedHeads[i] == padded) return (HA_HEAD_SIZES >> i & 1) != 0;
+  }
+  return false;
+}
+constexpr int largest_head() {
+  int largest = 0;
+  for (const int padded : kPaddedHeads) largest = has_padded_head(padded) ? padded : largest;
+  return largest;
+}
+static_assert(largest_head() > 0, "HYPERATTENTION_HEAD_SIZES names no head size");
+
+// The padded head size of the kernels that take these sizes: the smallest instance that holds both, or 0.
+inline int padded_head(int64_t head_dim, int64_t head_dim_v) {
+  for (const int padded : kPaddedHeads) {
+    if (has_padded_head(padded) && max64(head_dim, head_dim_v) <= padded) return padded;
+  }
+  return 0;
 }
 
 // How one block of threads works: warps of `warp_rows` query rows each, steps of `keys` keys, a ring of `buffers` that keys and
