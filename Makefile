@@ -1,4 +1,4 @@
-# make demo | test | test-tensorrt | test-package | verify-status | native | lint | clean. README.md says what each gives.
+# make demo | test | test-tensorrt | test-onnxruntime | test-package | verify-status | native | lint | clean. README.md says what each gives.
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell command -v $(p) > /dev/null 2>&1 && \
   $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null && echo $(p))))
 BIN := .venv/bin
@@ -8,7 +8,7 @@ MODEL := models/byte-lm-4m
 TEXT := tests/data/heldout.txt
 PACKAGE := $(shell find hyperattention export validate -type f -not -path '*/lib/*' -not -name '*.pyc')
 
-.PHONY: demo test test-tensorrt test-gpu test-package verify-status lint native clean help
+.PHONY: demo test test-tensorrt test-onnxruntime test-gpu test-package verify-status lint native clean help
 
 help:
 	@sed -n 1p Makefile
@@ -78,6 +78,18 @@ test-tensorrt: build/dev/headers-11.4/.built .deps/tensorrt/10.6/.installed .dep
 run-tensorrt-%:
 	HYPERATTENTION_NO_SKIP=1 HYPERATTENTION_TENSORRT_VERSION=$* LD_LIBRARY_PATH=$(CURDIR)/.deps/tensorrt/$*/lib \
 	  PYTHONPATH=.:$(CURDIR)/.deps/tensorrt/$*/site $(BIN)/python -m pytest -m "tensorrt and not gpu"
+
+test-onnxruntime: $(NATIVE) $(patsubst %,.deps/onnxruntime/%/.installed,1.20 1.24 1.31)
+	$(MAKE) --no-print-directory run-onnxruntime-1.20
+	$(MAKE) --no-print-directory run-onnxruntime-1.24
+	$(MAKE) --no-print-directory run-onnxruntime-1.31
+
+.deps/onnxruntime/%/.installed: .ci/fetch_onnxruntime | .venv/.installed
+	.ci/fetch_onnxruntime $* .deps/onnxruntime/$* $(BIN)/python
+	@touch $@
+
+run-onnxruntime-%:
+	HYPERATTENTION_ONNXRUNTIME_VERSION=$* PYTHONPATH=$(CURDIR)/.deps/onnxruntime/$*:. $(BIN)/python -m pytest tests/test_ort.py
 
 # Whether docs/gpu_verification.json is of the present plugins/.
 verify-status: .venv/.installed
