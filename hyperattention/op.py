@@ -1,7 +1,8 @@
 """The operator as a torch.library op: `torch.ops.hyperattention.attention`, and `attention` which takes a Config.
 
-The processor runs the reference; CUDA runs the kernel library for fp16 and bf16 on the current stream, and the
-reference for fp32 and fp64, which the kernels do not take. Inference only: there is no backward.
+The processor runs the reference. CUDA runs the kernel library on the current stream for fp16, bf16 and fp32 and head sizes that
+are multiples of 8 up to 256, and the reference for fp64 and other head sizes, which the kernels do not take. Inference only:
+there is no backward.
 """
 
 from __future__ import annotations
@@ -14,7 +15,14 @@ from hyperattention.config import Config
 from hyperattention.selection import Geometry
 
 _NAME = "hyperattention::attention"
-_KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_HEAD_STEP, _HEAD_MOST = 8, 256
+
+
+def _has_kernel(q: Tensor, v: Tensor) -> bool:
+    """Whether CUDA kernels take this dtype and these head sizes (plugins/cuda/launch_config.h has the same limits)."""
+    sizes = (q.shape[-1], v.shape[-1])
+    return q.is_cuda and q.dtype in _KERNEL_DTYPES and all(0 < d <= _HEAD_MOST and d % _HEAD_STEP == 0 for d in sizes)
 
 
 @torch.library.custom_op(_NAME, mutates_args=())
@@ -55,7 +63,7 @@ def _attention(
         seed=seed,
     )
     Geometry.of(q, k, v, config, lengths)
-    if q.is_cuda and q.dtype in _KERNEL_DTYPES:
+    if _has_kernel(q, v):
         from hyperattention.library import load_cuda
 
         return load_cuda().forward(q, k, v, config, lengths)

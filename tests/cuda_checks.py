@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import dataclass, replace
 
 import torch
 from native import (
     KERNEL_CASES,
+    SORTED_KERNEL_CASES,
     Inputs,
     Stages,
     assert_equal_bits,
@@ -17,16 +19,19 @@ from native import (
     inputs,
     pool_sizes,
 )
-from operator_cases import PLAN_ONLY, Case
+from operator_cases import PLAN_ONLY, SORTED_PLAN_ONLY, Case, config, sorted_config
+from random_cases import check_random_case
 
+from hyperattention.config import PRESETS, Config
+from hyperattention.library import load_cuda
 from hyperattention.native import Library
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """An operator case in a head size and dtype that the CUDA kernels take."""
+    """An operator case in head sizes and a dtype that the CUDA kernels take."""
 
     case: Case
     dtype: str
@@ -40,26 +45,50 @@ class Problem:
         return replace(x, q=x.q.to(device), k=x.k.to(device), v=x.v.to(device), lengths=lengths)
 
 
-def problems(cases: list[Case], head_dim: int, dtype: str) -> list[Problem]:
-    """The cases at one head size, each once."""
-    return [Problem(case, dtype) for case in dict.fromkeys(replace(case, dims=(head_dim, head_dim)) for case in cases)]
+def problems(cases: list[Case], dims: tuple[int, int], dtype: str) -> list[Problem]:
+    """The cases in one pair of head sizes, each once."""
+    return [Problem(case, dtype) for case in dict.fromkeys(replace(case, dims=dims) for case in cases)]
 
 
-PROBLEMS = problems(KERNEL_CASES, 64, "bf16") + problems(KERNEL_CASES, 128, "fp16")
-PLAN_PROBLEMS = problems(PLAN_ONLY, 64, "bf16") + problems(PLAN_ONLY, 128, "fp16")
+# Every rule in head sizes that fill their tiles and in one that does not.
+_SIZES = (((64, 64), "bf16"), ((128, 128), "fp16"), ((40, 72), "fp32"))
+PROBLEMS = [p for dims, dtype in _SIZES for p in problems(KERNEL_CASES + SORTED_KERNEL_CASES, dims, dtype)]
+PLAN_PROBLEMS = [p for dims, dtype in _SIZES for p in problems(PLAN_ONLY + SORTED_PLAN_ONLY, dims, dtype)]
+
+# Every kernel instance, and head sizes at, below and across their edges, in every dtype.
+HEAD_SIZES = [(d, d) for d in (8, 32, 40, 64, 72, 96, 104, 128, 160, 192, 200, 256)] + [(192, 128), (64, 72), (8, 256), (256, 8)]
+_BLOCKS = replace(PRESETS["blocks"], exact_below=0, local_size=128, sample_size=70, num_blocks=3, sinks=70)
+_SORTED = replace(PRESETS["paper"], exact_below=0, local_size=128, sample_size=70, block_size=48, num_blocks=2, sinks=10)
+HEAD_SIZE_CASES = [
+    Case("head-size", 97, 300, _BLOCKS, lengths=(277,)),
+    Case("head-size-sorted", 130, 300, _SORTED, lengths=(291,)),
+    Case("head-size-exact", 70, 131, Config().exact(), lengths=(129,)),
+]
+HEAD_SIZE_PROBLEMS = [p for dims in HEAD_SIZES for dtype in DTYPES for p in problems(HEAD_SIZE_CASES, dims, dtype)]
+
+PADDING = {
+    "approximate": config(),
+    "approximate-non-causal": config(causal=0),
+    "sorted": sorted_config(),
+    "sorted-overlap": sorted_config(local_overlap=1),
+    "sorted-non-causal": sorted_config(causal=0),
+    "exact": config(exact_below=4096),
+    "exact-non-causal": config(exact_below=4096, causal=0),
+}
 
 
 def check_plan(library: Library, problem: Problem, device: str) -> None:
-    """Pools, blocks and samples, bit for bit."""
+    """Pools (`blocks`), what the selector chose, and samples, bit for bit."""
     case, dtype = problem.case, DTYPES[problem.dtype]
     stages = Stages(library, problem.inputs(device), case.config)
-    for side in ("queries", "keys"):
-        for rows in pool_sizes(case):
-            found = stages.pool(side, rows)
-            for name, mine, wanted in zip(("values", "factors"), found, expected_pools(case, dtype, side, rows), strict=True):
-                assert_equal_bits(mine.cpu(), wanted, f"{name} of {side} in pools of {rows}")
+    if case.config.selector == "blocks":
+        for side in ("queries", "keys"):
+            for rows in pool_sizes(case):
+                found = stages.pool(side, rows)
+                for name, mine, wanted in zip(("values", "factors"), found, expected_pools(case, dtype, side, rows), strict=True):
+                    assert_equal_bits(mine.cpu(), wanted, f"{name} of {side} in pools of {rows}")
     plan = expected_plan(case, dtype)
-    assert_equal_bits(stages.select().cpu(), plan.selection, "blocks")
+    assert_equal_bits(stages.select().cpu(), plan.selection, "selection")
     index, weight = stages.samples()
     assert_equal_bits(index.cpu(), plan.sample_index, "sample index")
     assert_equal_bits(weight.cpu(), plan.sample_weight, "sample weight")
@@ -77,11 +106,11 @@ def check_attention(library: Library, problem: Problem, device: str) -> None:
         assert_equal_bits(again, mine, f"{name} of forward")
 
 
-def check_padding(library: Library, case: Case, poison: float, device: str) -> None:
+def check_padding(library: Library, c: Config, poison: float, device: str) -> None:
     """What lies past the lengths changes no bit of a live row."""
+    case = Case("padding", 203, 203, c, (2, 1), (64, 64), (150, 203, 1))
     clean = Problem(case, "bf16").inputs(device)
     q, k, v = clean.q.clone(), clean.k.clone(), clean.v.clone()
-    assert case.lengths and case.seq_q == case.seq_k
     live = (torch.arange(case.seq_k) < torch.tensor(case.lengths)[:, None]).to(device)
     for x in (q, k, v):
         x.transpose(1, 2)[~live] = poison
@@ -89,3 +118,20 @@ def check_padding(library: Library, case: Case, poison: float, device: str) -> N
     found, wanted = (Stages(library, x, case.config).forward() for x in (dirty, clean))
     for name, mine, theirs in zip(("o", "lse"), found, wanted, strict=True):
         assert_equal_bits(mine.transpose(1, 2)[live], theirs.transpose(1, 2)[live], name)
+
+
+def check_without_lse(library: Library, problem: Problem, device: str) -> None:
+    """A caller that wants no LSE gets the same O (with `sortlsh` rows' sums then lie in the workspace)."""
+    case = problem.case
+    stages = Stages(library, problem.inputs(device), case.config)
+    assert_equal_bits(stages.forward_without_lse(), stages.forward()[0], "o")
+
+
+def random_failure(seed: int) -> str:
+    """What is wrong with one random problem on the GPU; empty when nothing. For worker processes."""
+    torch.set_num_threads(1)
+    try:
+        check_random_case(load_cuda(), seed, "cuda")
+    except Exception:
+        return traceback.format_exc()
+    return ""

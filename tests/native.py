@@ -167,6 +167,10 @@ class Stages:
     def forward(self) -> tuple[Tensor, Tensor]:
         return self._attention(self.library._forward, None)
 
+    def forward_without_lse(self) -> Tensor:
+        g = self.x.geometry
+        return self._run(self.library._forward, None, {"out": ((g.batch, g.heads_q, g.seq_q, g.head_dim_v), self.x.q.dtype)})[0]
+
     def _attention(self, function, plan: Tensor | None) -> tuple[Tensor, Tensor]:
         g = self.x.geometry
         rows = (g.batch, g.heads_q, g.seq_q)
@@ -182,7 +186,7 @@ class Stages:
         call.params.workspace, call.params.workspace_size = buffers["workspace"].pointer, size
         pointers = [buffers[name].pointer for name in outputs]
         if "out" in outputs:
-            call.params.out, call.params.lse = pointers
+            call.params.out, call.params.lse = (*pointers, None)[:2]
             pointers = []
         self.library.check(function, byref(call.params), *numbers, *pointers)
         for name, buffer in buffers.items():

@@ -14,9 +14,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_checks import DTYPES, Problem, check_attention, check_padding, check_plan
+from cuda_checks import (
+    DTYPES,
+    HEAD_SIZE_PROBLEMS,
+    PADDING,
+    Problem,
+    check_attention,
+    check_padding,
+    check_plan,
+    check_without_lse,
+)
 from native import Stages, assert_equal_bits
-from operator_cases import PLAN_ONLY, Case, config
+from operator_cases import PLAN_ONLY, SORTED_PLAN_ONLY, Case, config, sorted_config
+from random_cases import check_random_case
 
 from hyperattention.config import PRESETS, Config
 from hyperattention.errors import UsageError
@@ -48,6 +58,15 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
     return Library(path, "ha_cuda_", "cpu")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The reference's problems are tiny: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 PLAIN = Case("plain", 70, 203, dims=(64, 64))
 SMALL = replace(PRESETS["blocks"], exact_below=0, local_size=128, sample_size=70, num_blocks=3, sinks=70)
 CASES = [
@@ -65,25 +84,52 @@ CASES = [
     Problem(Case("no-key", 66, 0, heads=(1, 1), dims=(64, 64)), "bf16"),
     Problem(Case("two-levels", 66, 9001, config(block_size=64, local_size=64), heads=(1, 1), dims=(64, 64), lengths=(8999, 500)), "bf16"),
 ]
-PLANS = [Problem(replace(case, dims=(64, 64)), "bf16") for case in PLAN_ONLY if case.seq_k < 1000] + [
-    Problem(Case(f"two-levels-block{block}", 66, 9500, config(block_size=block, local_size=block, num_blocks=64), (1, 1), (64, 64)), "bf16")
-    for block in (16, 32, 128, 256)
+# Selector `sortlsh`: nodes that lengths, chunks and sinks cut, ranks of one and two digits.
+SORTED = sorted_config(block_size=48, local_size=64, sample_size=70)
+SORTED_CASES = [
+    Problem(Case("sorted", 200, 330, SORTED, (2, 1), (64, 64), (330, 211)), "bf16"),
+    Problem(Case("sorted-overlap", 150, 330, replace(SORTED, local_overlap=1, sinks=20), (1, 1), (64, 64)), "fp16"),
+    Problem(Case("sorted-two-digits", 200, 200, replace(SORTED, num_projections=13), (1, 1), (40, 72), (200, 130)), "fp32"),
+    Problem(Case("sorted-non-causal", 130, 300, replace(SORTED, causal=0, stratified=0), (2, 1), (32, 32), (300, 77)), "bf16"),
+    Problem(Case("sorted-more-queries", 200, 150, replace(SORTED, block_size=256, num_blocks=1), (1, 1), (64, 64)), "bf16"),
 ]
+# Each head size once, dtypes and selectors in turn.
+SIZES = HEAD_SIZE_PROBLEMS[::5]
+PLANS = (
+    [Problem(replace(case, dims=(64, 64)), "bf16") for case in PLAN_ONLY if case.seq_k < 1000]
+    + [Problem(replace(case, dims=(64, 64)), dtype) for case, dtype in zip(SORTED_PLAN_ONLY, ("fp32", "bf16", "fp32", "fp32"), strict=True)]
+    + [
+        Problem(
+            Case(f"two-levels-block{block}", 66, 9500, config(block_size=block, local_size=block, num_blocks=64), (1, 1), (64, 64)), "bf16"
+        )
+        for block in (16, 32, 128, 256)
+    ]
+)
 
 
-@pytest.mark.parametrize("problem", CASES + PLANS, ids=str)
+@pytest.mark.parametrize("problem", CASES + SORTED_CASES + SIZES + PLANS, ids=str)
 def test_plan_equals_the_references(library: Library, problem: Problem) -> None:
     check_plan(library, problem, "cpu")
 
 
-@pytest.mark.parametrize("problem", CASES, ids=str)
+@pytest.mark.parametrize("problem", CASES + SORTED_CASES + SIZES, ids=str)
 def test_attention_under_the_references_plan(library: Library, problem: Problem) -> None:
     check_attention(library, problem, "cpu")
 
 
-@pytest.mark.parametrize("exact_below", [0, 4096], ids=["approximate", "exact"])
-def test_padding_reaches_no_live_row(library: Library, exact_below: int) -> None:
-    check_padding(library, Case("padding", 203, 203, config(exact_below=exact_below), (1, 1), (64, 64), (150, 1)), float("nan"), "cpu")
+@pytest.mark.parametrize("problem", [CASES[0], *SORTED_CASES[:2]], ids=str)
+def test_o_without_lse(library: Library, problem: Problem) -> None:
+    check_without_lse(library, problem, "cpu")
+
+
+@pytest.mark.parametrize("name", ["approximate", "sorted", "exact"])
+def test_padding_reaches_no_live_row(library: Library, name: str) -> None:
+    check_padding(library, PADDING[name], float("nan"), "cpu")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_problems(library: Library, seed: int) -> None:
+    check_random_case(library, seed)
 
 
 def test_a_plan_that_names_no_block_is_cut_short(library: Library) -> None:
@@ -99,22 +145,19 @@ def test_a_plan_that_names_no_block_is_cut_short(library: Library) -> None:
 
 
 @pytest.mark.parametrize(
-    "dims, dtype, text",
-    [
-        ((64, 64), torch.float32, "dtype is float32; the CUDA kernels take float16"),
-        ((96, 96), torch.float16, "head_dim is 96; the CUDA kernels take 64 and 128"),
-        ((64, 128), torch.bfloat16, "head_dim_v is 128 and head_dim 64; the CUDA kernels take equal ones"),
-    ],
-    ids=["fp32", "head-size", "value-size"],
+    "dims, text",
+    [((20, 64), "head_dim is 20; the CUDA kernels take multiples of 8 up to 256"), ((64, 4), "head_dim_v is 4; the CUDA kernels take")],
+    ids=["head-size", "value-size"],
 )
-def test_refusals(library: Library, dims: tuple[int, int], dtype: torch.dtype, text: str) -> None:
-    q, k, v = (x.to(dtype) for x in replace(PLAIN, dims=dims).inputs())
+def test_refusals(library: Library, dims: tuple[int, int], text: str) -> None:
+    q, k, v = (x.float() for x in replace(PLAIN, dims=dims).inputs())
     with pytest.raises(UsageError, match=text):
         library.forward(q, k, v, PLAIN.config)
 
 
 def test_selection_names_its_limit(library: Library) -> None:
     """Scores lie in shared memory, so lengths have an end; it is said, not reached silently."""
-    q, k = (torch.zeros(1, 1, rows, 64, dtype=DTYPES["bf16"]) for rows in (65, 5_000_000))
-    with pytest.raises(UsageError, match="selection over 5000000 keys with block_size 64 needs .* bytes of shared memory"):
+    q, k = (torch.zeros(1, 1, rows, 8, dtype=DTYPES["bf16"]) for rows in (65, 9_500_000))
+    with pytest.raises(UsageError, match="selection over 9500000 keys with block_size 64 needs .* bytes of shared memory"):
         library.select(q, k, k, PRESETS["blocks"])
+    library.workspace_size(q, k, k, PRESETS["paper"])

@@ -6,23 +6,39 @@ The tests whose names begin with test_sanitizer run little else on the device an
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
-from cuda_checks import DTYPES, PLAN_PROBLEMS, PROBLEMS, Problem, check_attention, check_padding, check_plan
+from cuda_checks import (
+    DTYPES,
+    HEAD_SIZE_PROBLEMS,
+    PADDING,
+    PLAN_PROBLEMS,
+    PROBLEMS,
+    Problem,
+    check_attention,
+    check_padding,
+    check_plan,
+    check_without_lse,
+    random_failure,
+)
 from native import Inputs, Stages, assert_equal_bits, assert_within_twin
-from operator_cases import Case, config
+from operator_cases import Case, config, sorted_config
 
 from hyperattention import op, reference
 from hyperattention.config import PRESETS, Config
 from hyperattention.errors import UsageError
+from hyperattention.geometry import Geometry
 from hyperattention.library import load_cuda
 from hyperattention.native import Library
-from hyperattention.selection import Geometry, Plan, make_plan
+from hyperattention.selection import Plan, make_plan
 
 pytestmark = pytest.mark.gpu
-BLOCKS = PRESETS["blocks"]
+BLOCKS, PAPER = PRESETS["blocks"], PRESETS["paper"]
 
 
 @pytest.fixture(scope="module")
@@ -33,33 +49,46 @@ def library() -> Library:
 # --- small problems: every rule at odd sizes -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("problem", PROBLEMS + PLAN_PROBLEMS, ids=str)
+@pytest.mark.parametrize("problem", PROBLEMS + PLAN_PROBLEMS + HEAD_SIZE_PROBLEMS, ids=str)
 def test_plan_equals_the_references(library: Library, problem: Problem) -> None:
     check_plan(library, problem, "cuda")
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize("problem", PROBLEMS + HEAD_SIZE_PROBLEMS, ids=str)
 def test_attention_under_the_references_plan(library: Library, problem: Problem) -> None:
     check_attention(library, problem, "cuda")
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e4], ids=str)
-@pytest.mark.parametrize("causal", [0, 1])
-@pytest.mark.parametrize("exact_below", [0, 4096], ids=["approximate", "exact"])
-def test_padding_reaches_no_live_row(library: Library, causal: int, exact_below: int, poison: float) -> None:
-    c = config(causal=causal, exact_below=exact_below)
-    check_padding(library, Case("padding", 203, 203, c, (2, 1), (64, 64), (150, 203, 1)), poison, "cuda")
+@pytest.mark.parametrize("name", PADDING)
+def test_padding_reaches_no_live_row(library: Library, name: str, poison: float) -> None:
+    check_padding(library, PADDING[name], poison, "cuda")
+
+
+@pytest.mark.parametrize("problem", HEAD_SIZE_PROBLEMS[::7], ids=str)
+def test_o_without_lse(library: Library, problem: Problem) -> None:
+    check_without_lse(library, problem, "cuda")
+
+
+def test_2000_random_problems() -> None:
+    """Any shapes and attributes against the dense oracle; a failure names its seed."""
+    seeds = range(2000)
+    with ProcessPoolExecutor(min(8, os.cpu_count() or 1), mp_context=multiprocessing.get_context("spawn")) as pool:
+        failures = [(seed, text) for seed, text in zip(seeds, pool.map(random_failure, seeds, chunksize=25), strict=True) if text]
+    assert not failures, f"{len(failures)} of {len(seeds)} failed, seeds {[seed for seed, _ in failures]}; the first:\n{failures[0][1]}"
 
 
 # --- long problems, the reference on the GPU -------------------------------------------------------------------------
 
 
-def random_inputs(c: Config, batch: int, heads: tuple[int, int], rows: tuple[int, int], dim: int, dtype: str, lengths=None) -> Inputs:
+def random_inputs(
+    c: Config, batch: int, heads: tuple[int, int], rows: tuple[int, int], dim: int, dtype: str, lengths=None, dim_v: int | None = None
+) -> Inputs:
     """Keys in slowly turning directions, so that blocks differ in weight as they do in a model."""
     generator = torch.Generator(device="cuda").manual_seed(rows[0] + 7 * rows[1] + dim)
     q, k, v = (
-        torch.randn(batch, h, n, dim, generator=generator, device="cuda")
-        for h, n in ((heads[0], rows[0]), (heads[1], rows[1]), (heads[1], rows[1]))
+        torch.randn(batch, h, n, d, generator=generator, device="cuda")
+        for h, n, d in ((heads[0], rows[0], dim), (heads[1], rows[1], dim), (heads[1], rows[1], dim_v or dim))
     )
     drift = torch.randn(batch, heads[1], -(-rows[1] // 100), dim, generator=generator, device="cuda").repeat_interleave(100, 2)
     k = k + drift[:, :, : rows[1]]
@@ -88,6 +117,26 @@ LONG = {
     "pool64": (replace(BLOCKS, pool_size=64), 1, (1, 1), (2000, 9500), 64, "bf16"),
     "exact-causal": (BLOCKS.exact(), 2, (2, 1), (3000, 4001), 128, "bf16", (4001, 2500)),
     "exact-non-causal": (replace(BLOCKS, causal=0).exact(), 1, (2, 1), (3001, 2999), 64, "fp16"),
+    "preset-fp32": (BLOCKS, 1, (2, 1), (5003, 5003), 64, "fp32"),
+    "preset-d96": (BLOCKS, 1, (2, 1), (9001, 9001), 96, "bf16"),
+    "preset-value-size": (BLOCKS, 1, (2, 1), (5003, 5003), 192, "bf16", None, 128),
+    "two-levels-d256": (BLOCKS, 1, (1, 1), (3000, 12000), 256, "bf16"),
+    "paper-d64": (PAPER, 1, (4, 2), (9001, 9001), 64, "bf16"),
+    "paper-d128": (PAPER, 1, (2, 2), (16384, 16384), 128, "bf16"),
+    "paper-chunk": (PAPER, 1, (4, 1), (3000, 20011), 128, "fp16"),
+    "paper-lengths": (PAPER, 3, (2, 1), (12000, 12000), 64, "bf16", (12000, 9111, 17)),
+    "paper-overlap": (replace(PAPER, local_overlap=1, sinks=64), 1, (2, 1), (20000, 20000), 64, "bf16"),
+    "paper-non-causal": (replace(PAPER, causal=0), 2, (2, 1), (12345, 12345), 64, "bf16", (12345, 7000)),
+    "paper-large-node": (replace(PAPER, causal=0), 1, (2, 1), (500, 140_000), 64, "bf16"),
+    "paper-large-node-two-digits": (replace(PAPER, causal=0, num_projections=12, num_blocks=3), 1, (1, 1), (500, 140_000), 64, "bf16"),
+    "paper-fp32": (PAPER, 1, (2, 1), (9001, 9001), 64, "fp32"),
+    "paper-value-size": (PAPER, 1, (2, 1), (9001, 9001), 72, "bf16", None, 200),
+    "paper-small-local": (replace(PAPER, local_size=256, block_size=64, num_blocks=4), 1, (2, 1), (9001, 9001), 64, "bf16"),
+    "paper-many-blocks": (replace(PAPER, num_blocks=64, sample_size=4096, stratified=1), 1, (1, 1), (9001, 9001), 64, "bf16"),
+    "paper-no-samples": (replace(PAPER, sample_size=0), 1, (2, 1), (9001, 9001), 64, "bf16"),
+    "paper-only-local": (replace(PAPER, sample_size=0, num_blocks=0), 1, (2, 1), (9001, 9001), 64, "bf16"),
+    "exact-fp32": (BLOCKS.exact(), 1, (2, 1), (3000, 3000), 128, "fp32"),
+    "exact-d256": (BLOCKS.exact(), 1, (2, 1), (3000, 3000), 256, "bf16"),
     "decode-exact": (BLOCKS, 2, (8, 2), (1, 30_000), 128, "bf16", (30_000, 17)),
 }
 
@@ -105,7 +154,7 @@ def test_long(library: Library, name: str) -> None:
     x = random_inputs(c, *shape)
     plan = make_plan(x.q, x.k, x.geometry, x.lengths)
     stages = Stages(library, x, c)
-    assert_equal_bits(stages.select(), plan.blocks, "blocks")
+    assert_equal_bits(stages.select(), plan.selection, "selection")
     index, weight = stages.samples()
     assert_equal_bits(index, plan.sample_index, "sample index")
     assert_equal_bits(weight, plan.sample_weight, "sample weight")
@@ -118,6 +167,9 @@ def test_long(library: Library, name: str) -> None:
 REPEATED = {
     "two-levels": (BLOCKS, 2, (4, 2), (9001, 9001), 64, "bf16", (9001, 8700)),
     "exact": (BLOCKS, 1, (4, 2), (3000, 3000), 128, "fp16"),
+    "paper": (PAPER, 2, (4, 2), (9001, 9001), 64, "bf16", (9001, 8700)),
+    "paper-two-digits": (replace(PAPER, num_projections=11), 1, (4, 2), (9001, 9001), 128, "fp16"),
+    "paper-fp32": (PAPER, 1, (2, 1), (9001, 9001), 64, "fp32"),
 }
 
 
@@ -172,41 +224,62 @@ def test_lengths_are_read_on_the_device(library: Library) -> None:
         assert_equal_bits(mine, theirs, "output")
 
 
-def test_batch_rows_do_not_meet(library: Library) -> None:
+@pytest.mark.parametrize("c", [BLOCKS, PAPER], ids=["blocks", "paper"])
+def test_batch_rows_do_not_meet(library: Library, c: Config) -> None:
     """A row's result does not depend on its place in the batch (rule 10)."""
-    x = random_inputs(BLOCKS, 3, (2, 1), (4500, 4500), 64, "bf16")
-    together = library.forward(x.q, x.k, x.v, BLOCKS)
+    x = random_inputs(c, 3, (2, 1), (4500, 4500), 64, "bf16")
+    together = library.forward(x.q, x.k, x.v, c)
     for b in range(3):
-        alone = library.forward(x.q[b : b + 1], x.k[b : b + 1], x.v[b : b + 1], BLOCKS)
+        alone = library.forward(x.q[b : b + 1], x.k[b : b + 1], x.v[b : b + 1], c)
         for mine, wanted in zip(alone, together, strict=True):
             assert_equal_bits(mine, wanted[b : b + 1], f"row {b}")
 
 
-def test_the_torch_op_runs_the_kernels(library: Library) -> None:
-    x = random_inputs(BLOCKS, 1, (4, 2), (4500, 4500), 64, "bf16", (4400,))
+@pytest.mark.parametrize("dim, dtype", [(64, "bf16"), (40, "fp32"), (200, "fp16")])
+def test_the_torch_op_runs_the_kernels(library: Library, dim: int, dtype: str) -> None:
+    x = random_inputs(BLOCKS, 1, (4, 2), (4500, 4500), dim, dtype, (4400,))
     for mine, wanted in zip(op.attention(x.q, x.k, x.v, BLOCKS, x.lengths), library.forward(x.q, x.k, x.v, BLOCKS, x.lengths), strict=True):
         assert_equal_bits(mine, wanted, "output")
 
 
-def test_offsets_past_32_bits(library: Library) -> None:
-    """More than 2^31 elements in Q: the last head of the last row is as right as the first."""
-    rows, heads = 70_000, 32
-    c = replace(BLOCKS, num_blocks=0, sample_size=0, sinks=64)
-    k, v = (torch.randn(8, 1, rows, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    q = torch.zeros(8, heads, rows, 128, device="cuda", dtype=torch.bfloat16)
+def test_the_torch_op_runs_the_reference_where_there_is_no_kernel() -> None:
+    x = random_inputs(BLOCKS, 1, (2, 1), (4500, 4500), 20, "fp16")
+    wanted = reference.attention(x.q, x.k, x.v, BLOCKS)
+    for mine, theirs in zip(op.attention(x.q, x.k, x.v, BLOCKS), wanted[:2], strict=True):
+        assert_equal_bits(mine, theirs, "output")
+
+
+@pytest.fixture(scope="module")
+def enormous() -> tuple[torch.Tensor, ...]:
+    """Q, K and V of more than 2^31 elements each."""
+    generator = torch.Generator(device="cuda").manual_seed(1)
+    q, k, v = (torch.randn(8, 32, 70_000, 128, generator=generator, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     assert q.numel() > 2**31
-    q[-1, -1] = torch.randn(rows, 128, device="cuda")
-    o, lse = library.forward(q, k, v, c)
-    alone = library.forward(q[-1:, -1:].contiguous(), k[-1:].contiguous(), v[-1:].contiguous(), c)
-    assert_equal_bits(o[-1:, -1:], alone[0], "o")
-    assert_equal_bits(lse[-1:, -1:], alone[1], "lse")
+    return q, k, v
 
 
+@pytest.mark.parametrize("c", [BLOCKS.exact(), BLOCKS, PAPER], ids=["exact", "blocks", "paper"])
+def test_offsets_past_32_bits(library: Library, enormous: tuple[torch.Tensor, ...], c: Config) -> None:
+    """The last row of the batch is the same as alone, where offsets are small."""
+    o, lse = library.forward(*enormous, c)
+    last = [x[-1:].clone() for x in enormous]
+    alone = library.forward(*last, c)
+    assert_equal_bits(o[-1:], alone[0], "o")
+    assert_equal_bits(lse[-1:], alone[1], "lse")
+    if c == BLOCKS.exact():  # and the last head's last rows are right
+        q, k, v = (x[:, -1:] for x in last)
+        q = q[:, :, -50:]
+        wanted, twin = reference.attention(q.double(), k.double(), v.double(), c), reference.attention(q, k, v, c, arithmetic=q.dtype)
+        assert_within_twin(o[-1:, -1:, -50:], wanted.o, twin.o, "o")
+        assert_within_twin(lse[-1:, -1:, -50:], wanted.lse, twin.lse, "lse")
+
+
+@pytest.mark.parametrize("c", [config(), sorted_config()], ids=["blocks", "sortlsh"])
 @pytest.mark.parametrize("shape", [(0, 2, 70, 80), (1, 2, 0, 80), (1, 2, 70, 0), (2, 2, 3, 0)], ids=str)
-def test_empty_problems(library: Library, shape: tuple[int, int, int, int]) -> None:
+def test_empty_problems(library: Library, shape: tuple[int, int, int, int], c: Config) -> None:
     b, h, sq, sk = shape
     q, k = (torch.randn(b, h, rows, 64, device="cuda", dtype=torch.bfloat16) for rows in (sq, sk))
-    o, lse = library.forward(q, k, k, config())
+    o, lse = library.forward(q, k, k, c)
     assert o.shape == q.shape and lse.shape == q.shape[:3]
     if sk == 0:
         assert bool((o == 0).all()) and bool((lse == -torch.inf).all())
@@ -229,11 +302,17 @@ def test_workspace_too_small_is_refused(library: Library) -> None:
 # --- for compute-sanitizer -------------------------------------------------------------------------------------------
 
 _SMALL = replace(BLOCKS, exact_below=0, local_size=128, sample_size=70, num_blocks=3, sinks=70)
+_SORTED = replace(PAPER, exact_below=0, local_size=128, sample_size=70, block_size=48, num_blocks=2)
 SANITIZED = [
     Problem(Case("approximate", 150, 600, _SMALL, (2, 1), (64, 64), (600, 431)), "bf16"),
     Problem(Case("approximate", 150, 600, _SMALL, (1, 1), (128, 128)), "fp16"),
-    Problem(Case("block48", 97, 256, config(block_size=48, pool_size=3, local_size=48), (1, 1), (64, 64)), "fp16"),
+    Problem(Case("approximate", 150, 600, _SMALL, (1, 1), (40, 72)), "fp32"),
+    Problem(Case("block48", 97, 256, config(block_size=48, pool_size=3, local_size=48), (1, 1), (256, 256)), "fp16"),
+    Problem(Case("sorted", 200, 600, _SORTED, (2, 1), (64, 64), (600, 431)), "bf16"),
+    Problem(Case("sorted", 200, 600, replace(_SORTED, num_projections=12, local_overlap=1), (1, 1), (96, 32)), "fp16"),
+    Problem(Case("sorted-non-causal", 200, 600, replace(_SORTED, causal=0), (1, 1), (128, 256)), "fp32"),
     Problem(Case("exact", 130, 190, Config().exact(), (2, 1), (128, 128), (190, 77)), "bf16"),
+    Problem(Case("exact", 70, 131, Config().exact(), (1, 1), (8, 200)), "fp32"),
     Problem(Case("two-levels", 66, 9001, config(block_size=64, local_size=64), (1, 1), (64, 64), (8999, 500)), "bf16"),
 ]
 
