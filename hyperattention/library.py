@@ -76,7 +76,10 @@ def _find(name: str) -> Path:
 
 
 def ort_library_path() -> Path:
-    """libhyperattention_ort.so: ONNX Runtime's custom op and the CPU kernels. Raises EnvironmentFault when it is not built."""
+    """libhyperattention_ort.so: ONNX Runtime's custom op, the CPU kernels and, where CUDA was built, its kernels.
+
+    Raises EnvironmentFault when it is not built.
+    """
     return _find(ORT_LIBRARY)
 
 
@@ -102,7 +105,7 @@ def load_cpu() -> "Library":
 
 @functools.cache
 def load_cuda() -> "Library":
-    """The CUDA kernels (float16 and bfloat16, device tensors). Raises EnvironmentFault when they are not built."""
+    """The CUDA kernels (float16, bfloat16 and float32, device tensors). Raises EnvironmentFault when they are not built."""
     from hyperattention.native import Library
 
     return Library(trt_library_path(), "ha_cuda_", "cuda")
