@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hyperattention.config import OP_TYPE
-from hyperattention.errors import EnvironmentFault
+from hyperattention.errors import EnvironmentFault, UsageError
+from hyperattention.export.bundle import Bundle
+from hyperattention.export.engine_check import EngineHost, check_engine
 from hyperattention.export.engine_log import BuildLog, Progress, Share, make_logger, make_monitor
 from hyperattention.export.engine_plugin import register_plugin
+from hyperattention.library import TRT_LIBRARY
 
 if TYPE_CHECKING:
     from hyperattention.export.plan import ExportPlan
@@ -25,9 +29,10 @@ ONNX_FILE, ENGINE_FILE, CACHE_FILE, LOG_FILE = "model.trt.onnx", "model.engine",
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What was built: bytes of model.engine, seconds, bytes of device memory for activations, layers by name."""
+    """What was built, and with what: bytes of model.engine, seconds, bytes of device memory for activations, layers by name."""
 
     tensorrt: str
+    host: EngineHost
     seconds: float
     size: int
     device_memory: int
@@ -85,9 +90,10 @@ def build_engine(
             raise
     (folder / ENGINE_FILE).write_bytes(data)
     seconds = time.perf_counter() - start
-    engine = load_engine(folder / ENGINE_FILE, library, logger)
+    engine = read_engine(folder / ENGINE_FILE, library, logger)
     return EngineInfo(
         tensorrt=trt.__version__,
+        host=EngineHost.here(library),
         seconds=round(seconds, 1),
         size=len(data),
         device_memory=_device_memory(engine),
@@ -96,7 +102,21 @@ def build_engine(
     )
 
 
-def load_engine(path: Path, library: Path, logger: Any = None) -> Any:
+def load_engine(folder: Path, logger: Any = None) -> Any:
+    """The deserialised `trt.ICudaEngine` of an output folder, wherever it was moved to, with its own plugin library registered.
+
+    Warns (RuntimeWarning) where it was built on another GPU or with a newer driver. Raises UsageError where the folder holds no
+    engine, and EnvironmentFault with a table of what it was built with, what is found here and what to do where it cannot run.
+    """
+    bundle = Bundle.open(folder)
+    for warning in check_engine(bundle):
+        warnings.warn(warning, RuntimeWarning, stacklevel=2)
+    if bundle.engine is None or bundle.trt_library is None:
+        raise UsageError(f"{folder} lacks {ENGINE_FILE} or {TRT_LIBRARY}; run export-model again")
+    return read_engine(bundle.engine, bundle.trt_library, logger)
+
+
+def read_engine(path: Path, library: Path, logger: Any = None) -> Any:
     """The deserialised `trt.ICudaEngine`, with the plugin registered. Raises EnvironmentFault where it cannot be used here."""
     reason = runtime_available()
     if reason is not None:

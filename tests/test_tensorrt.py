@@ -190,7 +190,7 @@ def test_no_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EnvironmentFault, match="no CUDA device"):
         engine.build_engine(tmp_path, plan, tmp_path / "library.so")
     with pytest.raises(EnvironmentFault, match="no CUDA device"):
-        engine.load_engine(tmp_path / "model.engine", tmp_path / "library.so")
+        engine.read_engine(tmp_path / "model.engine", tmp_path / "library.so")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from hyperattention.errors import EnvironmentFault, UsageError
-from hyperattention.export.bundle import Bundle
+from hyperattention.export.bundle import DRAFT, MANIFEST, Bundle
+from hyperattention.export.engine_check import check_engine
 from hyperattention.export.onnx_graph import export_onnx
 from hyperattention.export.patch import Patched
 from hyperattention.export.plan import ExportPlan
@@ -36,6 +37,14 @@ def choose(bundle: Bundle, device: str, backend: str) -> tuple[torch.device, str
     if device == {"tensorrt": "cpu", "ort": "cuda"}[kind]:
         raise UsageError(f"--device {device} with the backend {kind}: ort runs on the cpu, tensorrt on cuda")
     return torch.device("cuda" if kind == "tensorrt" else "cpu"), kind
+
+
+def check_engines(bundle: Bundle, exact_engine: Path | None) -> list[str]:
+    """Warnings about the engines that will run. Raises EnvironmentFault where one cannot: built for another machine or plugin."""
+    found = check_engine(bundle)
+    if exact_engine is not None and any((exact_engine.parent / name).is_file() for name in (MANIFEST, DRAFT)):
+        found += check_engine(Bundle.open(exact_engine.parent), bundle.trt_library)
+    return found
 
 
 def make_runners(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hyperattention.export.bundle import MANIFEST, REPORT, Bundle
+from hyperattention.export.engine_check import FATAL, Finding, findings, table
 from hyperattention.validate.configs import configs
 from hyperattention.validate.report import read
 
@@ -26,6 +27,7 @@ def describe(folder: Path) -> dict:
         "files": {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()},
         "changed": bundle.changed_files(),
         "versions": bundle.manifest.get("versions", {}),
+        "engine": [finding.to_json() for finding in findings(bundle)] if bundle.engine is not None else None,
         "verdict": read(report)["verdict"] if report.is_file() else None,
     }
 
@@ -40,6 +42,10 @@ def lines(found: dict) -> list[str]:
     text += [f"  layer {n['index']:>3}  {n['mode']:<12} {n['name']}  ({n['reason']})" for n in found["layers"]]
     if found["attributes"]:
         text.append("  " + ", ".join(f"{name} {value}" for name, value in found["attributes"].items()))
+    if found["engine"] is not None:
+        rows = [Finding(**row) for row in found["engine"]]
+        text.append("  model.engine " + ("cannot run here:" if any(row.state == FATAL for row in rows) else "can run here:"))
+        text += ["  " + line for line in table(rows)]
     text += [f"  {size:>14,}  {name}" for name, size in found["files"].items()]
     text += [f"  CHANGED or missing since the export: {name}" for name in found["changed"]]
     text.append(found["verdict"]["headline"] if found["verdict"] else "No report; run `hyperattention validate`.")

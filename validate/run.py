@@ -17,7 +17,7 @@ from hyperattention.export.patch import install
 from hyperattention.export.plan import ExportPlan
 from hyperattention.validate import environment
 from hyperattention.validate.approximation import Bench, is_exact, measure_length, measure_needle, measure_time, needle_steps
-from hyperattention.validate.backends import BACKENDS, DEVICES, choose, make_runners, prove, prove_first
+from hyperattention.validate.backends import BACKENDS, DEVICES, check_engines, choose, make_runners, prove, prove_first
 from hyperattention.validate.describe import plan_notes, plan_summary
 from hyperattention.validate.gates import Limits, judge
 from hyperattention.validate.implementation import check_length, check_model, check_op, op_cases, seeds_spread
@@ -76,7 +76,7 @@ def validate(options: Options, step: Callable[[str], None]) -> dict:
     bundle = Bundle.open(options.folder)
     check_files(bundle)
     device, backend_kind = choose(bundle, options.device, options.backend)
-    plan, notes = bundle.plan, []
+    plan, notes = bundle.plan, check_engines(bundle, options.exact_engine) if backend_kind == "tensorrt" else []
     if backend_kind == "ort" and plan.dtype != "fp32":
         notes.append(
             f"The {plan.dtype} target was validated through its fp32 twin: ONNX Runtime's CPU provider has no {plan.dtype} arithmetic."

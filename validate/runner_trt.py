@@ -26,9 +26,9 @@ class TensorRTRunner(ModelRunner):
         self.backend = "TensorRT"
 
     def activate_impl(self) -> None:
-        from hyperattention.export.engine import load_engine
+        from hyperattention.export.engine import read_engine
 
-        self.engine = load_engine(self.path, self.library)
+        self.engine = read_engine(self.path, self.library)
         import tensorrt as trt
 
         self.backend = f"TensorRT {trt.__version__}"

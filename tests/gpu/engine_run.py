@@ -24,7 +24,7 @@ import torch
 from engine_parts import Heads, Runner, build, compare, op_model, random_inputs, token_model
 
 from hyperattention.config import Config
-from hyperattention.export.engine import build_engine, layer_names, load_engine
+from hyperattention.export.engine import build_engine, layer_names, read_engine
 from hyperattention.export.engine_log import BuildLog, make_logger
 from hyperattention.export.engine_plugin import register_plugin
 from hyperattention.export.plan import ExportPlan
@@ -236,7 +236,7 @@ def engine_stage(session: Session) -> dict[str, Any]:
     assert sorted(p.name for p in folder.iterdir()) == ["build.log", "model.engine", "model.trt.onnx", "timing.cache"]
     ids = torch.randint(0, 256, (2, 3333), generator=generator)
     lengths = torch.tensor([3333, 2001], dtype=torch.int32, device="cuda")
-    logits = Runner(trt, load_engine(folder / "model.engine", trt_library_path()))(input_ids=ids.cuda(), lengths=lengths)["logits"]
+    logits = Runner(trt, read_engine(folder / "model.engine", trt_library_path()))(input_ids=ids.cuda(), lengths=lengths)["logits"]
     counts = {"q": heads.q, "k": heads.kv, "v": heads.kv}
     made = {n: t[ids].unflatten(-1, (counts[n], -1)).transpose(1, 2).contiguous().cuda() for n, t in tables.items()}
     return {"first": info.to_json(), "again_s": again.seconds, "steps": steps, **compare(made | {"lengths": lengths}, config, logits)}
