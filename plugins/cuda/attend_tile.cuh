@@ -76,7 +76,7 @@ struct AttendTile {
     if (j < total && thread_index() < S::kWarps) write_step(walk, j, thread_index(), step_at(j));
   }
   HA_DEVICE void list(int j) const {
-    if (j >= total || !step_at(j)->listed()) return;
+    if (j >= total || (Walk::kConsecutive && !step_at(j)->listed())) return;
     constexpr int kStride = S::kThreads / kKeys;
     const int q0 = thread_index() / kKeys;
     if (q0 < args.config.query_blocks)
@@ -99,7 +99,7 @@ struct AttendTile {
         const int at = (chunk + c * C::kLaneChunks) * 16;
         const bool inside = at < row_bytes;
         const char* const column = source + (inside ? at : 0);
-        if (step.listed()) {
+        if (!Walk::kConsecutive || step.listed()) {
           const int32_t* const keys = list_keys(j) + row;
 #pragma unroll
           for (int i = 0; i < kPasses; ++i) {
@@ -136,14 +136,15 @@ struct AttendTile {
       for (int half = 0; half < 2; ++half) {
         const int index = warp * S::kWarpRows + m * 16 + half * 8 + lane / 4;
         const Row row = row_at(index);
-        if (kStepKeys == kKeys && mode == Mode::kBiased) {
+        if (!Walk::kConsecutive || (kStepKeys == kKeys && mode == Mode::kBiased)) {
           const float* const bias = list_bias(j) + row.query_block * kKeys + lane % 4 * 2;
-          const int32_t* const keys = list_keys(j) + lane % 4 * 2;
-          const int far = walk.masks_listed() ? row.far : INT32_MAX;
 #pragma unroll
-          for (int i = 0; i < kStepKeys / 4; ++i) {
-            const int at = i / 2 * 8 + i % 2;
-            state.logits[m][i / 2][2 * half + i % 2] = Walk::kConsecutive || keys[at] < far ? bias[at] : -INFINITY;
+          for (int i = 0; i < kStepKeys / 4; ++i) state.logits[m][i / 2][2 * half + i % 2] = bias[i / 2 * 8 + i % 2];
+          if (!Walk::kConsecutive && walk.masks_listed()) {
+            const int32_t* const keys = list_keys(j) + lane % 4 * 2;
+#pragma unroll
+            for (int i = 0; i < kStepKeys / 4; ++i)
+              if (keys[i / 2 * 8 + i % 2] >= row.far) state.logits[m][i / 2][2 * half + i % 2] = -INFINITY;
           }
         } else if constexpr (Walk::kConsecutive) {
           const Bounds b = walk.bounds(step.part, index, row.far);
@@ -193,9 +194,7 @@ struct AttendTile {
         state.sum[m][half] = lane % 4 == 0;
 #pragma unroll
         for (int n = 0; n < P / 8; ++n) {
-          if (n * 8 >= args.p.head_dim_v) continue;
-#pragma unroll
-          for (int i = 0; i < 2; ++i) state.o[m][n][2 * half + i] = to_float(out[n * 8 + i]);
+          if (n * 8 < args.p.head_dim_v) load_pair(out + n * 8, state.o[m][n][2 * half], state.o[m][n][2 * half + 1]);
         }
       }
     }
@@ -236,6 +235,18 @@ struct AttendTile {
   }
 
  private:
+  // Two elements that lie at a multiple of their size.
+  HA_DEVICE static void load_pair(const T* source, float& x, float& y) {
+    if constexpr (sizeof(T) == 2) {
+      const uint32_t word = *reinterpret_cast<const uint32_t*>(source);
+      x = to_float(T{uint16_t(word)});
+      y = to_float(T{uint16_t(word >> 16)});
+    } else {
+      x = source[0];
+      y = source[1];
+    }
+  }
+
   // Columns 8 n + 2 (lane % 4) and the next one of a staged row.
   HA_DEVICE static void stage(unsigned char* staged, int row, int n, int lane, float x, float y) {
     const int byte = n * 8 * int(sizeof(T)) + lane % 4 * 2 * int(sizeof(T));
