@@ -144,6 +144,15 @@ def test_a_plan_that_names_no_block_is_cut_short(library: Library) -> None:
         assert_equal_bits(mine, wanted, "output")
 
 
+def test_a_sorted_plan_of_no_rows_is_passed_over(library: Library) -> None:
+    """Entries that are no row or key of their node are read as the -1 that means none."""
+    problem = SORTED_CASES[0]
+    stages = Stages(library, problem.inputs("cpu"), problem.case.config)
+    foreign = torch.randint(330, 2**31 - 1, stages.select().shape, dtype=torch.int32)
+    for mine, wanted in zip(stages.attend(foreign), stages.attend(torch.full_like(foreign, -1)), strict=True):
+        assert_equal_bits(mine, wanted, "output")
+
+
 @pytest.mark.parametrize(
     "dims, text",
     [((20, 64), "head_dim is 20; the CUDA kernels take multiples of 8 up to 256"), ((64, 4), "head_dim_v is 4; the CUDA kernels take")],
