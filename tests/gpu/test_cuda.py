@@ -46,6 +46,15 @@ def library() -> Library:
     return load_cuda()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The small problems' reference runs on the processor, where threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # --- small problems: every rule at odd sizes -------------------------------------------------------------------------
 
 
