@@ -78,7 +78,8 @@ def test_the_sdist_holds_what_a_build_needs(sdist: Path) -> None:
     wanted = {name for name in listed if name.startswith(folders) and (ROOT / name).is_file()}
     wanted |= {"CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "hyperattention/op.py", "PKG-INFO"}
     assert wanted <= names, sorted(wanted - names)
-    stray = {name for name in names if name.startswith(("tests/", "models/", ".ci/", ".deps/", ".venv/", "build/", "out/")) or name.endswith(".so")}
+    elsewhere = ("tests/", "models/", ".ci/", ".deps/", ".venv/", "build/", "out/")
+    stray = {name for name in names if name.startswith(elsewhere) or name.endswith(".so")}
     assert not stray, sorted(stray)
 
 
