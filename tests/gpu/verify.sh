@@ -3,7 +3,7 @@
 # provider, compute-sanitizer, timing against exact attention and the released code, and a model taken to validated engines.
 #   tests/gpu/verify.sh OUT [MODEL TEXT]      steps: STEPS="cuda random engines ort sanitizer attention model" (default: all)
 # UPSTREAM=DIR: a checkout of the released HyperAttention code, for the step attention. Needs python3 with torch, transformers,
-# pytest and Polygraphy, TensorRT's Python module (engines, attention, model), onnxruntime-gpu (ort, attention), both libraries in
+# pytest and Polygraphy, TensorRT's Python module (engines, attention, model), onnxruntime-gpu (engines, ort, attention), both libraries in
 # hyperattention/lib, built from these sources. Logs and numbers go to OUT; the exit code is 1 if any step failed. Steps may be
 # spread over several OUT; `python tests/gpu/collect.py OUT...` makes docs/gpu_verification.json of them.
 set -uo pipefail
