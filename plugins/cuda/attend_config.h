@@ -45,7 +45,7 @@ struct AttendShape {
 
 // The table of shapes, by bytes of an element and padded head size.
 HA_INLINE constexpr AttendShape attend_shape(int element_bytes, int padded) {
-  if (element_bytes == 4) return {4, 16, 32, padded <= 64 ? 4 : padded <= 192 ? 3 : 2, padded <= 96 ? 3 : padded <= 128 ? 2 : 1};
+  if (element_bytes == 4) return {4, 16, 32, padded <= 64 ? 4 : padded <= 192 ? 3 : 2, padded <= 64 ? 3 : padded <= 128 ? 2 : 1};
   if (padded > 128) return {8, 16, 64, padded <= 192 ? 3 : 2, 1};
   return {4, 32, 64, padded <= 64 ? 4 : 3, padded <= 64 ? 3 : 2};
 }

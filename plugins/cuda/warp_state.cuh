@@ -35,7 +35,7 @@ struct LeftOperand {
 };
 
 // fp32 in three TF32 products: x = high + low, and only low x low, below fp32's precision, is left out. Tensor cores round their sums
-// towards zero, so long sums are left to ordinary additions.
+// towards zero, so sums stay short, small terms come before large ones or apart from them, and ordinary additions join the sums.
 template <>
 struct LeftOperand<float> {
   static constexpr bool kSeparateSums = true;
@@ -49,12 +49,13 @@ struct LeftOperand<float> {
 #pragma unroll
     for (int i = 0; i < 4; ++i) split(words[i], high[i], low[i]);
   }
-  HA_DEVICE void multiply(float (&c)[4], uint32_t b0, uint32_t b1) const {
+  // The small terms go to `rest`, which may be `c`.
+  HA_DEVICE void multiply(float (&c)[4], float (&rest)[4], uint32_t b0, uint32_t b1) const {
     uint32_t high0, low0, high1, low1;
     split(b0, high0, low0);
     split(b1, high1, low1);
-    multiply_add_tf32(c, low, high0, high1);
-    multiply_add_tf32(c, high, low0, low1);
+    multiply_add_tf32(rest, low, high0, high1);
+    multiply_add_tf32(rest, high, low0, low1);
     multiply_add_tf32(c, high, high0, high1);
   }
 };
@@ -64,7 +65,7 @@ template <class T>
 HA_DEVICE void add_product(float (&c)[4], const LeftOperand<T>& a, uint32_t b0, uint32_t b1) {
   if constexpr (LeftOperand<T>::kSeparateSums) {
     float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    a.multiply(part, b0, b1);
+    a.multiply(part, part, b0, b1);
 #pragma unroll
     for (int i = 0; i < 4; ++i) c[i] += part[i];
   } else {
@@ -196,18 +197,18 @@ struct WarpState {
       const uint32_t even = values + tile_offset<kRowBytes>(row, chunk) + word, odd = values + tile_offset<kRowBytes>(row + 1, chunk) + word;
 #pragma unroll
       for (int n = 0; n < P / 8; ++n) {
-        float part[kTiles][4] = {};
+        float part[kTiles][4] = {}, rest[kTiles][4] = {};
 #pragma unroll
         for (int k = 0; k < kKeys / 8; ++k) {
           const uint32_t b0 = load_word(next_chunks<kRowBytes>(even, n) + k * 8 * kRowBytes);
           const uint32_t b1 = load_word(next_chunks<kRowBytes>(odd, n) + k * 8 * kRowBytes);
 #pragma unroll
-          for (int m = 0; m < kTiles; ++m) p[m][k].multiply(part[m], b0, b1);
+          for (int m = 0; m < kTiles; ++m) p[m][k].multiply(part[m], rest[m], b0, b1);
         }
 #pragma unroll
         for (int m = 0; m < kTiles; ++m)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) o[m][n][i] += part[m][i];
+          for (int i = 0; i < 4; ++i) o[m][n][i] += part[m][i] + rest[m][i];
       }
     }
   }
