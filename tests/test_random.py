@@ -112,6 +112,8 @@ def main() -> int:
             if text:
                 failed.append(seed)
                 print(f"--- seed {seed}\n{text}", flush=True)
+            if seed % 1000 == 999:
+                print(f"{seed} after {time.perf_counter() - start:.0f} s", flush=True)
     elapsed = time.perf_counter() - start
     print(f"seeds {seeds.start} to {seeds.stop - 1}: {len(seeds)} problems, {len(failed)} failed {failed} in {elapsed:.0f} s")
     return bool(failed)
