@@ -126,9 +126,9 @@ def test_one_ulp_moves_every_embedding_to_a_neighbour(dtype: torch.dtype) -> Non
 # --- proof of what ran -------------------------------------------------------------------------------------------------
 
 
-def _profile(path: Path, nodes: dict[str, int], others: dict[str, str]) -> Path:
+def _profile(path: Path, nodes: dict[str, int], others: dict[str, str], provider: str = "CPUExecutionProvider") -> Path:
     ran = [(name, "HyperAttention") for name, count in nodes.items() for _ in range(count)] + list(others.items())
-    events = [{"cat": "Node", "name": f"{name}_kernel_time", "args": {"op_name": op}} for name, op in ran]
+    events = [{"cat": "Node", "name": f"{name}_kernel_time", "args": {"op_name": op, "provider": provider}} for name, op in ran]
     path.write_text(json.dumps([*events, {"cat": "Session", "name": "model_run", "args": {}}]))
     return path
 
@@ -140,6 +140,11 @@ def test_ort_proof(tmp_path: Path) -> None:
         bad = _profile(tmp_path / "bad.json", nodes, {"c": "MatMul", "s": "Softmax"})
         with pytest.raises(EnvironmentFault, match="MatMul, Softmax"):
             ort_proof("ort", bad, ["a", "b"], runs)
+    on_cuda = _profile(tmp_path / "cuda.json", {"a": 1}, {}, "CUDAExecutionProvider")
+    assert "CUDAExecutionProvider" in ort_proof("ort", on_cuda, ["a"], 1, "CUDAExecutionProvider").source
+    for path, wanted in ((on_cuda, "CPUExecutionProvider"), (_profile(tmp_path / "cpu.json", {"a": 1}, {}), "CUDAExecutionProvider")):
+        with pytest.raises(EnvironmentFault, match=f"planned was {wanted}"):
+            ort_proof("ort", path, ["a"], 1, wanted)
 
 
 def test_engine_proof() -> None:

@@ -68,23 +68,26 @@ def _same(a: object, b: object) -> bool:
     return abs(a - b) <= 1e-6 * abs(b) if isinstance(b, float) and isinstance(a, float) else a == b
 
 
-def ort_proof(runner: str, profile: Path, nodes: list[str], runs: int) -> Proof:
-    """Reads ONNX Runtime's profile of a session: each of `nodes` must have run as our custom op in each of `runs` runs.
+def ort_proof(runner: str, profile: Path, nodes: list[str], runs: int, provider: str = "CPUExecutionProvider") -> Proof:
+    """Reads ONNX Runtime's profile of a session: each of `nodes` must have run as our kernel for `provider` in each of `runs` runs.
 
-    Raises EnvironmentFault otherwise, telling an inlined function body apart from a node that is missing.
+    Raises EnvironmentFault otherwise, telling an inlined function body apart from a node that ran elsewhere or is missing.
     """
     events = json.loads(profile.read_text())
     kernels = [e for e in events if e.get("cat") == "Node" and e.get("name", "").endswith("_kernel_time")]
-    ours = Counter(e["name"].removesuffix("_kernel_time") for e in kernels if e.get("args", {}).get("op_name") == OP_TYPE)
-    wanted = Counter({name: runs for name in nodes})
-    if ours != wanted:
+    ours = [e for e in kernels if e.get("args", {}).get("op_name") == OP_TYPE]
+    counted = Counter(e["name"].removesuffix("_kernel_time") for e in ours)
+    elsewhere = sorted({str(e["args"].get("provider")) for e in ours} - {provider})
+    if elsewhere:
+        raise EnvironmentFault(f"{runner} ran {OP_TYPE} nodes on {', '.join(elsewhere)}, planned was {provider}; {_MEND}")
+    if counted != Counter({name: runs for name in nodes}):
         others = sorted({e["args"].get("op_name", "?") for e in kernels if e.get("args", {}).get("op_name") != OP_TYPE})
         raise EnvironmentFault(
-            f"{runner} ran {len(ours)} {OP_TYPE} nodes {sum(ours.values())} times, planned were {len(nodes)} nodes in {runs} runs. "
+            f"{runner} ran {len(counted)} {OP_TYPE} nodes {len(ours)} times, planned were {len(nodes)} nodes in {runs} runs. "
             f"Where a node is missing, ONNX Runtime ran its exact function body instead (operators seen: {', '.join(others) or 'none'}); "
             f"{_MEND}"
         )
-    return Proof(runner, "ONNX Runtime profile", len(nodes), tuple(sorted(ours)), runs)
+    return Proof(runner, f"ONNX Runtime profile, {provider}", len(nodes), tuple(sorted(counted)), runs)
 
 
 def engine_proof(runner: str, layers: list[str], planned: int, runs: int) -> Proof:

@@ -20,13 +20,12 @@ from polygraphy.common import TensorMetadata
 from torch import Tensor
 
 from hyperattention.config import DOMAIN, INT32_MAX, OP_TYPE
-from hyperattention.errors import EnvironmentFault
 from hyperattention.export.patch import Patched
 from hyperattention.validate.operators import Operator
+from hyperattention.validate.ort_session import open_session, provider_of, run_bound, session_options
 from hyperattention.validate.provenance import Proof, ort_proof
 
 INPUTS = (("input_ids", "int64", (None, None)), ("lengths", "int32", (None,)))
-EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def feed(input_ids: Tensor, lengths: Tensor | None = None) -> OrderedDict:
@@ -80,36 +79,33 @@ class TorchRunner(ModelRunner):
 
 
 class OrtRunner(ModelRunner):
-    """ONNX Runtime on the CPU with our library, profiled from start to end so that `prove` can say what ran.
+    """ONNX Runtime with our library on the processor or a GPU, profiled from start to end so that `prove` can say what ran.
 
     `exact` = the same file with exact_below raised in memory: the rival on equal terms. `library` None loads no library,
     which is what a careless deployment does; `prove` then raises.
     """
 
-    def __init__(self, model: Path, library: Path | None, nodes: list[str], name: str, exact: bool = False, threads: int = 0) -> None:
+    def __init__(
+        self,
+        model: Path,
+        library: Path | None,
+        nodes: list[str],
+        name: str,
+        exact: bool = False,
+        threads: int = 0,
+        device: torch.device = torch.device("cpu"),
+    ) -> None:
         super().__init__(name=name)
-        self.model, self.library, self.nodes, self.exact, self.threads = model, library, nodes, exact, threads
-        self.backend = "ONNX Runtime, CPU"
+        self.model, self.library, self.nodes, self.exact, self.threads, self.device = model, library, nodes, exact, threads, device
+        self.backend = f"ONNX Runtime, {device.type.upper()}"
 
     def activate_impl(self) -> None:
-        import onnxruntime as ort
-
         self.runs, self.folder = 0, Path(tempfile.mkdtemp(prefix="hyperattention-"))
-        options = ort.SessionOptions()
+        options = session_options(self.library, self.model.parent)
         options.enable_profiling = True
         options.profile_file_prefix = str(self.folder / "profile")
-        options.log_severity_level = 3
         options.intra_op_num_threads = self.threads
-        if self.library is not None:
-            if not self.library.is_file():
-                raise EnvironmentFault(f"{self.library.name} is not in the output folder; export again")
-            options.register_custom_ops_library(str(self.library))
-        options.add_session_config_entry(EXTERNAL_DATA_FOLDER, str(self.model.parent))
-        try:
-            self.session = ort.InferenceSession(self._bytes(), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime raises a class of its own per status
-            raise EnvironmentFault(f"ONNX Runtime cannot open {self.model.name}: {error}") from error
-        self.outputs = [o.name for o in self.session.get_outputs()]
+        self.session = open_session(self._bytes(), options, self.device, self.model.name)
 
     def _bytes(self) -> bytes:
         import onnx
@@ -124,19 +120,16 @@ class OrtRunner(ModelRunner):
         return proto.SerializeToString()
 
     def infer_impl(self, feed_dict: dict) -> OrderedDict:
-        arrays = {name: value.cpu().numpy() for name, value in feed_dict.items()}
-        start = time.perf_counter()
-        answer = self.session.run(self.outputs, arrays)
-        self.inference_time = time.perf_counter() - start
+        answer, self.inference_time = run_bound(self.session, feed_dict, self.device)
         self.runs += 1
-        return OrderedDict((name, torch.from_numpy(value)) for name, value in zip(self.outputs, answer, strict=True))
+        return answer
 
     def prove(self) -> Proof:
         profile = Path(self.session.end_profiling())
-        return ort_proof(self.name, profile, self.nodes, self.runs)
+        return ort_proof(self.name, profile, self.nodes, self.runs, provider_of(self.device))
 
     def deactivate_impl(self) -> None:
-        del self.session, self.outputs
+        del self.session
         shutil.rmtree(self.folder, ignore_errors=True)
         del self.folder, self.runs
         gc.collect()

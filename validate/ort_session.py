@@ -1,0 +1,106 @@
+"""An ONNX Runtime session with our library on the processor or a GPU; torch tensors go in and come out by pointer, any dtype."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperattention.errors import EnvironmentFault
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+# ONNX Runtime's name of a tensor type: torch's dtype and ONNX's code. NumPy, the usual way in, has no bfloat16.
+DTYPES = {
+    "tensor(float)": (torch.float32, 1),
+    "tensor(int32)": (torch.int32, 6),
+    "tensor(int64)": (torch.int64, 7),
+    "tensor(bool)": (torch.bool, 9),
+    "tensor(float16)": (torch.float16, 10),
+    "tensor(bfloat16)": (torch.bfloat16, 16),
+}
+
+
+def provider_of(device: torch.device) -> str:
+    """The provider whose kernels are to run the nodes."""
+    return CUDA if device.type == "cuda" else CPU
+
+
+def session_options(library: Path | None, external_data: Path) -> Any:
+    """Options that register `library` (None: none) and find weights outside the file in the folder `external_data`."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if library is not None:
+        if not library.is_file():
+            raise EnvironmentFault(f"{library.name} is not in the output folder; export again")
+        options.register_custom_ops_library(str(library))
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(external_data))
+    return options
+
+
+def open_session(model: bytes, options: Any, device: torch.device, name: str) -> Any:
+    """A session of `model` on `device`. Raises EnvironmentFault where ONNX Runtime cannot open it there.
+
+    ONNX Runtime itself falls back to the processor, with a warning, where its CUDA provider cannot be loaded.
+    """
+    import onnxruntime as ort
+
+    provider = provider_of(device)
+    providers: list[Any] = [CPU]
+    if provider == CUDA:
+        if CUDA not in ort.get_available_providers():
+            raise EnvironmentFault(f"ONNX Runtime {ort.__version__} has no {CUDA}; install onnxruntime-gpu, or use --device cpu")
+        ort.preload_dlls()  # CUDA's and cuDNN's libraries of the installed wheels
+        providers.insert(0, (CUDA, {"device_id": device.index or 0}))
+    try:
+        session = ort.InferenceSession(model, options, providers=providers)
+    except Exception as error:  # ONNX Runtime raises a class of its own per status
+        raise EnvironmentFault(f"ONNX Runtime cannot open {name}: {error}") from error
+    if provider not in session.get_providers():
+        raise EnvironmentFault(
+            f"ONNX Runtime {ort.__version__} could not load its {provider} (session has {', '.join(session.get_providers())}): "
+            "its CUDA and cuDNN libraries must be those of its build, CUDA 13 and cuDNN 9 for 1.31; run `hyperattention doctor`"
+        )
+    return session
+
+
+def run_bound(session: Any, feed: dict[str, Tensor], device: torch.device) -> tuple[OrderedDict[str, Tensor], float]:
+    """Runs `session` on `feed`, name to tensor; answers its outputs, tensors on `device`, and the seconds of the run alone.
+
+    Sizes of outputs come from the names of the inputs' dimensions. Raises EnvironmentFault for an output that has others, and
+    for a type that is not carried.
+    """
+    binding, sizes, held = session.io_binding(), {}, []
+    for node in session.get_inputs():
+        dtype, code = _dtype(node)
+        value = feed[node.name].to(device, dtype).contiguous()
+        sizes.update((dim, size) for dim, size in zip(node.shape, value.shape, strict=True) if isinstance(dim, str))
+        binding.bind_input(node.name, device.type, device.index or 0, code, tuple(value.shape), value.data_ptr())
+        held.append(value)
+    outputs = OrderedDict()
+    for node in session.get_outputs():
+        dtype, code = _dtype(node)
+        shape = tuple(sizes.get(size, size) for size in node.shape)
+        if not all(isinstance(size, int) for size in shape):
+            raise EnvironmentFault(f"output {node.name} has shape {node.shape}, whose sizes are not those of the inputs; export again")
+        outputs[node.name] = torch.empty(shape, dtype=dtype, device=device)
+        binding.bind_output(node.name, device.type, device.index or 0, code, shape, outputs[node.name].data_ptr())
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # the inputs were written on torch's stream, the session has its own
+    start = time.perf_counter()
+    session.run_with_iobinding(binding)
+    binding.synchronize_outputs()
+    seconds = time.perf_counter() - start
+    del held
+    return outputs, seconds
+
+
+def _dtype(node: Any) -> tuple[torch.dtype, int]:
+    if node.type not in DTYPES:
+        raise EnvironmentFault(f"{node.name} is a {node.type}, which this runner does not carry; it takes {', '.join(DTYPES)}")
+    return DTYPES[node.type]
