@@ -19,7 +19,8 @@ from collect import collect
 from hyperattention.doctor import sources_id
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITE = '<testsuites><testsuite tests="{}" failures="{}" errors="0" skipped="0"><testcase name="a"/></testsuite></testsuites>'
+SUITE = """<testsuites><testsuite tests="{}" failures="{}" errors="0" skipped="0"><testcase name="test_2000_random_problems"/>
+</testsuite></testsuites>"""
 
 
 def benchmark() -> dict[str, Any]:
@@ -62,7 +63,6 @@ def folder(tmp_path: Path) -> Path:
         (out / f"{name}.xml").write_text(SUITE.format(7, 0))
         (out / f"{name}.log").write_text("========= ERROR SUMMARY: 0 errors\n")
     (out / "sanitizer-racecheck.log").write_text("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n")
-    (out / "random.json").write_text(json.dumps({"seeds": [0, 1999], "passed": 2000, "failed": {}, "seconds": 9.0}))
     (out / "engines").mkdir()
     checks = {"bf16": {"passed": True, "seconds": 1.0, "4097": {"o_error": 0.1}}}
     (out / "engines/engine_run.json").write_text(json.dumps({"tensorrt": "10.6", "checks": checks}))
@@ -76,18 +76,20 @@ def folder(tmp_path: Path) -> Path:
 def test_a_passed_verification_is_recorded(folder: Path) -> None:
     record = collect([folder])
     assert gpu_record.contradictions(record) == [] and record["passed"] and record["steps_missing"] == []
-    assert record["steps"]["cuda"]["tests"] == {"passed": 7, "failures": 0, "errors": 0, "skipped": 0, "not_passed": []}
+    assert record["steps"]["cuda"]["tests"] == {
+        "passed": 7, "failures": 0, "errors": 0, "skipped": 0, "not_passed": [], "random_problems": 2000,
+    }  # fmt: skip
     assert record["steps"]["sanitizer"]["tools"]["racecheck"]["errors"] == 0
     assert record["steps"]["validate-paper"]["model"]["implementation"]["model_ratio"] == 0.12346
     assert record["build_id"] == sources_id(ROOT)
 
 
 def test_failed_unread_and_missing_steps_do_not_pass(folder: Path) -> None:
-    (folder / "steps.tsv").write_text("cuda\tFAIL\t3\nrandom\tPASS\t1\n")
-    (folder / "random.json").unlink()
+    (folder / "steps.tsv").write_text("cuda\tFAIL\t3\nort\tPASS\t1\n")
+    (folder / "ort.xml").unlink()
     record = collect([folder])
     assert gpu_record.contradictions(record) == [] and not record["passed"]
-    assert not record["steps"]["random"]["passed"] and "random.json" in record["steps"]["random"]["unread"]
+    assert not record["steps"]["ort"]["passed"] and "ort.xml" in record["steps"]["ort"]["unread"]
     assert "sanitizer" in record["steps_missing"]
 
 
@@ -117,14 +119,13 @@ WRONG = {
     "no device": _set("device", to=""),
     "library of another build": _set("libraries", "l.so", "build_id", to="another"),
     "a step gone": lambda r: r["steps"].pop("ort"),
-    "failure hidden": _set("steps", "random", "passed", to=False),
+    "failure hidden": _set("steps", "engines", "passed", to=False),
     "failing tests": _set("steps", "cuda", "tests", "failures", to=1),
     "skipped tests": _set("steps", "ort", "tests", "skipped", to=1),
     "no tests": _set("steps", "ort", "tests", "passed", to=0),
     "sanitizer errors": _set("steps", "sanitizer", "tools", "initcheck", "errors", to=2),
     "sanitizer without summary": _set("steps", "sanitizer", "tools", "memcheck", "errors", to=None),
     "engine check": _set("steps", "engines", "engines", "failures", to=1),
-    "random seeds": _set("steps", "random", "problems", "failed", to=[17]),
     "missed target": _set("steps", "attention", "benchmark", "rows", 0, "ms", "plugin", to=1000.0),
     "runtime failed": _set("steps", "attention", "benchmark", "failed", to={"ort": "no"}),
     "gate": _set("steps", "validate-odd", "model", "gates", "KL", "passed", to=False),

@@ -29,8 +29,12 @@ def read_junit(path: Path) -> dict[str, Any]:
     if suite is None:
         raise ValueError(f"{path.name} has no testsuite")
     total, bad = int(suite.get("tests", 0)), {name: int(suite.get(name, 0)) for name in ("failures", "errors", "skipped")}
-    names = [case.get("name") for case in suite.iter("testcase") if case.find("failure") is not None or case.find("error") is not None]
-    return {"passed": total - sum(bad.values()), **bad, "not_passed": names}
+    names = {case.get("name", ""): case.find("failure") is None and case.find("error") is None for case in suite.iter("testcase")}
+    found: dict[str, Any] = {"passed": total - sum(bad.values()), **bad, "not_passed": [name for name, ok in names.items() if not ok]}
+    # One test may stand for many problems.
+    if many := [int(match[1]) for name, ok in names.items() if ok and (match := re.fullmatch(r"test_(\d+)_random_problems", name))]:
+        found["random_problems"] = sum(many)
+    return found
 
 
 def read_sanitizer(folder: Path) -> dict[str, Any]:
@@ -54,11 +58,6 @@ def read_engines(folder: Path) -> dict[str, Any]:
     checks = {name: {k: row[k] for k in ("passed", "seconds", "error") if k in row} for name, row in report["checks"].items()}
     passed = sum(row["passed"] for row in checks.values())
     return {"tensorrt": report["tensorrt"], "passed": passed, "failures": len(checks) - passed, "checks": checks}
-
-
-def read_random(folder: Path) -> dict[str, Any]:
-    report = json.loads((folder / "random.json").read_text())
-    return report | {"failed": sorted(map(int, report["failed"]))}
 
 
 def read_model(folder: Path, name: str) -> dict[str, Any]:
@@ -96,7 +95,7 @@ def read_step(folder: Path, name: str) -> dict[str, Any]:
         return {"benchmark": json.loads((folder / "attention.json").read_text())}
     if name.startswith("validate-"):
         return {"model": read_model(folder, name.removeprefix("validate-"))}
-    readers = {"random": ("problems", read_random), "engines": ("engines", read_engines), "sanitizer": ("tools", read_sanitizer)}
+    readers = {"engines": ("engines", read_engines), "sanitizer": ("tools", read_sanitizer)}
     if name in readers:
         key, reader = readers[name]
         return {key: reader(folder)}
