@@ -39,9 +39,12 @@ for step in sys.argv[2:]:
         held[copy] = ctypes.CDLL(path)
     elif what == "close":
         _ctypes.dlclose(held.pop(copy)._handle)
-    elif what == "polygraphy":
+    elif what == "polygraphy":  # --plugins: opened before TensorRT is, so libnvinfer has to be the first of them
         from polygraphy.backend.trt import load_plugins
-        load_plugins([sys.argv[1] + "/libnvinfer.so", path])
+        load_plugins([str((Path(sys.argv[1]) / "libnvinfer").resolve()), path])
+    elif what == "trtexec":  # --staticPlugins: TensorRT's own plugins, and with them libnvinfer, are opened before
+        held["own"] = ctypes.CDLL(str((Path(sys.argv[1]) / "libnvinfer_plugin").resolve()))
+        held[copy] = ctypes.CDLL(path)
     elif what == "load":
         handle = trt.get_plugin_registry().load_library(path)
         told = handle is not None
@@ -88,6 +91,7 @@ CASES = (
     Case("two-copies-static-then-dynamic", "tensorrt:0 open.a:1 load.b:1:no"),
     Case("two-copies-dynamic-then-static", "tensorrt:0 load.a:1 open.b:1 unload.a:0"),
     Case("polygraphy", "polygraphy tensorrt:1"),
+    Case("trtexec-static", "trtexec tensorrt:1 load:1"),
     Case("register", "tensorrt:0 register:1 register:1"),
     Case("register-after-static", "tensorrt:0 open:1 register:1"),
     Case("register-after-dynamic", "tensorrt:0 load:1 register:1"),
@@ -99,17 +103,17 @@ CASES = (
 
 @pytest.fixture(scope="module", params=HEADERS, ids=lambda headers: f"headers-{headers}")
 def copies(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the library twice, as two files, and TensorRT's own under a name that needs no search."""
+    """A folder with the library twice, as two files, and links to TensorRT's own libraries."""
     folder = tmp_path_factory.mktemp("copies")
     library = plugin_library(request.param)
     for copy in "ab":
         (folder / copy).mkdir()
         shutil.copyfile(library, folder / copy / TRT_LIBRARY)
-    # The bindings have it in the process already, wherever it lies.
-    import tensorrt  # noqa: F401
+    import tensorrt  # noqa: F401  (opens them, wherever they lie)
 
-    loaded = {line.split()[-1] for line in open("/proc/self/maps") if "libnvinfer.so." in line}
-    (folder / "libnvinfer.so").symlink_to(loaded.pop())
+    mapped = {line.split()[-1] for line in open("/proc/self/maps") if "/libnvinfer" in line}
+    for path in mapped:
+        (folder / Path(path).name.partition(".so")[0]).symlink_to(path)
     return folder
 
 
