@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import onnxruntime as ort
 import pytest
@@ -12,8 +14,10 @@ from onnx import TensorProto, helper
 from operator_cases import Case, config
 from ort_models import CPU, CUDA, ONNX_TYPES, one_node, session
 
-from hyperattention.errors import EnvironmentFault
+from hyperattention.errors import EnvironmentFault, UsageError
+from hyperattention.export.bundle import Bundle
 from hyperattention.library import ort_library_path
+from hyperattention.validate.backends import choose
 from hyperattention.validate.ort_session import open_session, run_bound, session_options
 
 pytestmark = pytest.mark.ort
@@ -77,3 +81,14 @@ def test_no_cuda_provider_is_no_session(available: list[str], monkeypatch: pytes
     monkeypatch.setattr(ort, "InferenceSession", lambda model, options, providers: real(model, options, providers=[CPU]))
     with pytest.raises(EnvironmentFault, match="has no CUDAExecutionProvider|could not load its CUDAExecutionProvider"):
         open_session(one_node({}), session_options(ort_library_path(), tmp_path), torch.device("cuda"), "model.onnx")
+
+
+def test_devices_and_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    without, with_engine = (cast(Bundle, SimpleNamespace(engine=engine)) for engine in (None, Path("model.engine")))
+    cuda = torch.device("cuda")
+    assert choose(without, "auto", "auto") == (PROCESSOR, "ort") and choose(without, "cuda", "auto") == (cuda, "ort")
+    assert choose(with_engine, "auto", "auto") == (cuda, "tensorrt") and choose(with_engine, "cuda", "ort") == (cuda, "ort")
+    assert choose(with_engine, "cpu", "auto") == (PROCESSOR, "ort")
+    with pytest.raises(UsageError, match="--device cpu with the backend tensorrt"):
+        choose(with_engine, "cpu", "tensorrt")

@@ -34,9 +34,9 @@ def choose(bundle: Bundle, device: str, backend: str) -> tuple[torch.device, str
         kind = "tensorrt" if bundle.engine is not None and cuda and device != "cpu" else "ort"
     if kind == "tensorrt" and bundle.engine is None:
         raise UsageError("--backend tensorrt, but the folder holds no model.engine; export again on a machine with a GPU")
-    if device == {"tensorrt": "cpu", "ort": "cuda"}[kind]:
-        raise UsageError(f"--device {device} with the backend {kind}: ort runs on the cpu, tensorrt on cuda")
-    return torch.device("cuda" if kind == "tensorrt" else "cpu"), kind
+    if kind == "tensorrt" and device == "cpu":
+        raise UsageError("--device cpu with the backend tensorrt, which runs on cuda alone; leave --device out, or give --backend ort")
+    return torch.device("cuda" if kind == "tensorrt" or device == "cuda" else "cpu"), kind
 
 
 def check_engines(bundle: Bundle, exact_engine: Path | None) -> list[str]:
@@ -74,9 +74,9 @@ def make_runners(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hyperattention-twin-")))
         export_onnx(patched, plan, folder, step)
         model = folder / model.name
-    nodes = check_graph(model, plan)
-    ours = OrtRunner(model, bundle.ort_library, nodes, "ONNX Runtime", threads=threads)
-    rival = OrtRunner(model, bundle.ort_library, nodes, "ONNX Runtime, exact", exact=True, threads=threads)
+    nodes, device = check_graph(model, plan), next(patched.model.parameters()).device
+    ours = OrtRunner(model, bundle.ort_library, nodes, "ONNX Runtime", threads=threads, device=device)
+    rival = OrtRunner(model, bundle.ort_library, nodes, "ONNX Runtime, exact", exact=True, threads=threads, device=device)
     return ours, rival if plan.approximate else None
 
 

@@ -14,7 +14,7 @@ from hyperattention.config import INT32_MAX, Config
 from hyperattention.errors import EnvironmentFault
 from hyperattention.export.bundle import Bundle
 from hyperattention.export.patch import exact_attention
-from hyperattention.library import ORT_LIBRARY, TRT_LIBRARY
+from hyperattention.library import ORT_LIBRARY
 from hyperattention.native import Library
 
 Attention = Callable[[Tensor, Tensor, Tensor, Config, Tensor | None], tuple[Tensor, Tensor]]
@@ -58,14 +58,14 @@ def reference_operator() -> Operator:
 
 
 def native_library(bundle: Bundle, device: torch.device) -> Library:
-    """The kernels that the folder itself ships for tensors on `device`: fp32 on the CPU, fp16 and bf16 on CUDA.
+    """The kernels that the folder itself ships for tensors on `device`: fp32 on the CPU, fp32, fp16 and bf16 on CUDA (either library).
 
     Raises EnvironmentFault where the folder has none for it, or of another interface version.
     """
     cuda = device.type == "cuda"
-    path = bundle.trt_library if cuda else bundle.ort_library
+    path = (bundle.trt_library if cuda else None) or bundle.ort_library
     if path is None:
-        raise EnvironmentFault(f"the folder holds no {TRT_LIBRARY if cuda else ORT_LIBRARY}; build it (`make native`) and export again")
+        raise EnvironmentFault(f"the folder holds no {ORT_LIBRARY}; build it (`make native`) and export again")
     return Library(path, "ha_cuda_" if cuda else "ha_cpu_", device.type)
 
 

@@ -77,7 +77,7 @@ def validate(options: Options, step: Callable[[str], None]) -> dict:
     check_files(bundle)
     device, backend_kind = choose(bundle, options.device, options.backend)
     plan, notes = bundle.plan, check_engines(bundle, options.exact_engine) if backend_kind == "tensorrt" else []
-    if backend_kind == "ort" and plan.dtype != "fp32":
+    if device.type == "cpu" and plan.dtype != "fp32":
         notes.append(
             f"The {plan.dtype} target was validated through its fp32 twin: ONNX Runtime's CPU provider has no {plan.dtype} arithmetic."
         )
