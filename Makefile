@@ -33,7 +33,7 @@ CUDA_WHEELS = $(BIN)/python -c 'import tomllib; print(*(r for r in tomllib.load(
 	  echo "$$wheels" > $@
 
 native: $(NATIVE)
-$(NATIVE): CMakeLists.txt $(wildcard cmake/*) $(shell find plugins -type f) .deps/cuda/.installed | .venv/.installed
+$(NATIVE): CMakeLists.txt $(wildcard cmake/* tests/trt_*) $(shell find plugins -type f) .deps/cuda/.installed | .venv/.installed
 	$(BIN)/cmake -S . -B build/dev -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python --log-level=NOTICE
 	$(BIN)/cmake --build build/dev
 	$(BIN)/cmake --install build/dev --prefix .

@@ -128,7 +128,7 @@ def check_tensorrt() -> Check:
     """TensorRT's Python package; an engine cannot be built without it."""
     mend = f"{_INSTALL_TENSORRT}; without it everything but the engine is made"
     try:
-        import tensorrt
+        import tensorrt  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         return Check("TensorRT", MISSING, str(error), mend)
     version = str(tensorrt.__version__)
@@ -174,7 +174,8 @@ def check_library(name: str, find, required: bool) -> Check:
     except EnvironmentFault as fault:
         return Check(name, MISSING, str(fault).split(";")[0], "run `make native`; it says which SDK is missing, if any", required)
     shown = Path(os.path.relpath(path)) if path.is_relative_to(Path.cwd()) else path
-    found = f"{shown}, {info['version']}, build {info['build_id']}, {', '.join(map(str, info['architectures']))}"
+    kernels = f"{' and '.join(info['backends'])} kernels for {', '.join(info['architectures'])}"
+    found = f"{shown}, {info['version']}, build {info['build_id']}, {kernels}"
     mend = "rebuild it: `make native`"
     if info["version"] != __version__ or info["abi"] != ABI_VERSION:
         return Check(name, MISMATCH, f"{found}; this package is {__version__}, interface {ABI_VERSION}", mend, required)

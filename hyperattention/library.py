@@ -12,7 +12,7 @@ import os
 from ctypes import c_char_p, c_float, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hyperattention.config import Config
 from hyperattention.errors import EnvironmentFault
@@ -88,7 +88,7 @@ def trt_library_path() -> Path:
     return _find(TRT_LIBRARY)
 
 
-def build_info(path: Path) -> dict[str, object]:
+def build_info(path: Path) -> dict[str, Any]:
     """What a library says of itself: version, abi, build_id, backends, architectures, compiler. Raises EnvironmentFault."""
     library = open_library(path)
     library.ha_build_info.restype = c_char_p
