@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "device.cuh"
@@ -150,6 +151,7 @@ int byte(uint32_t word, int i) { return int8_t(word >> (8 * i)); }
 // c = a b + c for fragments of `kPerWord` elements a word: rows and columns of the operands as in the PTX manual, with
 // g = lane / 4 and t = lane % 4: A word w holds row g + 8 (w % 2), columns kPerWord t .. of half w / 2; B word w holds
 // column g, rows kPerWord t .. of half w; C element e holds row g + 8 (e / 2), column 2 t + e % 2.
+// The sum is as the tensor cores form it: exact up to double, then rounded towards zero.
 template <int kPerWord, class C, class Multiply>
 void matrix_product(Lane* lanes, Multiply multiply) {
   for (int l = 0; l < kWarp; ++l) {
@@ -157,12 +159,17 @@ void matrix_product(Lane* lanes, Multiply multiply) {
       const int row = l / 4 + 8 * (e / 2), column = l % 4 * 2 + e % 2;
       C c;
       std::memcpy(&c, &lanes[l].in[8 + e], 4);
+      std::conditional_t<std::is_same_v<C, float>, double, C> sum = c;
       for (int half = 0; half < 2; ++half)
         for (int t = 0; t < 4; ++t)
           for (int i = 0; i < kPerWord; ++i) {
             const uint32_t a = lanes[row % 8 * 4 + t].in[row / 8 + 2 * half], b = lanes[column * 4 + t].in[4 + half];
-            c += multiply(a, b, i);
+            sum += multiply(a, b, i);
           }
+      c = C(sum);
+      if constexpr (std::is_same_v<C, float>) {
+        if (std::abs(double(c)) > std::abs(sum)) c = std::nextafter(c, 0.0f);
+      }
       std::memcpy(&lanes[l].out[e], &c, 4);
     }
   }
@@ -273,7 +280,7 @@ template <class T>
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   give(c, a, b0, b1);
   warp_operation([](Lane* lanes) {
-    matrix_product<2, float>(lanes, [](uint32_t x, uint32_t y, int i) { return element<T>(x, i) * element<T>(y, i); });
+    matrix_product<2, float>(lanes, [](uint32_t x, uint32_t y, int i) { return double(element<T>(x, i)) * element<T>(y, i); });
   });
   std::memcpy(c, lane().out, 16);
 }
@@ -283,7 +290,7 @@ template void multiply_add<Bfloat16>(float (&)[4], const uint32_t (&)[4], uint32
 void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   give(c, a, b0, b1);
   warp_operation([](Lane* lanes) {
-    matrix_product<1, float>(lanes, [](uint32_t x, uint32_t y, int) { return bits_float(x & ~kBelowTf32) * bits_float(y & ~kBelowTf32); });
+    matrix_product<1, float>(lanes, [](uint32_t x, uint32_t y, int) { return double(bits_float(x & ~kBelowTf32)) * bits_float(y & ~kBelowTf32); });
   });
   std::memcpy(c, lane().out, 16);
 }
