@@ -63,6 +63,7 @@ class OrtBackend:
 
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
             raise ImportError(f"ONNX Runtime {onnxruntime.__version__} has no CUDA provider")
+        onnxruntime.preload_dlls()  # CUDA's and cuDNN's libraries of the installed wheels
         options, self.stream = onnxruntime.SessionOptions(), torch.cuda.Stream()
         options.register_custom_ops_library(str(ort_library_path()))
         provider = ("CUDAExecutionProvider", {"user_compute_stream": str(self.stream.cuda_stream)})
