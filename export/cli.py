@@ -111,9 +111,8 @@ def export_model(
     if text is not None and not text.is_file():
         raise UsageError(f"--text: there is no file {text}")
     _check_validation(lengths, device, gates, plan.seq)
-    no_engine = missing.get("engine") or obstacle
-    if validate and device == "cuda" and no_engine is not None:
-        raise UsageError(f"--device cuda validates an engine, and none will be built ({no_engine}); leave --device out, or give cpu")
+    if validate and device == "cuda":
+        pipeline.check_validation_on_cuda(missing, obstacle)
     planned = {"plan": plan.to_json(), "memory": [vars(item) for item in items], "missing": missing}
     planned |= {"engine_obstacle": obstacle, "warnings": warnings}
     options = pipeline.Options(

@@ -99,6 +99,26 @@ def check_environment(source: "Source", plan: ExportPlan, options: Options, miss
         raise EnvironmentFault(f"the result cannot be validated: {missing['ONNX Runtime library']}, or pass --no-validate")
 
 
+def check_validation_on_cuda(missing: dict[str, str], obstacle: str | None) -> None:
+    """Before any work, for --device cuda: an engine, or ONNX Runtime's CUDA provider, will be there to be validated.
+
+    Raises UsageError where the CUDA kernels do not take the plan, EnvironmentFault where neither runtime is there.
+    """
+    if obstacle is not None:
+        raise UsageError(f"--device cuda: {obstacle}; leave --device out, or give cpu")
+    if "engine" in missing and not _has_cuda_provider():
+        raise EnvironmentFault(
+            f"--device cuda validates an engine, and none will be built ({missing['engine']}), or ONNX Runtime's CUDA provider, which is "
+            f"not installed either; install onnxruntime-gpu, or give --device cpu"
+        )
+
+
+def _has_cuda_provider() -> bool:
+    import onnxruntime
+
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
 @contextmanager
 def output_folder(out: Path) -> Iterator[Path]:
     """A temporary folder that becomes `out` when the block ends well or raises AccuracyFailed, and vanishes otherwise.

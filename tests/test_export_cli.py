@@ -196,13 +196,19 @@ def test_device_cuda_without_one_is_refused_before_any_work(
     assert result.code == 3 and "PyTorch sees no CUDA device" in result.err and left_behind(tmp_path) == []
 
 
-def test_device_cuda_for_a_plan_without_an_engine_is_refused(
-    model: Path, tmp_path: Path, export: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("head_dim, provider, code, words", [
+    (12, "CUDAExecutionProvider", 2, "--device cuda: layer 0 (model.layers.0.self_attn): head_dim is 12"),
+    (16, "CPUExecutionProvider", 3, "none will be built (no engine here), or ONNX Runtime's CUDA provider, which is not installed"),
+])  # fmt: skip
+def test_device_cuda_for_a_plan_that_nothing_there_runs_is_refused(
+    head_dim: int, provider: str, code: int, words: str, tmp_path: Path, export: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(pipeline, "missing_parts", dict)
-    result = export(model, tmp_path / "out", "--device", "cuda", "--dtype", "fp32")
-    assert result.code == 2 and "none will be built (the plugin takes fp16 and bf16" in result.err and left_behind(tmp_path) == []
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: [provider])
+    monkeypatch.setattr(pipeline, "missing_parts", lambda: {"engine": "no engine here"})
+    folder = tiny.save(tmp_path / "model", head_dim=head_dim)
+    result = export(folder, tmp_path / "out", "--device", "cuda", "--dtype", "bf16")
+    assert result.code == code and words in " ".join(result.err.split()) and left_behind(tmp_path) == ["model"]
 
 
 def test_an_unexpected_error_is_no_failed_gate(
