@@ -103,6 +103,21 @@ def test_the_installed_libraries_are_of_these_sources(installed: Path, tmp_path:
         assert "cuda" in info["backends"]
 
 
+@pytest.mark.skipif("HYPERATTENTION_WHEEL" in os.environ, reason="HYPERATTENTION_WHEEL is set: that wheel may hold every head size")
+def test_head_sizes_that_were_left_out_are_refused(installed: Path, tmp_path: Path) -> None:
+    """Smaller ones are padded to the one that was built. Needs no device: the workspace is a function of shapes."""
+    code = (
+        "import ctypes; from hyperattention.config import Config;"
+        "from hyperattention.library import HaAttributes, HaParams, trt_library_path;"
+        "library = ctypes.CDLL(str(trt_library_path())); library.ha_last_error.restype = ctypes.c_char_p;"
+        "ask = lambda d: library.ha_cuda_workspace_size(ctypes.byref(HaParams(ctypes.sizeof(HaParams), 2, 1, 1, 1, 100, 100, d, d,"
+        " HaAttributes.of(Config()))), ctypes.byref(ctypes.c_size_t()));"
+        "print(ask(40), ask(64), ask(72), library.ha_last_error().decode())"
+    )
+    words = run(installed / "python", "-c", code, cwd=tmp_path)
+    assert words.startswith("0 0 2 head sizes are 72 and 72; this build has CUDA kernels up to 64") and "HYPERATTENTION_HEAD_SIZES" in words
+
+
 def test_doctor_is_content(installed: Path, tmp_path: Path) -> None:
     checks = {check["name"]: check for check in json.loads(run(installed / "hyperattention", "doctor", "--json", cwd=tmp_path))}
     for name in (*LIBRARIES, "op in ONNX Runtime"):
