@@ -28,10 +28,12 @@ def one_node(
     lse: bool = True,
     rank: int | None = 4,
     then: str = "",
+    declared: bool = False,
 ) -> bytes:
     """A model of one HyperAttention node with symbolic shapes, q, k, v (, lengths) to o (, lse).
 
-    `lengths` "" names the input and leaves it empty; `then` is an operator between the node and o, whose input has no declared type.
+    `lengths` "" names the input and leaves it empty; `then` is an operator between the node and o, whose input has no declared type;
+    `declared` names the outputs' sizes too, which the op's own inference does for o alone.
     """
     kind = ONNX_TYPES[dtype]
     shapes = {"q": ["batch", "heads", "rows", "size"], "k": ["batch", "groups", "keys", "size"], "v": ["batch", "groups", "keys", "out"]}
@@ -46,7 +48,8 @@ def one_node(
     nodes = [helper.make_node(OP_TYPE, names, made, name="attention", domain=DOMAIN, **attributes)]
     if then:
         nodes.append(helper.make_node(then, ["between"], ["o"], name="then"))
-    values = [helper.make_tensor_value_info(name, element, None) for name, element in outputs.items()]
+    sizes = {"o": ["batch", "heads", "rows", "out"], "lse": ["batch", "heads", "rows"]}
+    values = [helper.make_tensor_value_info(name, element, sizes[name] if declared else None) for name, element in outputs.items()]
     imports = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
     graph = helper.make_graph(nodes, "one", graph_inputs, values)
     return helper.make_model(graph, opset_imports=imports, ir_version=10).SerializeToString()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,35 +70,46 @@ def open_session(model: bytes, options: Any, device: torch.device, name: str) ->
     return session
 
 
-def run_bound(session: Any, feed: dict[str, Tensor], device: torch.device) -> tuple[OrderedDict[str, Tensor], float]:
-    """Runs `session` on `feed`, name to tensor; answers its outputs, tensors on `device`, and the seconds of the run alone.
+@dataclass(frozen=True)
+class Bound:
+    """A session's inputs and outputs bound to torch tensors, which it keeps alive; `outputs` are written by a run."""
+
+    binding: Any
+    inputs: dict[str, Tensor]
+    outputs: OrderedDict[str, Tensor]
+
+
+def bind(session: Any, feed: dict[str, Tensor], device: torch.device) -> Bound:
+    """Binds `feed`, name to tensor, and fresh outputs on `device`; an input that is there already, dense and of its type, is not copied.
 
     Sizes of outputs come from the names of the inputs' dimensions. Raises EnvironmentFault for an output that has others, and
     for a type that is not carried.
     """
-    binding, sizes, held = session.io_binding(), {}, []
+    made, sizes = Bound(session.io_binding(), {}, OrderedDict()), {}
     for node in session.get_inputs():
         dtype, code = _dtype(node)
-        value = feed[node.name].to(device, dtype).contiguous()
+        value = made.inputs[node.name] = feed[node.name].to(device, dtype).contiguous()
         sizes.update((dim, size) for dim, size in zip(node.shape, value.shape, strict=True) if isinstance(dim, str))
-        binding.bind_input(node.name, device.type, device.index or 0, code, tuple(value.shape), value.data_ptr())
-        held.append(value)
-    outputs = OrderedDict()
+        made.binding.bind_input(node.name, device.type, device.index or 0, code, tuple(value.shape), value.data_ptr())
     for node in session.get_outputs():
         dtype, code = _dtype(node)
         shape = tuple(sizes.get(size, size) for size in node.shape)
         if not all(isinstance(size, int) for size in shape):
             raise EnvironmentFault(f"output {node.name} has shape {node.shape}, whose sizes are not those of the inputs; export again")
-        outputs[node.name] = torch.empty(shape, dtype=dtype, device=device)
-        binding.bind_output(node.name, device.type, device.index or 0, code, shape, outputs[node.name].data_ptr())
+        value = made.outputs[node.name] = torch.empty(shape, dtype=dtype, device=device)
+        made.binding.bind_output(node.name, device.type, device.index or 0, code, shape, value.data_ptr())
+    return made
+
+
+def run_bound(session: Any, feed: dict[str, Tensor], device: torch.device) -> tuple[OrderedDict[str, Tensor], float]:
+    """Runs `session` on `feed`; answers its outputs, tensors on `device`, and the seconds of the run alone. Raises as `bind` does."""
+    bound = bind(session, feed, device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # the inputs were written on torch's stream, the session has its own
     start = time.perf_counter()
-    session.run_with_iobinding(binding)
-    binding.synchronize_outputs()
-    seconds = time.perf_counter() - start
-    del held
-    return outputs, seconds
+    session.run_with_iobinding(bound.binding)
+    bound.binding.synchronize_outputs()
+    return bound.outputs, time.perf_counter() - start
 
 
 def _dtype(node: Any) -> tuple[torch.dtype, int]:
