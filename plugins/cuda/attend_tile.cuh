@@ -26,7 +26,8 @@ struct Chunks {
   // From the offset of a chunk in row r < kRowsPerPass, where rows of the first pass do not pass a multiple of eight, to that of row
   // r + pass kRowsPerPass and `column` groups of kLaneChunks to the right.
   HA_DEVICE static uint32_t advance(uint32_t offset, int pass, int column) {
-    return (kRowsPerPass % 8 && pass % 2 ? offset ^ 64u : offset) + uint32_t(pass * kRowsPerPass * S::kRowBytes + column * kLaneChunks * 16);
+    const uint32_t turned = kRowsPerPass % 8 && pass % 2 ? offset ^ 64u : offset;
+    return turned + uint32_t(pass * kRowsPerPass * S::kRowBytes + column * kLaneChunks * 16);
   }
 };
 
@@ -53,7 +54,9 @@ struct AttendTile {
   HA_DEVICE float* list_bias(int j) const {
     return reinterpret_cast<float*>(shared + args.config.shared.bias) + j % kStepRing * args.config.query_blocks * kKeys;
   }
-  HA_DEVICE uint32_t buffer(int half_step) const { return shared_base + args.config.shared.ring + half_step % kBuffers * (kKeys * kRowBytes); }
+  HA_DEVICE uint32_t buffer(int half_step) const {
+    return shared_base + args.config.shared.ring + half_step % kBuffers * (kKeys * kRowBytes);
+  }
 
   // `q` = of this batch row and head; index_of(row of the tile) = its row index, -1 = none.
   template <class IndexOf>
@@ -215,7 +218,8 @@ struct AttendTile {
         if (args.lse && lane % 4 == 0 && index >= 0)
           args.lse[slice * args.p.seq_q + index] = total == 0.0f ? -INFINITY : (state.largest[m][half] + log2f(total)) * kLn2;
 #pragma unroll
-        for (int n = 0; n < P / 8; ++n) stage(staged, row, n, lane, state.o[m][n][2 * half] * inverse, state.o[m][n][2 * half + 1] * inverse);
+        for (int n = 0; n < P / 8; ++n)
+          stage(staged, row, n, lane, state.o[m][n][2 * half] * inverse, state.o[m][n][2 * half + 1] * inverse);
       }
     }
     sync_warp();

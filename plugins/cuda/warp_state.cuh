@@ -194,7 +194,8 @@ struct WarpState {
       // Inner index t of a product is key 2 t of its eight, t + 4 is key 2 t + 1: then the accumulators of the logits are the
       // left operand as they are.
       const int row = lane % 4 * 2, chunk = lane / 16, word = lane / 4 % 4 * 4;
-      const uint32_t even = values + tile_offset<kRowBytes>(row, chunk) + word, odd = values + tile_offset<kRowBytes>(row + 1, chunk) + word;
+      const uint32_t even = values + tile_offset<kRowBytes>(row, chunk) + word;
+      const uint32_t odd = values + tile_offset<kRowBytes>(row + 1, chunk) + word;
 #pragma unroll
       for (int n = 0; n < P / 8; ++n) {
         float part[kTiles][4] = {}, rest[kTiles][4] = {};
