@@ -49,7 +49,7 @@ def run(model: onnx.ModelProto) -> np.ndarray:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     folder = tmp_path_factory.mktemp("exported")
     source = inspect_source(tiny.save(tmp_path_factory.mktemp("model")))
-    plan = make_plan(source, layers="0", attributes=tiny.SMALL, dtype="fp32", seq=(1, 150, 512))
+    plan = make_plan(source, layers="0", attributes={**tiny.SMALL}, dtype="fp32", seq=(1, 150, 512))
     export_onnx(install(load_model(source, torch.float32), plan), plan, folder, lambda text: None)
     return Exported(folder, plan, run(onnx.load(folder / MODEL)))
 
@@ -113,7 +113,9 @@ def onnxsim(model: onnx.ModelProto) -> onnx.ModelProto:
 def onnxslim(model: onnx.ModelProto) -> onnx.ModelProto:
     import onnxslim
 
-    return onnxslim.slim(model)
+    slimmed = onnxslim.slim(model)
+    assert isinstance(slimmed, onnx.ModelProto)
+    return slimmed
 
 
 def onnxscript_without_inlining(model: onnx.ModelProto) -> onnx.ModelProto:

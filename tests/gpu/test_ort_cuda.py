@@ -198,7 +198,7 @@ def test_a_full_arena_is_an_error() -> None:
 def test_model(dtype: str, tmp_path: Path) -> None:
     """Most logits are PyTorch's with the same kernels (rounding elsewhere moves a choice here and there), and both nodes ran on CUDA."""
     source = inspect_source(tiny.save(tmp_path / "model"))
-    plan = make_plan(source, layers="0", attributes=tiny.SMALL, dtype=dtype, seq=(1, 150, 512))
+    plan = make_plan(source, layers="0", attributes={**tiny.SMALL}, dtype=dtype, seq=(1, 150, 512))
     patched = install(load_model(source, DTYPES[dtype], DEVICE), plan)
     (tmp_path / "out").mkdir()
     export_onnx(patched, plan, tmp_path / "out", lambda text: None)
