@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
+from ctypes import CDLL, CFUNCTYPE, addressof, c_char_p, c_int, c_uint32, c_void_p, cast, create_string_buffer
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from operator_cases import CASES, Case, config
 from ort_models import has_cuda_kernels, one_node, session
 
 from hyperattention.config import OP_TYPE, RANGES, Config
-from hyperattention.library import load_cpu
+from hyperattention.library import load_cpu, ort_library_path
 
 pytestmark = pytest.mark.ort
 ort = pytest.importorskip("onnxruntime")
@@ -115,6 +117,34 @@ def test_sessions_in_parallel_threads() -> None:
 def test_onnxruntime_is_the_one_asked_for() -> None:
     """`make test-onnxruntime` puts other releases before the environment's own."""
     assert ort.__version__.startswith(os.environ.get("HYPERATTENTION_ONNXRUNTIME_VERSION", ort.__version__))
+
+
+@pytest.mark.parametrize(("version", "newest"), [("1.17.3", None), ("1.19.2", 19), ("1.45.0", 45), ("2.3.0", 99)])
+def test_interface_is_negotiated(version: str, newest: int | None, tmp_path: Path) -> None:
+    """A host that has none of the interfaces: it is asked for its own or an older one, and the refusal names both releases."""
+    seen: list[int] = []
+    texts: list[bytes] = []
+
+    @CFUNCTYPE(c_void_p, c_int, c_char_p)
+    def create_status(_code: int, text: bytes) -> int:
+        texts.append(text)
+        return 1
+
+    @CFUNCTYPE(c_void_p, c_uint32)
+    def get_api(number: int) -> int | None:
+        seen.append(number)
+        return addressof(oldest) if number == 1 else None
+
+    text = create_string_buffer(version.encode())
+    get_version = CFUNCTYPE(c_void_p)(lambda: addressof(text))
+    oldest = (c_void_p * 1)(cast(create_status, c_void_p))  # OrtApi begins with CreateStatus
+    base = (c_void_p * 2)(cast(get_api, c_void_p), cast(get_version, c_void_p))
+    library = CDLL(shutil.copy(ort_library_path(), tmp_path))  # an instance of its own: the process's has its host already
+    library.RegisterCustomOps.restype, library.RegisterCustomOps.argtypes = c_void_p, [c_void_p, c_void_p]
+    assert library.RegisterCustomOps(None, base) == 1
+    *asked, last = seen
+    assert last == 1 and len(asked) == (newest is not None) and all(18 <= number <= (newest or 0) for number in asked)
+    assert texts == [f"HyperAttention: this is ONNX Runtime {version}; the op takes 1.18 or newer".encode()]
 
 
 def test_inferred_shapes() -> None:
