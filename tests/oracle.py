@@ -54,7 +54,7 @@ def make_plan(q: np.ndarray, k: np.ndarray, config: Config, lengths=None) -> Pla
         for b, length in enumerate(clamped(lengths, batch, seq_k)):
             if not exact:
                 rows = Rows(config, seq_q, seq_k, length)
-                fill(q[b].astype(np.float32), k[b].astype(np.float32), rows, *(x[b] for x in chosen), index[b], weight[b])
+                fill(q[b].astype(np.float32), k[b].astype(np.float32), rows, [x[b] for x in chosen], index[b], weight[b])
     return Plan(chosen, index, weight)
 
 

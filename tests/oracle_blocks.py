@@ -93,12 +93,13 @@ def draw(rows: Rows, head: int, tile: int) -> list[tuple[int, np.float32]]:
     return [(c.sinks + index, weight) for index, weight in draws(c, total, head, start)]
 
 
-def fill_plan(q: np.ndarray, k: np.ndarray, rows: Rows, blocks: np.ndarray, index: np.ndarray, weight: np.ndarray) -> None:
-    """One batch row's plan: q [Hq,Sq,D], k [Hkv,Sk,D] fp32; blocks [Hq,tiles,num_blocks], index and weight [Hq,locals,samples]."""
+def fill_plan(q: np.ndarray, k: np.ndarray, rows: Rows, chosen: list[np.ndarray], index: np.ndarray, weight: np.ndarray) -> None:
+    """One batch row's plan: q [Hq,Sq,D], k [Hkv,Sk,D] fp32; chosen [Hq,tiles,num_blocks], index and weight [Hq,locals,samples]."""
+    (blocks,) = chosen
     for h in range(len(q)):
-        chosen = select(q[h], k[h * len(k) // len(q)], rows)
+        best = select(q[h], k[h * len(k) // len(q)], rows)
         for at, tile in enumerate(rows.tiles(rows.config.block_size)):
-            blocks[h, at, : len(chosen[tile])] = chosen[tile]
+            blocks[h, at, : len(best[tile])] = best[tile]
         for at, tile in enumerate(rows.local_blocks()):
             for s, (key, w) in enumerate(draw(rows, h, tile)):
                 index[h, at, s], weight[h, at, s] = key, w

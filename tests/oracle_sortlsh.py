@@ -70,11 +70,10 @@ def ranks(x: np.ndarray, rows: Rows) -> list[int]:
     return [table[sum(1 << t for t in range(c.num_projections) if row[t] > 0)] for row in sums]
 
 
-def fill_plan(
-    q: np.ndarray, k: np.ndarray, rows: Rows, row_order: np.ndarray, key_order: np.ndarray, index: np.ndarray, weight: np.ndarray
-) -> None:
-    """One batch row's plan: q [Hq,Sq,D], k [Hkv,Sk,D] fp32; row_order [Hq,levels,Sq], key_order [Hkv,levels,Sk], index and
-    weight [Hq,nodes,samples]; all preset to "none"."""
+def fill_plan(q: np.ndarray, k: np.ndarray, rows: Rows, chosen: list[np.ndarray], index: np.ndarray, weight: np.ndarray) -> None:
+    """One batch row's plan: q [Hq,Sq,D], k [Hkv,Sk,D] fp32; chosen: rows [Hq,levels,Sq] and keys [Hkv,levels,Sk] in sorted
+    order; index and weight [Hq,nodes,samples]; all preset to "none"."""
+    row_order, key_order = chosen
     busy = [(at, node) for at, node in enumerate(nodes(rows)) if len(node.keys)]
     for h, x in enumerate(q):
         rank = ranks(x, rows)

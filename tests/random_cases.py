@@ -162,7 +162,8 @@ def check_random_case(library: Library, seed: int, device: str = "cpu") -> None:
 def _check(library: Library, case: Case, dtype: torch.dtype, device: str) -> None:
     q, k, v = (x.to(dtype) for x in case.inputs())
     lengths = case.lengths_tensor()
-    x = Inputs(*(t if t is None else t.to(device) for t in (q, k, v, lengths)), Geometry.of(q, k, v, case.config, lengths))
+    there = None if lengths is None else lengths.to(device)
+    x = Inputs(q.to(device), k.to(device), v.to(device), there, Geometry.of(q, k, v, case.config, lengths))
     q, k, v = (t.double().numpy() for t in (q, k, v))
     plan = oracle.make_plan(q, k, case.config, case.lengths)
     stages = Stages(library, x, case.config, threads=1 + case.seed % 2)

@@ -99,7 +99,7 @@ def failure(seed: int) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Random problems on the processor's kernels, against the dense oracle.")
     parser.add_argument("--cases", type=int, default=1, help="how many seeds in a row")
     parser.add_argument("--seed-from", type=int, default=0, help="the first of them")
     parser.add_argument("--seed", type=int, help="one problem alone")
