@@ -139,7 +139,7 @@ def test_interface_is_negotiated(version: str, newest: int | None, tmp_path: Pat
     get_version = CFUNCTYPE(c_void_p)(lambda: addressof(text))
     oldest = (c_void_p * 1)(cast(create_status, c_void_p))  # OrtApi begins with CreateStatus
     base = (c_void_p * 2)(cast(get_api, c_void_p), cast(get_version, c_void_p))
-    library = CDLL(shutil.copy(ort_library_path(), tmp_path))  # an instance of its own: the process's has its host already
+    library = CDLL(str(shutil.copy(ort_library_path(), tmp_path)))  # an instance of its own: the process's has its host already
     library.RegisterCustomOps.restype, library.RegisterCustomOps.argtypes = c_void_p, [c_void_p, c_void_p]
     assert library.RegisterCustomOps(None, base) == 1
     *asked, last = seen
