@@ -16,6 +16,8 @@ attend_kernel(const HA_CONSTANT TileArgs args) {
   using Tile = AttendTile<T, P, Walk>;
   using S = Shape<T, P>;
   static_assert(sizeof(Walk) <= kWalkBytes);
+  // Blocks of 17 rows are the most that a tile can touch, 64 key blocks the most that one of them takes.
+  static_assert(attend_shared(S::kShape, S::kRowBytes, blocks_per_tile(17, S::kTileRows), 64).bytes <= kAttendSharedLimit);
   const Geometry g(args.p);
   const AttendConfig& config = args.config;
   const int64_t tile_index = block_index() % config.tiles, slice = block_index() / config.tiles;

@@ -6,6 +6,7 @@ namespace ha {
 
 constexpr int kMostAttendWarps = 8;
 constexpr int kStepRing = 4;  // steps that are described, and whose key lists are held, at once
+constexpr int kAttendSharedLimit = 163 * 1024;  // sm_80 grants this, sm_90 more; 99 KB of sm_86 and sm_89 do up to 128
 constexpr int kStepBytes = 48, kRowInfoBytes = 16, kWalkBytes = 384;
 
 // Head sizes that there are kernels for. A build may leave some out (HYPERATTENTION_HEAD_SIZES of CMakeLists.txt): HA_HEAD_SIZES
@@ -36,7 +37,7 @@ inline int padded_head(int64_t head_dim, int64_t head_dim_v) {
 }
 
 // How one block of threads works: warps of `warp_rows` query rows each, steps of `keys` keys, a ring of `buffers` that keys and
-// values pass through. Queries and ring fit what sm_80 grants (163 KB); `blocks_per_sm` blocks fit the registers, too.
+// values pass through. All of it fits kAttendSharedLimit; `blocks_per_sm` blocks fit the registers, too.
 struct AttendShape {
   int warps, warp_rows, keys, buffers, blocks_per_sm;
   HA_INLINE constexpr int threads() const { return warps * 32; }
@@ -68,13 +69,13 @@ struct AttendConfig {
 };
 
 // Query blocks of `block` rows that a tile of `rows` rows, cut at its multiples, may touch.
-HA_INLINE int blocks_per_tile(int block, int rows) {
+HA_INLINE constexpr int blocks_per_tile(int block, int rows) {
   if (rows % block == 0) return rows / block;
   if (block % rows == 0) return 1;
   return (rows + block - 2) / block + 1;
 }
 
-HA_INLINE AttendShared attend_shared(const AttendShape& shape, int row_bytes, int query_blocks, int num_blocks) {
+HA_INLINE constexpr AttendShared attend_shared(const AttendShape& shape, int row_bytes, int query_blocks, int num_blocks) {
   AttendShared s{};
   s.ring = shape.rows() * row_bytes;
   s.walk = s.ring + shape.buffers * shape.keys * row_bytes;
