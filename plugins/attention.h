@@ -59,7 +59,8 @@ typedef struct HaParams {
   const int32_t* lengths;      // [batch] valid keys of each row, clamped to 0..seq_k; null = all
   void* out;
   float* lse;                  // [batch, heads_q, seq_q], natural log; null = not wanted
-  const int32_t* plan;         // a plan to follow, as ha_*_select writes it; null = select
+  const int32_t* plan;         // a plan to follow, as ha_*_select writes it for this problem (any other leads to undefined
+                               // output, never outside the tensors); null = select
   void* workspace;             // ha_*_workspace_size bytes, 256-byte aligned
   size_t workspace_size;
   void* stream;                // cudaStream_t (CUDA)

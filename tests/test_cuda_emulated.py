@@ -30,7 +30,7 @@ from random_cases import check_random_case
 
 from hyperattention.config import PRESETS, Config
 from hyperattention.errors import UsageError
-from hyperattention.native import Library
+from hyperattention.native import Library, _Call
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = "-std=c++17 -O2 -fPIC -fvisibility=hidden -ffp-contract=off -DHA_EMULATE -Wall -Wextra -Wno-unknown-pragmas -Werror".split()
@@ -170,3 +170,14 @@ def test_selection_names_its_limit(library: Library) -> None:
     with pytest.raises(UsageError, match="selection over 9500000 keys with block_size 64 needs .* bytes of shared memory"):
         library.select(q, k, k, PRESETS["blocks"])
     library.workspace_size(q, k, k, PRESETS["paper"])
+
+
+def test_sequences_beyond_int_are_refused(library: Library) -> None:
+    """Positions are int in the kernels, with room for the tiles behind the last one."""
+    q = torch.zeros(1, 1, 65, 8, dtype=DTYPES["bf16"])
+    call = _Call(library, q, q, q, PRESETS["paper"], None)
+    call.params.seq_k = 2**30
+    assert call.workspace_size() > 2**32
+    call.params.seq_k = 2**30 + 1
+    with pytest.raises(UsageError, match="the sequence has 1073741825 rows; the CUDA kernels take up to 1073741824: split it"):
+        call.workspace_size()

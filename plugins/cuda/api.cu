@@ -23,6 +23,9 @@ void check_supported(const HaParams& p) {
   };
   size("head_dim", p.head_dim);
   size("head_dim_v", p.head_dim_v);
+  require(max64(p.seq_q, p.seq_k) <= kMostRows, HA_UNSUPPORTED,
+          "the sequence has " + std::to_string(max64(p.seq_q, p.seq_k)) + " rows; the CUDA kernels take up to " + std::to_string(kMostRows) +
+              ": split it");
   require(padded_head(p.head_dim, p.head_dim_v), HA_UNSUPPORTED,
           "head sizes are " + std::to_string(p.head_dim) + " and " + std::to_string(p.head_dim_v) + "; this build has CUDA kernels up to " +
               std::to_string(largest_head()) + ": build with more HYPERATTENTION_HEAD_SIZES");

@@ -6,6 +6,8 @@ namespace ha {
 
 // Head sizes, of values too: rows are read in pieces of 16 bytes.
 constexpr int kHeadStep = 8, kHeadMost = 256;
+// Positions, and the ends of tiles and blocks beyond the last one, are int in the kernels.
+constexpr int64_t kMostRows = int64_t{1} << 30;
 
 // --- selection ------------------------------------------------------------------------------------------------------
 
