@@ -29,7 +29,7 @@ from hyperattention.errors import UsageError
 from hyperattention.library import HaAttributes, HaParams, ort_library_path
 from hyperattention.native import Library, _Call
 
-pytestmark = pytest.mark.native
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("one_thread")]
 F32 = torch.float32
 PLAIN = Case("plain", 130, 203, config(), dims=(9, 7))
 SORTED = replace(PLAIN, config=sorted_config())
@@ -61,15 +61,6 @@ def load_copy(folder: Path, isa: str) -> Library:
 @pytest.fixture(scope="module", params=instruction_sets())
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Library:
     return load_copy(tmp_path_factory.mktemp(request.param), request.param)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The reference's problems are tiny: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- stage by stage --------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from hyperattention.config import PRESETS, Config
 from hyperattention.errors import UsageError
 from hyperattention.native import Library, _Call
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = "-std=c++17 -O2 -fPIC -fvisibility=hidden -ffp-contract=off -DHA_EMULATE -Wall -Wextra -Wno-unknown-pragmas -Werror".split()
 INCLUDES = [f"-I{ROOT / folder}" for folder in ("plugins", "plugins/cuda", "tests/emulation")]
@@ -56,15 +57,6 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
     path = folder / "libhyperattention_trt.so"
     subprocess.run([compiler, "-shared", "-o", str(path), *map(str, objects)], check=True)
     return Library(path, "ha_cuda_", "cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The reference's problems are tiny: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 PLAIN = Case("plain", 70, 203, dims=(64, 64))

@@ -17,14 +17,7 @@ from torch import Tensor
 from hyperattention.reference import attention, exact_attention
 from hyperattention.selection import Geometry, Plan, draw_samples, make_plan
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These problems are tiny: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- against the oracle ----------------------------------------------------------------------------------------------

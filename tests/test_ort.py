@@ -22,19 +22,10 @@ from ort_models import has_cuda_kernels, one_node, session
 from hyperattention.config import OP_TYPE, RANGES, Config
 from hyperattention.library import load_cpu, ort_library_path
 
-pytestmark = pytest.mark.ort
+pytestmark = [pytest.mark.ort, pytest.mark.usefixtures("one_thread")]
 ort = pytest.importorskip("onnxruntime")
 F32 = torch.float32
 VERSION = tuple(int(part) for part in ort.__version__.split(".")[:2])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The reference's problems are tiny: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def feed(case: Case) -> dict[str, np.ndarray]:

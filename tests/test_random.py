@@ -23,19 +23,12 @@ from hyperattention.library import load_cpu
 from hyperattention.native import Library
 from hyperattention.reference import attention
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @cache
 def library() -> Library:
     return load_cpu()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These problems are tiny: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.native

@@ -18,16 +18,8 @@ from hyperattention.reference import attention, exact_attention
 from hyperattention.selection import make_plan
 from hyperattention.sortlsh import gray_rank, ranks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # a node's row indices and keys, as sorted
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These problems are tiny: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def orders(case: Case) -> tuple[Tensor, Tensor]:

@@ -37,22 +37,13 @@ from hyperattention.library import load_cuda
 from hyperattention.native import Library
 from hyperattention.selection import Plan, make_plan
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_thread")]
 BLOCKS, PAPER = PRESETS["blocks"], PRESETS["paper"]
 
 
 @pytest.fixture(scope="module")
 def library() -> Library:
     return load_cuda()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The small problems' reference runs on the processor, where threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- small problems: every rule at odd sizes -------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from hyperattention.validate.ort_session import bind, open_session, run_bound
 from hyperattention.validate.provenance import check_graph
 from hyperattention.validate.runners import OrtRunner, TorchRunner, feed
 
-pytestmark = [pytest.mark.gpu, pytest.mark.ort]
+pytestmark = [pytest.mark.gpu, pytest.mark.ort, pytest.mark.usefixtures("one_thread")]
 ort = pytest.importorskip("onnxruntime")
 DEVICE = torch.device("cuda", 0)
 CASES = [
@@ -57,15 +57,6 @@ def provider() -> None:
     if CUDA not in ort.get_available_providers():
         pytest.skip(f"onnxruntime {ort.__version__} has no {CUDA}; install onnxruntime-gpu")
     ort.preload_dlls()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The reference's problems are small: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def on_device(case: Case, dtype: torch.dtype) -> dict[str, torch.Tensor]:
