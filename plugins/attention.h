@@ -1,7 +1,7 @@
 // The C interface of the kernels: one POD in, one status out. No torch, TensorRT or ONNX Runtime here.
 //
-// The same functions exist for the processor (`ha_cpu_*`, host pointers, in libhyperattention_ort.so) and
-// for CUDA (`ha_cuda_*`, device pointers, in libhyperattention_trt.so). docs/operator.md fixes what they compute;
+// The same functions exist for the processor (`ha_cpu_*`, host pointers, in libhyperattention_ort.so) and for CUDA
+// (`ha_cuda_*`, device pointers, in both libraries where CUDA is built). docs/operator.md fixes what they compute;
 // hyperattention/reference.py is the ground truth. hyperattention/library.py mirrors the structs for ctypes.
 #pragma once
 #include <stddef.h>
