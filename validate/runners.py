@@ -1,8 +1,7 @@
 """Polygraphy runners that share one contract: feed {"input_ids" [B, S], "lengths" [B]}, answer {"logits" [B, S or 1, vocabulary]}.
 
-Polygraphy's own ONNX Runtime runner cannot load a custom-op library and its TensorRT runner cannot load a V3 plugin
-library, so ours exist beside its base class. Feeds and answers are torch tensors. The TensorRT runner is in
-runner_trt.py.
+Polygraphy's own runners cannot load a custom-op library into ONNX Runtime and prove of neither runtime what ran, so ours
+exist beside its base class. Feeds and answers are torch tensors. The TensorRT runner is in runner_trt.py.
 """
 
 from __future__ import annotations
