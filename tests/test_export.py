@@ -171,7 +171,7 @@ def test_preset_exact_never_approximates(source: Source) -> None:
         (dict(batch=(2, 1, 2)), "--batch"),
         (dict(attributes={"block_size": 8}), "block_size is 8; it takes an integer from 16 to 256"),
         (dict(attributes={"pool_size": 7}), "pool_size"),
-        (dict(attributes={"selector": "sortlsh"}), "selector is 'sortlsh'"),
+        (dict(attributes={"selector": "lsh"}), "selector is 'lsh'"),
         (dict(attributes={"causal": 0}), "causal"),
     ],
     ids=lambda value: next(iter(value)) + str(next(iter(value.values()))) if isinstance(value, dict) else "",
