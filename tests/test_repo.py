@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import hyperattention
-from hyperattention.config import RANGES, Config
+from hyperattention.config import PRESETS, RANGES, Config
 from hyperattention.library import ABI_VERSION, SELECTOR_CODES, HaAttributes, HaParams
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,6 +110,18 @@ def test_native_ranges_and_defaults_equal_configs() -> None:
     found = {name: tuple(number.get(text) or int(text) for text in (low, high, default)) for name, _, low, high, default in rows}
     assert all(name == member for name, member, *_ in rows)
     assert found == {name: (*RANGES[name], getattr(Config(), name)) for name in RANGES}
+
+
+def test_operator_page_has_configs_ranges_and_presets() -> None:
+    text = (ROOT / "docs/operator.md").read_text()
+    said = {name: (int(low), int(high)) for name, low, high in re.findall(r"`(\w+)` (\d+)(?: to |/)(\d+)\b", text)}
+    assert {name: said.get(name) for name in RANGES} == RANGES
+    columns = "block_size num_blocks sample_size local_size local_overlap sinks exact_below".split()
+    for preset in ("blocks", "paper"):
+        row = re.search(rf"^\| `{preset}`.*$", text, re.M)
+        assert row
+        found = [int(cell.split()[0]) for cell in row.group().strip("|").split("|")[2:]]
+        assert found == [getattr(PRESETS[preset], name) for name in columns], preset
 
 
 LAYOUT = """
