@@ -39,9 +39,10 @@ class Case:
     dtype: str = "fp32"
     layers: str = "1"
     keep_exact: str = "op"
+    selector: str = "blocks"
 
     def __str__(self) -> str:
-        return f"{self.task}-{self.dtype}-layers {self.layers}-{self.keep_exact}"
+        return f"{self.task}-{self.dtype}-layers {self.layers}-{self.keep_exact}-{self.selector}"
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
         if case not in made:
             folder = tmp_path_factory.mktemp("out")
             source = inspect_source(model)
-            options = dict(attributes=tiny.SMALL, seq=(1, 128, 400), input_ids="bytes")
+            options = dict(attributes={**tiny.SMALL, "selector": case.selector}, seq=(1, 128, 400), input_ids="bytes")
             plan = make_plan(source, layers=case.layers, task=case.task, dtype=case.dtype, keep_exact=case.keep_exact, **options)
             export_onnx(
                 install(load_model(source, torch.float32 if case.dtype == "fp32" else torch.bfloat16), plan),
@@ -89,7 +90,7 @@ def _validate(folder: Path, model: Path, text: Path, *more: str) -> int:
 
 @pytest.mark.parametrize(
     "case",
-    [Case(), Case("last-logits", layers="none"), Case("prefill", keep_exact="onnx"), Case(dtype="bf16")],
+    [Case(), Case("last-logits", layers="none"), Case("prefill", keep_exact="onnx"), Case(dtype="bf16"), Case(selector="sortlsh")],
     ids=str,
 )
 def test_command(case: Case, exported: Callable[[Case], Path], model: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,7 +69,7 @@ def evaluate(report: dict, limits: Limits) -> list[Gate]:
                 chosen,
                 0.0,
                 "<=",
-                "key blocks and samples chosen differently from the reference, on captured Q, K, V",
+                "keys and samples chosen differently from the reference, on captured Q, K, V",
             )
         )
         gates.append(
