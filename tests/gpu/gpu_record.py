@@ -94,7 +94,9 @@ def status(path: Path = RECORD, root: Path = ROOT) -> tuple[bool, str]:
     problems = contradictions(record)
     if problems:
         return False, f"GPU verification: BROKEN: {path.name}: {'; '.join(problems)}"
-    verdict = "passed" if record["passed"] else "NOT ALL STEPS PASSED"
+    failed = [name for name, step in record["steps"].items() if not step["passed"]]
+    lacks = [f"{word}: {', '.join(names)}" for word, names in (("FAILED", failed), ("NOT RUN", record["steps_missing"])) if names]
+    verdict = "; ".join(lacks) or "passed"
     words = f"{record['date'][:10]}, {record['device']}, build {record['build_id']}, {verdict}"
     if record["build_id"] != (now := sources_id(root)):
         return True, f"GPU verification: STALE: plugins/ is now {now}, the record is of {words}; {again}"
