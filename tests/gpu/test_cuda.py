@@ -314,6 +314,8 @@ SANITIZED = [
     Problem(Case("exact", 130, 190, Config().exact(), (2, 1), (128, 128), (190, 77)), "bf16"),
     Problem(Case("exact", 70, 131, Config().exact(), (1, 1), (8, 200)), "fp32"),
     Problem(Case("two-levels", 66, 9001, config(block_size=64, local_size=64), (1, 1), (64, 64), (8999, 500)), "bf16"),
+    Problem(Case("approximate", 150, 600, _SMALL, (2, 1), (24, 32)), "fp16"),
+    Problem(Case("sorted", 200, 600, _SORTED, (1, 1), (192, 136), (431,)), "bf16"),
 ]
 
 
