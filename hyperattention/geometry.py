@@ -94,13 +94,13 @@ class Geometry:
 
     @property
     def nodes(self) -> list[tuple[int, int]]:
-        """(level, m) of each node that holds a query row, in the order of the draws.
+        """(level, m) of each node that holds a query row, in the order of the draws; none on the exact path.
 
         Node m of a level has its rows in segment 2m + 1 of 2^level local blocks and its keys in segment 2m. With overlap
         the keys of level 0 are the rows' local part.
         """
         c, last = self.config, self.first + self.seq_q - 1
-        if self.seq_q == 0 or last < 0:
+        if self.exact or self.seq_q == 0 or last < 0:
             return []
         if not c.causal:
             return [(0, 0)]
@@ -109,6 +109,12 @@ class Geometry:
             size = c.local_size << level
             found += [(level, m) for m in range(max(self.first, 0) // size // 2, (last // size + 1) // 2)]
         return found
+
+    @property
+    def order_shapes(self) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+        """Shapes of a `sortlsh` plan's sorted rows [B, Hq, levels, Sq] and keys [B, Hkv, levels, Sk]; no levels on the exact path."""
+        levels = 0 if self.exact else self.levels
+        return (self.batch, self.heads_q, levels, self.seq_q), (self.batch, self.heads_kv, levels, self.seq_k)
 
     def node(self, level: int, m: int, length: int) -> "Node":
         """Rows and keys of one node under `length` valid keys."""

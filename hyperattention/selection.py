@@ -6,6 +6,7 @@ for bit. The rules are numbered in docs/operator.md; comments quote the numbers.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -39,9 +40,8 @@ class Plan:
 
     def orders(self, g: Geometry) -> tuple[Tensor, Tensor]:
         """The sorted rows [B, Hq, levels, Sq] and keys [B, Hkv, levels, Sk] of a `sortlsh` plan, as views."""
-        rows, keys = _order_shapes(g)
-        split = [torch.Size(rows).numel(), torch.Size(keys).numel()]
-        flat_rows, flat_keys = self.selection.split(split)
+        rows, keys = g.order_shapes
+        flat_rows, flat_keys = self.selection.split([math.prod(rows), math.prod(keys)])
         return flat_rows.view(rows), flat_keys.view(keys)
 
     def check(self, g: Geometry) -> None:
@@ -56,15 +56,10 @@ class Plan:
                 )
 
 
-def _order_shapes(g: Geometry) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    levels = 0 if g.exact else g.levels
-    return (g.batch, g.heads_q, levels, g.seq_q), (g.batch, g.heads_kv, levels, g.seq_k)
-
-
 def selection_shape(g: Geometry) -> tuple[int, ...]:
     """Shape of a plan's `selection`; empty on the exact path."""
     if g.sorts:
-        return (sum(torch.Size(shape).numel() for shape in _order_shapes(g)),)
+        return (sum(map(math.prod, g.order_shapes)),)
     return g.batch, g.heads_q, 0 if g.exact else len(g.query_blocks), g.config.num_blocks
 
 
@@ -72,9 +67,7 @@ def make_plan(q: Tensor, k: Tensor, g: Geometry, lengths: Tensor | None = None) 
     """The plan of the whole problem; no gradient, O((Sq + Sk) D) memory apart from tiles."""
     with torch.no_grad():
         if g.sorts:
-            shapes = _order_shapes(g)
-            orders = sort_nodes(q, k, g, lengths, shapes) if not g.exact else [q.new_empty(s, dtype=torch.int32) for s in shapes]
-            selection = torch.cat([order.flatten() for order in orders])
+            selection = torch.cat([order.flatten() for order in sort_nodes(q, k, g, lengths)])
         else:
             selection = select_blocks(q, k, g, lengths)
         return Plan(selection, *draw_samples(g, lengths, q.device))

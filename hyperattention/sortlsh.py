@@ -37,10 +37,10 @@ def ranks(x: Tensor, config: Config) -> Tensor:
     return gray_rank(((total > 0).long() << torch.arange(config.num_projections, device=x.device)).sum(-1))
 
 
-def sort_nodes(q: Tensor, k: Tensor, g: Geometry, lengths: Tensor | None, shapes: tuple[tuple[int, ...], ...]) -> list[Tensor]:
+def sort_nodes(q: Tensor, k: Tensor, g: Geometry, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """Sorted row indices [B, Hq, levels, Sq] and key indices [B, Hkv, levels, Sk] of every node, -1 elsewhere."""
-    rows, keys = (torch.full(shape, -1, dtype=torch.int32, device=q.device) for shape in shapes)
-    for b, length in enumerate(g.clamp(lengths)):
+    rows, keys = (torch.full(shape, -1, dtype=torch.int32, device=q.device) for shape in g.order_shapes)
+    for b, length in enumerate(g.clamp(lengths) if g.nodes else ()):
         rank_q, rank_k = ranks(q[b], g.config), ranks(k[b], g.config)
         live = g.live_rows(length)
         for level, m in g.nodes:
@@ -51,7 +51,7 @@ def sort_nodes(q: Tensor, k: Tensor, g: Geometry, lengths: Tensor | None, shapes
             dead = range(min(max(node.rows.start, live), node.rows.stop), node.rows.stop)
             rows[b, :, level, dead.start : dead.stop] = torch.arange(dead.start, dead.stop, device=q.device)
             _sort(rank_k, node.keys, keys[b, :, level])
-    return [rows, keys]
+    return rows, keys
 
 
 def _sort(rank: Tensor, members: range, out: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hyperattention.config import INT32_MAX, Config
 from hyperattention.export.plan import ExportPlan
+from hyperattention.geometry import Geometry
 from hyperattention.validate.approximation import is_exact
 from hyperattention.validate.configs import configs
 from hyperattention.validate.inputs import Corpus
@@ -18,7 +19,7 @@ def _look_ahead(config: Config, length: int) -> int:
         return config.block_size - 1
     if not config.causal:
         return length - 1
-    levels = ((length - 1) // config.local_size).bit_length()
+    levels = Geometry(config, 1, 1, 1, length, length, 1, 1).levels
     return (config.local_size << (levels - 1)) - 1 if levels else 0
 
 
