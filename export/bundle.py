@@ -10,6 +10,7 @@ import hashlib
 import json
 import platform
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -181,8 +182,13 @@ def _entries(folder: Path, files: list[Path]) -> dict[str, dict[str, Any]]:
 
 def versions() -> dict[str, str]:
     """Versions of this package, Python and the packages that shaped the files."""
-    found = {"hyperattention": __version__, "python": platform.python_version()}
-    for name in _PACKAGES:
+    return {"hyperattention": __version__, "python": platform.python_version(), **package_versions(_PACKAGES)}
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """Versions of those of the packages that are installed."""
+    found = {}
+    for name in names:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

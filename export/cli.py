@@ -18,7 +18,6 @@ from hyperattention.errors import EnvironmentFault, HyperAttentionError, UsageEr
 from hyperattention.export import interrupt
 
 INTERNAL = 70  # EX_SOFTWARE of sysexits.h; Python's own 1 is the code of a failed gate here
-DEVICES = ("auto", "cpu", "cuda")
 _DEFAULT_MAX = 32768
 _TUNED, _SHAPES, _CHECKS = (dict[str, Any](rich_help_panel=name) for name in ("Attributes of the op", "Shapes", "Validation"))
 
@@ -142,14 +141,14 @@ def export_model(
 
 def _check_validation(lengths: str, device: str, gates: dict[str, float | None], seq: tuple[int, int, int]) -> None:
     """The validation's options, which it would refuse itself only after the whole export. Raises UsageError and EnvironmentFault."""
+    from hyperattention.export.plan import DEVICES, choice
+
     for part in (part.strip() for part in lengths.split(",") if part.strip()):
         if not re.fullmatch("[0-9]{1,9}", part):
             raise UsageError(f"--lengths is {lengths!r}; it takes numbers with commas between them, such as 8192,32768")
         if not max(2, seq[0]) <= int(part) <= seq[2]:
             raise UsageError(f"--lengths names {part}; the plan takes {max(2, seq[0])} to {seq[2]} (--min-seq, --max-seq)")
-    if device not in DEVICES:
-        raise UsageError(f"--device is {device!r}; it takes one of {', '.join(DEVICES)}")
-    if device == "cuda":
+    if choice("--device", device, DEVICES) == "cuda":
         import torch
 
         if not torch.cuda.is_available():

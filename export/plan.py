@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 TASKS = ("logits", "last-logits", "prefill")
 DTYPES = ("fp32", "fp16", "bf16")
 INPUT_IDS = ("tokens", "bytes")
+DEVICES = ("auto", "cpu", "cuda")
 KEEP_EXACT = ("op", "onnx")
 MODES = ("approximate", "exact", "native")
 MAX_SEQUENCE = 2**24  # the kernels' tests stop here; positions fit in 32 bits

@@ -21,7 +21,6 @@ from hyperattention.validate.runner_trt import TensorRTRunner
 from hyperattention.validate.runners import ModelRunner, OrtRunner, feed
 
 BACKENDS = ("auto", "ort", "tensorrt")
-DEVICES = ("auto", "cpu", "cuda")
 
 
 def choose(bundle: Bundle, device: str, backend: str) -> tuple[torch.device, str]:

@@ -14,10 +14,10 @@ from hyperattention.errors import UsageError
 from hyperattention.export.bundle import REPORT, Bundle
 from hyperattention.export.load import Source, inspect_source, load_model, torch_dtype
 from hyperattention.export.patch import install
-from hyperattention.export.plan import ExportPlan
+from hyperattention.export.plan import DEVICES, ExportPlan, choice
 from hyperattention.validate import environment
 from hyperattention.validate.approximation import Bench, is_exact, measure_length, measure_needle, measure_time, needle_steps
-from hyperattention.validate.backends import BACKENDS, DEVICES, check_engines, choose, make_runners, prove, prove_first
+from hyperattention.validate.backends import BACKENDS, check_engines, choose, make_runners, prove, prove_first
 from hyperattention.validate.describe import plan_notes, plan_summary
 from hyperattention.validate.gates import Limits, judge
 from hyperattention.validate.implementation import check_length, check_model, check_op, op_cases, seeds_spread
@@ -53,9 +53,8 @@ class Options:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (("--device", self.device, DEVICES), ("--backend", self.backend, BACKENDS)):
-            if value not in allowed:
-                raise UsageError(f"{name} is {value!r}; it takes one of {', '.join(allowed)}")
+        choice("--device", self.device, DEVICES)
+        choice("--backend", self.backend, BACKENDS)
         for name, value, top in (("--threads", self.threads, 1024), ("--seed", self.seed, INT32_MAX - EXTRA_SEEDS)):
             if not 0 <= value <= top:
                 raise UsageError(f"{name} is {value}; it takes 0 to {top}")

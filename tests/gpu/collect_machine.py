@@ -9,30 +9,20 @@ from __future__ import annotations
 import json
 import sys
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hyperattention import __version__
-from hyperattention.doctor import find_driver, sources_id
+from hyperattention.doctor import sources_id
 from hyperattention.errors import EnvironmentFault
+from hyperattention.export.bundle import package_versions
+from hyperattention.export.engine_check import EngineHost
 from hyperattention.library import build_info, ort_library_path, trt_library_path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGES = "torch onnxruntime-gpu tensorrt-cu12-bindings tensorrt-cu13-bindings flash-attn-4 transformers onnx".split()
-
-
-def package_versions() -> dict[str, str]:
-    """Of the packages that are installed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def describe() -> dict[str, Any]:
@@ -44,16 +34,17 @@ def describe() -> dict[str, Any]:
         libraries[path.name] = info = build_info(path)
         if info["build_id"] != sources:
             raise EnvironmentFault(f"{path.name} is build {info['build_id']}, the sources beside it are {sources}; run `make native`")
+    host = EngineHost.here(trt_library_path())
     return {
         "build_id": sources,
         "version": __version__,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(),
-        "compute_capability": "{}.{}".format(*torch.cuda.get_device_capability()),
-        "driver": find_driver()[0],
+        "device": host.gpu,
+        "compute_capability": host.compute_capability,
+        "driver": host.driver,
         "cuda_of_torch": torch.version.cuda,
         "python": sys.version.split()[0],
-        "packages": package_versions(),
+        "packages": package_versions(PACKAGES),
         "libraries": libraries,
     }
 
