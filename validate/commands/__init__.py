@@ -1,0 +1,1 @@
+"""The commands of `hyperattention`, one module each with a function `command`; validate/cli.py registers them."""

@@ -1,0 +1,63 @@
+"""`hyperattention validate OUT`: measure, judge, write OUT/report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from hyperattention.validate.commands.options import AsJson, DeltaNats, Folder, Kl, ModelRatio, OpRatio, Top1, limits, numbers, say
+
+
+def command(
+    folder: Folder,
+    model: Annotated[Path, typer.Option(help="The model that was exported: a transformers directory.")],
+    text: Annotated[Optional[Path], typer.Option(help="Held-out plain text. A model that reads bytes needs one.")] = None,
+    lengths: Annotated[str, typer.Option(help="Window lengths, e.g. 8192,32768. [default: 8192,16384,32768 as exported]")] = "",
+    windows: Annotated[str, typer.Option(help="Windows of each length. [default: 4,2,1]")] = "",
+    time_lengths: Annotated[str, typer.Option(help="Further lengths to time only.")] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto (the engine where it can run), ort or tensorrt.")] = "auto",
+    exact_engine: Annotated[Optional[Path], typer.Option(help="model.engine of an export with --preset exact, to time against.")] = None,
+    tail: Annotated[int, typer.Option(help="Positions that attend exactly after an approximate prefill.")] = 512,
+    needle: Annotated[Optional[bool], typer.Option(help="Recall of planted keys. [default: on with CUDA, off without]")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of prompts, perturbations and extra draws.")] = 0,
+    threads: Annotated[int, typer.Option(help="Threads of ONNX Runtime; 0 = all.")] = 0,
+    max_delta_nats: DeltaNats = None,
+    max_kl: Kl = None,
+    min_top1: Top1 = None,
+    max_op_ratio: OpRatio = None,
+    max_model_ratio: ModelRatio = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure OUT against exact attention, prove what ran, and write OUT/report. Exit 1: a gate was not met."""
+    from hyperattention.export.bundle import update_report
+    from hyperattention.validate.progress import Steps
+    from hyperattention.validate.report import write
+    from hyperattention.validate.run import Options, count_steps, validate
+
+    given = dict(
+        max_delta_nats=max_delta_nats, max_kl=max_kl, min_top1=min_top1, max_op_ratio=max_op_ratio, max_model_ratio=max_model_ratio
+    )
+    options = Options(
+        folder=folder,
+        model=model,
+        text=text,
+        lengths=numbers("--lengths", lengths),
+        windows=numbers("--windows", windows),
+        time_lengths=numbers("--time-lengths", time_lengths),
+        device=device,
+        backend=backend,
+        exact_engine=exact_engine,
+        tail=tail,
+        needle=needle,
+        seed=seed,
+        threads=threads,
+        limits=limits(given),
+    )
+    with Steps(count_steps(options)) as step:
+        report = validate(options, step)
+    written = write(report, folder / "report")
+    update_report(folder)
+    say(report, written, as_json)
