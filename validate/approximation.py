@@ -8,7 +8,7 @@ runs. The second carries the gates; the first shows the selector looking ahead, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from statistics import median
 
 import torch
@@ -19,7 +19,6 @@ from hyperattention.export.plan import ExportPlan
 from hyperattention.native import Library
 from hyperattention.validate.compare import (
     TokenMetrics,
-    attention_error,
     by_position,
     estimate,
     summarise,
@@ -27,8 +26,8 @@ from hyperattention.validate.compare import (
     token_metrics,
 )
 from hyperattention.validate.configs import configs
-from hyperattention.validate.implementation import check_plan
 from hyperattention.validate.inputs import DEPTHS, Corpus, Window, needle, recalled, windows
+from hyperattention.validate.layers import layer_rows
 from hyperattention.validate.operators import Operator
 from hyperattention.validate.runners import ModelRunner, TorchRunner, feed
 
@@ -138,7 +137,7 @@ def measure_length(bench: Bench, corpus: Corpus, length: int, count: int) -> tup
             exact = bench.exact.infer(feed(window.inputs))["logits"][0]
         torch_seconds += timed(bench.exact, feed(window.inputs), bench.repeats)
         if number == 0:
-            layers = layer_rows(bench, list(captured), length)
+            layers = layer_rows(bench.operator, bench.kernels, list(captured), length, bench.step)
         captured.clear()
         bench.step(f"{at}: ours ({bench.backend.backend})")
         ours = bench.backend.infer(feed(window.inputs))["logits"][0]
@@ -177,24 +176,6 @@ def measure_length(bench: Bench, corpus: Corpus, length: int, count: int) -> tup
         "time_only": False,
     }
     return row, time, layers
-
-
-def layer_rows(bench: Bench, captured: list, length: int) -> list[dict]:
-    """Each approximate layer alone, on the Q, K, V of the exact model: output, LSE, and the mass its exact part holds."""
-    rows = []
-    for c in captured:
-        if c.config.is_exact(c.q.shape[2], c.k.shape[2]):
-            continue
-        bench.step(f"{length:,} tokens, layer {c.layer} alone")
-        differences = check_plan(c, bench.kernels) if bench.kernels and not rows else None
-        o, lse = bench.operator(c.q, c.k, c.v, c.config)
-        exact_o, exact_lse = bench.operator(c.q, c.k, c.v, c.config.exact())
-        row = {"layer": c.layer, "length": length, "plan_differences": differences, **attention_error(o, lse, exact_o, exact_lse)}
-        _, kept = bench.operator(c.q, c.k, c.v, replace(c.config, sample_size=0))
-        mass = torch.exp((kept.double() - exact_lse.double()).clamp(max=0.0))
-        row["mass"], row["mass_worst_head"] = float(mass.mean()), float(mass.mean(dim=(0, 2)).min())
-        rows.append(row)
-    return rows
 
 
 def measure_needle(bench: Bench, corpus: Corpus, length: int, seed: int, prompts: int) -> dict:

@@ -126,6 +126,11 @@ def tensor_error(ours: Tensor, exact: Tensor) -> TensorError:
     return TensorError(difference / nb, cosine, na / nb, float((a - b).abs().max()))
 
 
+def row_errors(ours: Tensor, exact: Tensor) -> Tensor:
+    """Relative L2 error of each row (last axis), float32, of any leading shape."""
+    return (ours.float() - exact.float()).norm(dim=-1) / exact.float().norm(dim=-1).clamp(min=1e-12)
+
+
 def attention_error(o: Tensor, lse: Tensor, exact_o: Tensor, exact_lse: Tensor) -> dict:
     """One layer's output [B, H, S, D] and LSE [B, H, S] against exact attention, for the per-layer table.
 
@@ -135,7 +140,7 @@ def attention_error(o: Tensor, lse: Tensor, exact_o: Tensor, exact_lse: Tensor) 
     whole = tensor_error(o, exact_o)
     heads = [tensor_error(o[:, h], exact_o[:, h]) for h in range(o.shape[1])]
     worst = max(range(len(heads)), key=lambda h: heads[h].relative_l2)
-    row = (o.float() - exact_o.float()).norm(dim=-1) / exact_o.float().norm(dim=-1).clamp(min=1e-12)
+    row = row_errors(o, exact_o)
     per_position = row.mean(dim=(0, 1))
     bucket = -(-per_position.numel() // POSITION_BUCKETS)
     buckets = torch.stack([part.mean() for part in per_position.split(bucket)])
