@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
 import traceback
@@ -15,7 +14,7 @@ from rich.markup import escape
 
 from hyperattention.config import PRESETS, RANGES
 from hyperattention.errors import EnvironmentFault, HyperAttentionError, UsageError
-from hyperattention.export import interrupt
+from hyperattention.export import gate_options, interrupt
 
 INTERNAL = 70  # EX_SOFTWARE of sysexits.h; Python's own 1 is the code of a failed gate here
 _DEFAULT_MAX = 32768
@@ -60,9 +59,7 @@ def export_model(
     text: Annotated[Optional[Path], typer.Option(help="Held-out text; a model that reads bytes needs one.", **_CHECKS)] = None,
     lengths: Annotated[str, typer.Option(help="Lengths to measure at, e.g. 8192,32768.", **_CHECKS)] = "",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.", **_CHECKS)] = "auto",
-    max_delta_nats: Annotated[Optional[float], typer.Option(help="Gate. (default: 0.01)", **_CHECKS)] = None,
-    max_kl: Annotated[Optional[float], typer.Option(help="Gate. (default: 0.005)", **_CHECKS)] = None,
-    min_top1: Annotated[Optional[float], typer.Option(help="Gate. (default: 0.98)", **_CHECKS)] = None,
+    gate: Annotated[Optional[list[str]], typer.Option(metavar="NAME=VALUE", help=gate_options.help_text(), **_CHECKS)] = None,
     require_engine: Annotated[bool, typer.Option("--require-engine", help="Fail (3) where no TensorRT engine can be built.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, predicted memory and missing parts; write nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
@@ -78,7 +75,6 @@ def export_model(
     from hyperattention.export.console import Reporter
 
     reporter = Reporter(quiet, as_json)
-    gates = {"--max-delta-nats": max_delta_nats, "--max-kl": max_kl, "--min-top1": min_top1}
     attributes = dict(
         selector=selector, block_size=block_size, num_blocks=num_blocks, pool_size=pool_size, sample_size=sample_size,
         stratified=stratified, local_size=local_size, local_overlap=local_overlap, sinks=sinks, exact_below=exact_below,
@@ -109,7 +105,8 @@ def export_model(
         raise UsageError("--input-ids bytes: the validation needs held-out text; give --text FILE, or --no-validate")
     if text is not None and not text.is_file():
         raise UsageError(f"--text: there is no file {text}")
-    _check_validation(lengths, device, gates, plan.seq)
+    gate_options.parse_gates(gate or [], gate_options.kind_of(plan.task))
+    _check_validation(lengths, device, plan.seq)
     if validate and device == "cuda":
         pipeline.check_validation_on_cuda(missing, obstacle)
     planned = {"plan": plan.to_json(), "memory": [vars(item) for item in items], "missing": missing}
@@ -120,7 +117,12 @@ def export_model(
         validate=validate,
         validation=tuple(
             part
-            for option, value in {"--text": text, "--lengths": lengths or None, "--device": device, **gates}.items()
+            for option, value in (
+                ("--text", text),
+                ("--lengths", lengths or None),
+                ("--device", device),
+                *(("--gate", text) for text in gate or []),
+            )
             if value is not None
             for part in (option, str(value))
         ),
@@ -139,7 +141,7 @@ def export_model(
         print(json.dumps({**planned, "manifest": manifest}))
 
 
-def _check_validation(lengths: str, device: str, gates: dict[str, float | None], seq: tuple[int, int, int]) -> None:
+def _check_validation(lengths: str, device: str, seq: tuple[int, int, int]) -> None:
     """The validation's options, which it would refuse itself only after the whole export. Raises UsageError and EnvironmentFault."""
     from hyperattention.export.plan import DEVICES, choice
 
@@ -153,9 +155,6 @@ def _check_validation(lengths: str, device: str, gates: dict[str, float | None],
 
         if not torch.cuda.is_available():
             raise EnvironmentFault("--device cuda, but PyTorch sees no CUDA device; leave --device out, or run `hyperattention doctor`")
-    for option, value in gates.items():
-        if value is not None and (not math.isfinite(value) or value < 0):
-            raise UsageError(f"{option} is {value}; a gate takes a finite number of at least 0")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -101,7 +101,7 @@ class Reporter:
             if line:
                 self.out.print(str(line), markup=False)
         for gate in found.get("gates", []):
-            mark = "[green]pass[/]" if gate["passed"] else "[red]FAIL[/]"
+            mark = "[green]pass[/]" if gate["passed"] else "[yellow]note[/]" if gate.get("advisory") else "[red]FAIL[/]"
             self.out.print(f"  {mark}  {gate['name']:<12} {gate['value']:.4g} {gate['sense']} {gate['limit']:.4g}  ({gate['where']})")
 
 

@@ -12,6 +12,7 @@ import torch
 import validation_bench as vb
 
 from hyperattention.errors import EnvironmentFault, UsageError
+from hyperattention.export import gate_options
 from hyperattention.validate.gates import Limits, evaluate, verdict
 from hyperattention.validate.implementation import check_length, one_ulp, op_cases
 from hyperattention.validate.inputs import windows
@@ -56,11 +57,11 @@ def test_a_broken_operator_trips_its_gates(broken: vb.Broken) -> None:
 @pytest.mark.parametrize(
     ("limits", "trips"),
     [
-        (Limits(max_delta_nats=0.0, max_kl=1.0, min_top1=0.0), {"delta nats"}),
-        (Limits(max_delta_nats=1.0, max_kl=0.0, min_top1=0.0), {"KL"}),
-        (Limits(max_delta_nats=1.0, max_kl=1.0, min_top1=1.0), {"top-1"}),
-        (Limits(max_op_ratio=0.1), {"op error"}),
-        (Limits(max_model_ratio=0.1), {"model error"}),
+        (Limits(delta_nats=0.0, kl=1.0, top1=0.0), {"delta nats"}),
+        (Limits(delta_nats=1.0, kl=0.0, top1=0.0), {"KL"}),
+        (Limits(delta_nats=1.0, kl=1.0, top1=1.0), {"top-1"}),
+        (Limits(op_error=0.1), {"op error"}),
+        (Limits(model_error=0.1), {"model error"}),
     ],
     ids=["delta", "kl", "top1", "op", "model"],
 )
@@ -87,11 +88,37 @@ def test_nothing_passes_unmeasured(healthy: dict, emptied: str) -> None:
         evaluate(report, Limits())
 
 
-@pytest.mark.parametrize("field", ["max_delta_nats", "max_kl", "min_top1", "max_op_ratio", "max_model_ratio"])
-@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
-def test_limits_refused(field: str, value: float) -> None:
-    with pytest.raises(UsageError, match=field):
-        Limits(**{field: value})
+@pytest.mark.parametrize("name", gate_options.names())
+@pytest.mark.parametrize("value", ["-0.1", "nan", "inf", "2000%", ""])
+def test_no_gate_takes_a_limit_that_is_none(name: str, value: str) -> None:
+    with pytest.raises(UsageError, match=f"--gate.*{name}"):
+        gate_options.parse_gates([f"{name}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["recall=1"], "the gates are delta-nats, kl"),
+        (["kl"], "takes NAME=VALUE"),
+        ([""], "the gates are"),
+        (["=1"], "the gates are"),
+        (["kl=1", "kl=2"], "given twice"),
+        (["top1=98"], "from 0 to 1"),
+        (["cosine=0.9"], "does not judge a report of kind language"),
+    ],
+    ids=["unknown", "no-value", "empty", "no-name", "twice", "percent", "other-kind"],
+)
+def test_wrong_gates_refused(given: list[str], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        gate_options.parse_gates(given, "language")
+
+
+def test_given_gates_stand_on_those_saved() -> None:
+    given = gate_options.parse_gates(["op-error=3", " top1 = 0.5"], "language")
+    limits = gate_options.with_gates(given, {"kl": 0.25, "op_error": 9.0, "hard": None})
+    assert (limits.op_error, limits.top1, limits.kl, limits.hard, limits.delta_nats) == (3.0, 0.5, 0.25, None, Limits().delta_nats)
+    with pytest.raises(UsageError, match="recall"):
+        gate_options.with_gates({}, {"recall": 1.0})
 
 
 def test_op_cases_cover_padding_chunks_and_the_exact_path() -> None:

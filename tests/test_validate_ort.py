@@ -28,7 +28,7 @@ from hyperattention.validate.runners import OrtRunner, feed
 pytestmark = pytest.mark.ort
 LENGTH = 203
 # A random model tells nothing about quality; these tests are about the machinery.
-LOOSE = ["--max-delta-nats", "100", "--max-kl", "100", "--min-top1", "0"]
+LOOSE = ["--gate", "delta-nats=100", "--gate", "kl=100", "--gate", "top1=0"]
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def test_a_gate_not_met_is_exit_1_and_leaves_the_report(
     exported: Callable[[Case], Path], model: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = exported(Case())
-    assert _validate(folder, model, text, "--lengths", str(LENGTH), "--max-kl", "0", "--json") == 1
+    assert _validate(folder, model, text, "--lengths", str(LENGTH), "--gate", "kl=0", "--json") == 1
     out = capsys.readouterr()
     assert json.loads(out.out.splitlines()[-1])["verdict"]["failed"] == ["KL"] and "Traceback" not in out.err
     assert "Not safe" in (folder / "report" / "report.html").read_text()
@@ -219,7 +219,7 @@ def test_report_keeps_the_manifest_in_step(exported: Callable[[Case], Path], mod
     first = Bundle.open(folder)
     assert first.manifest["validation"]["verdict"]["safe"] is True and first.changed_files() == []
     with pytest.raises(SystemExit):
-        cli.main(["report", str(folder), "--max-kl", "0"])
+        cli.main(["report", str(folder), "--gate", "kl=0"])
     again = Bundle.open(folder)
     assert again.manifest["validation"]["verdict"]["safe"] is False and again.changed_files() == []
     assert "report/report.json" in again.manifest["files"] and not list(folder.glob("*.tmp"))

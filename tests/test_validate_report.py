@@ -85,7 +85,7 @@ def test_random_tokens_leave_the_verdict_open(report: dict, tmp_path: Path, caps
     assert 'class="verdict open"' in html and "Not judged on text" in html
     assert 'class="verdict good"' in render(report, "report.html.jinja")
     assert render(judged, "report.md.jinja").startswith("# Not judged on text")
-    assert judge(judged, Limits(max_kl=0.0))["verdict"]["safe"] is False  # a gate that fails even on random tokens has failed
+    assert judge(judged, Limits(kl=0.0))["verdict"]["safe"] is False  # a gate that fails even on random tokens has failed
     write(judged, tmp_path / "report")
     code, out, _ = _run(["report", str(tmp_path)], capsys)
     assert code == 0 and out.startswith("Not judged on text")
@@ -110,7 +110,7 @@ def test_the_rival_is_the_fastest_exact_attention() -> None:
     assert fastest_exact({"exact_s": None}) is None
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"schema": 99}', '{"schema": 1}', "{"], ids=["empty", "list", "other", "bare", "cut"])
+@pytest.mark.parametrize("text", ["", "[]", '{"schema": 99}', '{"schema": 2}', "{"], ids=["empty", "list", "other", "bare", "cut"])
 def test_foreign_report_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "report.json"
     path.write_text(text)
@@ -139,7 +139,7 @@ def test_report_command_judges_again(report: dict, tmp_path: Path, capsys: pytes
     write(report, tmp_path / "report")
     code, out, _ = _run(["report", str(tmp_path)], capsys)
     assert code == 0 and "every gate holds" in out
-    code, out, err = _run(["report", str(tmp_path), "--max-kl", "0"], capsys)
+    code, out, err = _run(["report", str(tmp_path), "--gate", "kl=0"], capsys)
     assert code == AccuracyFailed.exit_code and "FAIL  KL" in out and "gates not met: KL" in err
     assert read(tmp_path / "report" / "report.json")["verdict"]["failed"] == ["KL"]
 
@@ -147,7 +147,7 @@ def test_report_command_judges_again(report: dict, tmp_path: Path, capsys: pytes
 def test_an_incomplete_report_is_exit_2(report: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "report" / "report.json"
     path.parent.mkdir()
-    for text in ('{"schema": 1}', json.dumps({**report, "implementation": {}}, default=str)):
+    for text in ('{"schema": 2}', json.dumps({**report, "implementation": {}}, default=str)):
         path.write_text(text)
         code, _, err = _run(["report", str(tmp_path)], capsys)
         assert code == 2 and "incomplete" in err and "Traceback" not in err
@@ -172,8 +172,8 @@ def test_a_bug_is_exit_70_with_its_traceback(monkeypatch: pytest.MonkeyPatch, ca
         (["validate", "out", "--model", "m", "--lengths", "1"], 2, "--lengths"),
         (["validate", "out", "--model", "m", "--windows", "1,2"], 2, "--windows"),
         (["validate", "out", "--model", "m", "--device", "tpu"], 2, "--device"),
-        (["validate", "out", "--model", "m", "--max-kl", "-1"], 2, "max_kl"),
-        (["validate", "out", "--model", "m", "--max-kl", "nan"], 2, "max_kl"),
+        (["validate", "out", "--model", "m", "--gate", "kl=-1"], 2, "--gate kl"),
+        (["validate", "out", "--model", "m", "--gate", "kl=nan"], 2, "--gate kl"),
         (["validate", "out", "--model", "m", "--threads", "-1"], 2, "--threads"),
         (["validate", "out", "--model", "m", "--seed", "-1"], 2, "--seed"),
         (["validate", "out"], 2, "--model"),

@@ -140,7 +140,7 @@ def measured(kernels: ReferenceKernels) -> dict:
     options = Options(folder=Path("out"), model=MODEL, text=TEXT)
     with bench(kernels) as (under_test, definition):
         report = measure(under_test, definition, corpus(), {LENGTH: 1}, options)
-    return {**report, "plan_summary": plan_summary(model().plan), "inputs": corpus().describe()}
+    return {**report, "kind": "language", "plan_summary": plan_summary(model().plan), "inputs": corpus().describe()}
 
 
 def failing(report: dict, limits: Limits = Limits()) -> set[str]:

@@ -11,12 +11,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedErro
 from hyperattention.errors import UsageError
 from hyperattention.validate.plots import Series, bar_chart, line_chart, short
 
-SCHEMA = 1
+SCHEMA = 2
 # What judging or rendering a report of the right schema raises where its inner parts are missing or of another type.
 INCOMPLETE = (KeyError, TypeError, AttributeError, IndexError, ValueError, UndefinedError)
 _PARTS = {
     **dict.fromkeys(("plan", "plan_summary", "inputs", "implementation", "limits", "verdict", "model", "environment"), dict),
-    **dict.fromkeys(("approximation", "time", "layers", "gates", "provenance", "notes"), list),
+    **dict.fromkeys(("approximation", "time", "layers", "baseline", "hard_inputs", "gates", "provenance", "notes"), list),
+    "kind": str,
 }
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -82,9 +83,9 @@ def charts(report: dict) -> dict[str, str]:
     bars = [(short(b["from"]) if i == 0 else short(b["to"]), b["delta_nats"]) for i, b in enumerate(longest["by_position"])]
     return {
         "nats": line_chart(
-            "Loss added against exact attention, by length", series("delta_nats"), "delta nats", limit=limits["max_delta_nats"]
+            "Loss added against exact attention, by length", series("delta_nats"), "delta nats", limit=limits["delta_nats"]
         ),
-        "kl": line_chart("KL divergence from exact attention, by length", series("kl"), "KL, nats", True, limits["max_kl"]),
+        "kl": line_chart("KL divergence from exact attention, by length", series("kl"), "KL, nats", True, limits["kl"]),
         "time": line_chart("Time of one forward pass, by length", [t for t in times if t.points], "seconds", True),
         "position": bar_chart(f"Loss added by position, all positions, {longest['length']:,} tokens", bars, "delta nats"),
     }

@@ -12,6 +12,7 @@ from pathlib import Path
 from hyperattention.config import INT32_MAX
 from hyperattention.errors import UsageError
 from hyperattention.export.bundle import REPORT, Bundle
+from hyperattention.export.gate_options import kind_of
 from hyperattention.export.load import Source, inspect_source, load_model, torch_dtype
 from hyperattention.export.patch import install
 from hyperattention.export.plan import DEVICES, ExportPlan, choice
@@ -113,6 +114,7 @@ def validate(options: Options, step: Callable[[str], None]) -> dict:
         proofs = prove([backend, *([backend_exact] if backend_exact else [])])
     report = {
         "schema": SCHEMA,
+        "kind": kind_of(plan.task),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - started, 1),
         "model": {
@@ -162,7 +164,7 @@ def check_model_fits(bundle: Bundle, source: Source) -> None:
 def measure(bench: Bench, definition: TorchRunner, corpus: Corpus, lengths: dict[int, int], options: Options) -> dict:
     """Everything that is measured on active runners, for report.json; `lengths` maps each length to its number of windows."""
     report: dict = {"implementation": _implementation(bench, definition, corpus, tuple(lengths), options)}
-    report |= {"approximation": [], "time": [], "layers": []}
+    report |= {"approximation": [], "time": [], "layers": [], "baseline": [], "hard_inputs": []}
     for length, count in lengths.items():
         row, seconds, table = measure_length(bench, corpus, length, count)
         report["approximation"].append(row)

@@ -9,14 +9,11 @@ from typing import Annotated, Optional
 import typer
 
 from hyperattention.errors import AccuracyFailed, UsageError
+from hyperattention.export import gate_options
 
 Folder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder that export-model wrote.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
-DeltaNats = Annotated[Optional[float], typer.Option("--max-delta-nats", help="Loss that may be added, nats a token. [default: 0.01]")]
-Kl = Annotated[Optional[float], typer.Option("--max-kl", help="KL(exact || ours) allowed, nats a token. [default: 0.005]")]
-Top1 = Annotated[Optional[float], typer.Option("--min-top1", help="Share of equal first choices demanded. [default: 0.98]")]
-OpRatio = Annotated[Optional[float], typer.Option("--max-op-ratio", help="Op's error over plain low precision's. [default: 2]")]
-ModelRatio = Annotated[Optional[float], typer.Option("--max-model-ratio", help="Backend's error over one ulp of noise. [default: 2]")]
+Gates = Annotated[Optional[list[str]], typer.Option("--gate", metavar="NAME=VALUE", help=gate_options.help_text())]
 
 
 def numbers(option: str, text: str) -> tuple[int, ...]:
@@ -27,24 +24,17 @@ def numbers(option: str, text: str) -> tuple[int, ...]:
         raise UsageError(f"{option} is {text!r}; it takes numbers with commas between them, such as 8192,32768") from None
 
 
-def limits(given: dict[str, float | None], base: dict[str, float] | None = None):
-    """The gates' limits: those given, over `base`, over the defaults."""
-    from hyperattention.validate.gates import Limits
-
-    return Limits(**{**(base or {}), **{name: value for name, value in given.items() if value is not None}})
-
-
 def say(report: dict, written: list[Path], as_json: bool) -> None:
     """The verdict and the gates on stdout; AccuracyFailed where one was not met."""
-    failed = [g for g in report["gates"] if not g["passed"]]
     if as_json:
         print(json.dumps({"verdict": report["verdict"], "gates": report["gates"], "files": [p.name for p in written]}, default=str))
     else:
         print(report["verdict"]["headline"])
         print(report["verdict"]["speed"])
         for g in report["gates"]:
-            print(f"  {'pass' if g['passed'] else 'FAIL'}  {g['name']:<12} {g['value']:.4g} {g['sense']} {g['limit']:.4g}  ({g['where']})")
+            mark = "pass" if g["passed"] else "note" if g["advisory"] else "FAIL"
+            print(f"  {mark}  {g['name']:<12} {g['value']:.4g} {g['sense']} {g['limit']:.4g}  ({g['where']})")
         print(f"Report: {written[-1]}")
-    if failed:
-        names = ", ".join(g["name"] for g in failed)
+    if failed := report["verdict"]["failed"]:
+        names = ", ".join(failed)
         raise AccuracyFailed(f"gates not met: {names}; the report says where. Approximate fewer layers (--layers) or raise num_blocks")

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from hyperattention.errors import UsageError
-from hyperattention.validate.commands.options import AsJson, DeltaNats, Folder, Kl, ModelRatio, OpRatio, Top1, limits, say
+from hyperattention.export.gate_options import parse_gates, with_gates
+from hyperattention.validate.commands.options import AsJson, Folder, Gates, say
 
 
 def command(
     folder: Folder,
-    max_delta_nats: DeltaNats = None,
-    max_kl: Kl = None,
-    min_top1: Top1 = None,
-    max_op_ratio: OpRatio = None,
-    max_model_ratio: ModelRatio = None,
+    gate: Gates = None,
     as_json: AsJson = False,
 ) -> None:
     """Judge a saved report again, under other limits if given, and write it anew. Needs neither model nor device."""
@@ -22,11 +19,9 @@ def command(
 
     path = folder if folder.is_file() else folder / "report" / "report.json"
     saved = read(path)
-    given = dict(
-        max_delta_nats=max_delta_nats, max_kl=max_kl, min_top1=min_top1, max_op_ratio=max_op_ratio, max_model_ratio=max_model_ratio
-    )
+    limits = with_gates(parse_gates(gate or [], saved["kind"]), saved["limits"])
     try:
-        report = judge(saved, limits(given, saved["limits"]))
+        report = judge(saved, limits)
         written = write(report, path.parent)
     except UsageError:
         raise

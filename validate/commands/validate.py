@@ -7,7 +7,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from hyperattention.validate.commands.options import AsJson, DeltaNats, Folder, Kl, ModelRatio, OpRatio, Top1, limits, numbers, say
+from hyperattention.export.gate_options import check_kind, kind_of, parse_gates, with_gates
+from hyperattention.validate.commands.options import AsJson, Folder, Gates, numbers, say
 
 
 def command(
@@ -24,22 +25,16 @@ def command(
     needle: Annotated[Optional[bool], typer.Option(help="Recall of planted keys. [default: on with CUDA, off without]")] = None,
     seed: Annotated[int, typer.Option(help="Seed of prompts, perturbations and extra draws.")] = 0,
     threads: Annotated[int, typer.Option(help="Threads of ONNX Runtime; 0 = all.")] = 0,
-    max_delta_nats: DeltaNats = None,
-    max_kl: Kl = None,
-    min_top1: Top1 = None,
-    max_op_ratio: OpRatio = None,
-    max_model_ratio: ModelRatio = None,
+    gate: Gates = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure OUT against exact attention, prove what ran, and write OUT/report. Exit 1: a gate was not met."""
-    from hyperattention.export.bundle import update_report
+    from hyperattention.export.bundle import Bundle, update_report
     from hyperattention.validate.progress import Steps
     from hyperattention.validate.report import write
     from hyperattention.validate.run import Options, count_steps, validate
 
-    given = dict(
-        max_delta_nats=max_delta_nats, max_kl=max_kl, min_top1=min_top1, max_op_ratio=max_op_ratio, max_model_ratio=max_model_ratio
-    )
+    gates = parse_gates(gate or [])
     options = Options(
         folder=folder,
         model=model,
@@ -54,8 +49,9 @@ def command(
         needle=needle,
         seed=seed,
         threads=threads,
-        limits=limits(given),
+        limits=with_gates(gates),
     )
+    check_kind(gates, kind_of(Bundle.open(folder).plan.task))
     with Steps(count_steps(options)) as step:
         report = validate(options, step)
     written = write(report, folder / "report")
