@@ -73,8 +73,8 @@ def _infer(context: Any) -> None:
 
 
 def translation_table() -> dict[Any, Any]:
-    """For torch.onnx.export: the torch op becomes one node."""
-    from onnxscript import values
+    """For torch.onnx.export: the torch op becomes one node, whose lengths are always there: the body of the function needs them."""
+    from onnxscript import opset18, values
 
     register_schema()
     opset = values.Opset(DOMAIN, VERSION)
@@ -82,6 +82,9 @@ def translation_table() -> dict[Any, Any]:
 
     def translate(q: Any, k: Any, v: Any, lengths: Any = None, *values_: Any, **named: Any) -> Any:
         given = {**dict(zip(names, values_, strict=False)), **named}
+        if lengths is None:
+            keys = opset18.Cast(opset18.Shape(k, start=2, end=3), to=TensorProto.INT32)
+            lengths = opset18.Expand(keys, opset18.Shape(k, start=0, end=1))
         return opset.HyperAttention(q, k, v, lengths, **given)
 
     assert _op is not None
