@@ -14,12 +14,12 @@ from typing import Callable, Iterator
 
 EXIT_CODE = 130
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_undo: list[Callable[[], None]] = []
+_undo: list[Callable[[], str | None]] = []
 
 
 @contextmanager
-def undoing(action: Callable[[], None]) -> Iterator[None]:
-    """Inside: an interruption runs `action`, after those of the blocks within."""
+def undoing(action: Callable[[], str | None]) -> Iterator[None]:
+    """Inside: an interruption runs `action`, after those of the blocks within. What it returns tells the user what was kept."""
     _undo.append(action)
     try:
         yield
@@ -41,10 +41,12 @@ def handled(as_json: bool) -> Iterator[None]:
 def _leave(as_json: bool) -> None:
     for number in _SIGNALS:  # a second Ctrl-C must not stop the undoing
         signal.signal(number, signal.SIG_IGN)
+    kept = []
     for action in reversed(_undo):
         with suppress(Exception):
-            action()
+            kept.append(action())
+    message = "interrupted; " + ("; ".join(filter(None, kept)) or "nothing was left behind")
     if as_json:
-        os.write(1, (json.dumps({"error": "interrupted", "exit_code": EXIT_CODE}) + "\n").encode())
-    os.write(2, b"interrupted; nothing was left behind\n")
+        os.write(1, (json.dumps({"error": message, "exit_code": EXIT_CODE}) + "\n").encode())
+    os.write(2, f"{message}\n".encode())
     os._exit(EXIT_CODE)
