@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import sys
-import traceback
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -13,14 +10,13 @@ import typer
 from rich.markup import escape
 
 from hyperattention.config import PRESETS, RANGES
-from hyperattention.errors import EnvironmentFault, HyperAttentionError, UsageError
-from hyperattention.export import gate_options, interrupt
+from hyperattention.errors import EnvironmentFault, UsageError
+from hyperattention.export import entry, gate_options
 
-INTERNAL = 70  # EX_SOFTWARE of sysexits.h; Python's own 1 is the code of a failed gate here
 _DEFAULT_MAX = 32768
 _TUNED, _SHAPES, _CHECKS = (dict[str, Any](rich_help_panel=name) for name in ("Attributes of the op", "Shapes", "Validation"))
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
 
 
 def _attribute(name: str, text: str) -> Any:
@@ -29,7 +25,7 @@ def _attribute(name: str, text: str) -> Any:
     return typer.Option(f"--{name.replace('_', '-')}", help=f"{text} {low} to {high}. ({defaults})", **_TUNED)
 
 
-@app.command()
+@app.command(epilog=entry.epilog("export-model models/byte-lm-4m out --input-ids bytes --text held-out.txt"))
 def export_model(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A directory as transformers saves it: config.json and weights.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make. A finished output is replaced.")],
@@ -62,13 +58,14 @@ def export_model(
     gate: Annotated[Optional[list[str]], typer.Option(metavar="NAME=VALUE", help=gate_options.help_text(), **_CHECKS)] = None,
     require_engine: Annotated[bool, typer.Option("--require-engine", help="Fail (3) where no TensorRT engine can be built.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, predicted memory and missing parts; write nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors and warnings only.")] = False,
+    as_json: entry.AsJson = False,
+    quiet: entry.Quiet = False,
+    version: entry.Version = False,
 ) -> None:
     """Turn a model into OUT: ONNX with the HyperAttention op, both native libraries, a TensorRT engine where there is a GPU, and a report.
 
-    Exit codes: 0 done, 1 accuracy gate (OUT is kept), 2 usage, 3 environment, 4 export, 5 engine build,
-    70 internal error (a bug, with its traceback), 130 interrupted.
+    Stages: load, ONNX, engine, validation, manifest. OUT appears when all of them are done; where only an accuracy gate failed, OUT is
+    kept with the report that says why.
     """
     from hyperattention.export import load, memory, pipeline
     from hyperattention.export import plan as planning
@@ -132,13 +129,11 @@ def export_model(
             reporter.say(escape(f"missing: {name}: {reason}"))
         if obstacle is not None:
             reporter.say(escape(f"no engine from this plan: {obstacle}"))
-        if as_json:
-            print(json.dumps(planned))
+        reporter.answer(planned)
         return
     manifest = pipeline.run(source, plan, options, reporter)
     reporter.say(f"{escape(str(out))} is ready" + (f"; report: {escape(str(out))}/report/report.html" if validate else ""))
-    if as_json:
-        print(json.dumps({**planned, "manifest": manifest}))
+    reporter.answer({**planned, "manifest": manifest})
 
 
 def _check_validation(lengths: str, device: str, seq: tuple[int, int, int]) -> None:
@@ -158,25 +153,5 @@ def _check_validation(lengths: str, device: str, seq: tuple[int, int, int]) -> N
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point; exits with the code of the error raised (hyperattention/errors.py), and with 70 and a traceback after any other."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        with interrupt.handled(as_json="--json" in arguments):
-            app(args=arguments, prog_name="export-model")
-    except HyperAttentionError as error:
-        from hyperattention.export.console import Reporter
-
-        Reporter().fail(str(error))
-        code, message = error.exit_code, str(error)
-    except SystemExit as status:
-        # typer has printed its own message by now.
-        code, message = int(status.code or 0), "an option or argument was refused"
-    except Exception as error:
-        traceback.print_exc()
-        code, message = INTERNAL, f"internal error, a bug: {type(error).__name__}: {error}"
-        print(f"{message}; please report it with the traceback above", file=sys.stderr)
-    else:
-        return
-    if code and "--json" in arguments:
-        print(json.dumps({"error": message, "exit_code": code}))
-    sys.exit(code)
+    """Entry point; see `entry.run`."""
+    entry.run(app, "export-model", arguments)

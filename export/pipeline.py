@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from hyperattention.errors import (
     UsageError,
 )
 from hyperattention.export import bundle, interrupt
-from hyperattention.export.console import Reporter
+from hyperattention.export.console import Reporter, numbered
 from hyperattention.export.memory import workspace_bytes
 from hyperattention.export.plan import ExportPlan
 from hyperattention.library import build_info, ort_library_path, trt_library_path
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from hyperattention.export.load import Source
 
 VALIDATE = (sys.executable, "-m", "hyperattention.validate", "run")
-_STEP = re.compile(r"\[\s*(\d+)/(\d+)\s+[\d.]+ s\] (.*)")
 _BY_CODE: dict[int, type[HyperAttentionError]] = {e.exit_code: e for e in (UsageError, EnvironmentFault, ExportFailed, BuildFailed)}
 
 
@@ -264,8 +262,8 @@ def _validate(model: Path, folder: Path, options: Options, reporter: Reporter) -
         with interrupt.undoing(stop):
             try:
                 for line in process.stderr:
-                    if match := _STEP.match(line):
-                        reporter.step(match[3], int(match[1]), int(match[2]))
+                    if counted := numbered(line):
+                        reporter.step(*counted)
                     elif line.strip():
                         said.append(line.rstrip())
                 output = process.stdout.read()
@@ -273,7 +271,7 @@ def _validate(model: Path, folder: Path, options: Options, reporter: Reporter) -
             except BaseException:
                 stop()
                 raise
-    message = said[-1].removeprefix("hyperattention: ") if said else f"the validation ended with status {code}"
+    message = said[-1].removeprefix("error: ") if said else f"the validation ended with status {code}"
     if code in _BY_CODE:
         raise _BY_CODE[code](message)
     answer = output.strip().splitlines()[-1:]

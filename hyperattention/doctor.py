@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import json
 import os
 import platform
 import re
@@ -17,6 +16,7 @@ import sys
 from ctypes import byref, c_int
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -253,9 +253,9 @@ def render(checks: list[Check], console: Console) -> None:
             console.print(f"[bold]{check.name}[/]: {escape(check.mend)}", highlight=False)
 
 
-def to_json(checks: list[Check]) -> str:
-    """The checks as a JSON list of objects."""
-    return json.dumps([asdict(check) for check in checks], indent=1)
+def to_json(checks: list[Check]) -> list[dict[str, Any]]:
+    """The checks as JSON values."""
+    return [asdict(check) for check in checks]
 
 
 def exit_code(checks: list[Check]) -> int:

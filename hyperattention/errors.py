@@ -13,11 +13,19 @@ command line turns these into exit codes; any other exception is a bug, keeps
 its traceback and ends in 70.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class HyperAttentionError(Exception):
-    """Base class; `exit_code` is what the command line returns."""
+    """Base class; `exit_code` is what the command line returns, `found` what its JSON object says beside the error."""
 
     exit_code = 1
+
+    def __init__(self, message: str, found: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.found = found or {}
 
 
 class AccuracyFailed(HyperAttentionError):

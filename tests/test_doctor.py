@@ -27,7 +27,7 @@ def test_every_part_is_named_once_and_each_fault_has_a_remedy() -> None:
     for check in checks:
         assert check.status in (doctor.OK, doctor.MISSING, doctor.MISMATCH) and check.found
         assert bool(check.mend) == (check.status != doctor.OK), check
-    assert json.loads(doctor.to_json(checks))[0]["name"] == "Python"
+    assert json.loads(json.dumps(doctor.to_json(checks)))[0]["name"] == "Python"
 
 
 @dataclass(frozen=True)

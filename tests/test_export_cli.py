@@ -276,7 +276,7 @@ if {report}:
     report = dict(inputs=dict(lengths=[64]), limits=dict(kl=0.005), verdict=dict(headline="done"), plan=dict(dtype="fp32"))
     (folder / "report/report.json").write_text(json.dumps(report))
     print(json.dumps(dict(verdict=dict(headline="The verdict."), gates=[gate])))
-print("hyperattention: {message}", file=sys.stderr)
+print("error: {message}", file=sys.stderr)
 sys.exit({code})
 """
 

@@ -1,38 +1,37 @@
-"""The command `hyperattention`: its commands by name. Turns errors into exit codes, nothing else."""
+"""The command `hyperattention`: its commands by name."""
 
 from __future__ import annotations
 
-import sys
-import traceback
-
 import typer
 
-from hyperattention.errors import HyperAttentionError
+from hyperattention.errors import UsageError
+from hyperattention.export import entry
 from hyperattention.validate.commands import doctor, inspect, report, validate
 
-INTERNAL_ERROR = 70  # sysexits' EX_SOFTWARE; Python's own 1 after a traceback would read as a failed gate
+COMMANDS = {
+    "validate": validate,
+    "report": report,
+    "inspect": inspect,
+    "doctor": doctor,
+}
 
 app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Measure, judge and describe what export-model wrote. Exit 70: an internal error, a bug.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=entry.epilog("hyperattention inspect out", "hyperattention doctor"),
 )
-app.command("validate")(validate.command)
+for _name, _module in COMMANDS.items():
+    app.command(_name, epilog=entry.epilog(_module.EXAMPLE))(_module.command)
 app.command("run", hidden=True, help="Same as validate.")(validate.command)
-app.command("report")(report.command)
-app.command("inspect")(inspect.command)
-app.command("doctor")(doctor.command)
+
+
+@app.callback(invoke_without_command=True)
+def hyperattention(context: typer.Context, version: entry.Version = False) -> None:
+    """Measure, judge and describe what export-model wrote."""
+    if context.invoked_subcommand is None:
+        raise UsageError(f"no command given; give one of {', '.join(COMMANDS)}, or --help")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point; exits with the code of the error raised (hyperattention/errors.py). A bug shows its traceback and exits 70."""
-    try:
-        app(args=arguments)
-    except HyperAttentionError as error:
-        print(f"hyperattention: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except Exception:
-        traceback.print_exc()
-        print(f"hyperattention: internal error, a bug (exit code {INTERNAL_ERROR}); please report the lines above", file=sys.stderr)
-        sys.exit(INTERNAL_ERROR)
+    """Entry point; see `entry.run`."""
+    entry.run(app, "hyperattention", arguments)

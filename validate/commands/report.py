@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from hyperattention.errors import UsageError
 from hyperattention.export.gate_options import parse_gates, with_gates
-from hyperattention.validate.commands.options import AsJson, Folder, Gates, say
+from hyperattention.validate.commands.options import AsJson, Folder, Gates, Quiet, say
+
+EXAMPLE = "hyperattention report out --gate kl=0.01 --gate top1=0.95"
 
 
 def command(
     folder: Folder,
     gate: Gates = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Judge a saved report again, under other limits if given, and write it anew. Needs neither model nor device."""
     from hyperattention.export.bundle import REPORT, update_report
+    from hyperattention.export.console import Reporter
     from hyperattention.validate.gates import judge
     from hyperattention.validate.report import INCOMPLETE, read, write
 
@@ -30,4 +34,4 @@ def command(
     out = path.parent.parent
     if path == out / REPORT:  # a report.json copied elsewhere has no manifest to keep in step
         update_report(out)
-    say(report, written, as_json)
+    say(report, written, Reporter(quiet, as_json))

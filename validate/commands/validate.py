@@ -8,29 +8,32 @@ from typing import Annotated, Optional
 import typer
 
 from hyperattention.export.gate_options import check_kind, kind_of, parse_gates, with_gates
-from hyperattention.validate.commands.options import AsJson, Folder, Gates, numbers, say
+from hyperattention.validate.commands.options import AsJson, Folder, Gates, Quiet, numbers, say
+
+EXAMPLE = "hyperattention validate out --model models/byte-lm-4m --text held-out.txt --gate kl=0.01"
 
 
 def command(
     folder: Folder,
     model: Annotated[Path, typer.Option(help="The model that was exported: a transformers directory.")],
     text: Annotated[Optional[Path], typer.Option(help="Held-out plain text. A model that reads bytes needs one.")] = None,
-    lengths: Annotated[str, typer.Option(help="Window lengths, e.g. 8192,32768. [default: 8192,16384,32768 as exported]")] = "",
-    windows: Annotated[str, typer.Option(help="Windows of each length. [default: 4,2,1]")] = "",
+    lengths: Annotated[str, typer.Option(help="Window lengths, e.g. 8192,32768. (default: 8192,16384,32768 as exported)")] = "",
+    windows: Annotated[str, typer.Option(help="Windows of each length. (default: 4,2,1)")] = "",
     time_lengths: Annotated[str, typer.Option(help="Further lengths to time only.")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     backend: Annotated[str, typer.Option(help="auto (the engine where it can run), ort or tensorrt.")] = "auto",
     exact_engine: Annotated[Optional[Path], typer.Option(help="model.engine of an export with --preset exact, to time against.")] = None,
     tail: Annotated[int, typer.Option(help="Positions that attend exactly after an approximate prefill.")] = 512,
-    needle: Annotated[Optional[bool], typer.Option(help="Recall of planted keys. [default: on with CUDA, off without]")] = None,
+    needle: Annotated[Optional[bool], typer.Option(help="Recall of planted keys. (default: on with CUDA, off without)")] = None,
     seed: Annotated[int, typer.Option(help="Seed of prompts, perturbations and extra draws.")] = 0,
     threads: Annotated[int, typer.Option(help="Threads of ONNX Runtime; 0 = all.")] = 0,
     gate: Gates = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure OUT against exact attention, prove what ran, and write OUT/report. Exit 1: a gate was not met."""
     from hyperattention.export.bundle import Bundle, update_report
-    from hyperattention.validate.progress import Steps
+    from hyperattention.export.console import Reporter
     from hyperattention.validate.report import write
     from hyperattention.validate.run import Options, count_steps, validate
 
@@ -52,8 +55,9 @@ def command(
         limits=with_gates(gates),
     )
     check_kind(gates, kind_of(Bundle.open(folder).plan.task))
-    with Steps(count_steps(options)) as step:
-        report = validate(options, step)
+    reporter = Reporter(quiet, as_json)
+    with reporter.stage("validation"):
+        report = validate(options, reporter.counted(count_steps(options)))
     written = write(report, folder / "report")
     update_report(folder)
-    say(report, written, as_json)
+    say(report, written, reporter)
