@@ -7,7 +7,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -46,8 +46,8 @@ def one_of(values: Sequence[str]) -> Callable[[str], list[str]]:
     return lambda incomplete: [value for value in values if value.startswith(incomplete)]
 
 
-def run(app: typer.Typer, name: str, arguments: Sequence[str] | None) -> None:
-    """Runs `app` as the command `name`. Any outcome but success ends the process, with the code of the error (hyperattention/errors.py).
+def run(app: typer.Typer, name: str, arguments: Sequence[str] | None) -> NoReturn:
+    """Runs `app` as the command `name` and ends the process: with 0, or with the code of the error (hyperattention/errors.py).
 
     The message goes to standard error, and with --json into the one object on standard output as well.
     """
@@ -75,8 +75,7 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None) -> None:
         Reporter().fail(message)
         if as_json:
             print(json.dumps({**found, "error": message, "exit_code": code}, default=str))
-    if code:
-        sys.exit(code)
+    sys.exit(code)
 
 
 def _judge(error: Exception) -> tuple[int, str]:
