@@ -22,7 +22,7 @@ from hyperattention.export.plan import ExportPlan
 from hyperattention.library import ORT_LIBRARY, TRT_LIBRARY
 
 MANIFEST, DRAFT = "manifest.json", "manifest.partial.json"
-SCHEMA = 1
+SCHEMA = 2
 REPORT = "report/report.json"
 _PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu", "polygraphy", "tensorrt", "tensorrt-cu12-bindings")
 _SIDE_FILES = (
@@ -103,9 +103,9 @@ def _files_are_whole(files: object, draft: bool) -> bool:
     )
 
 
-def copy_side_files(model: Path, folder: Path, libraries: list[Path]) -> None:
-    """Copies the configuration, the tokenizer's files and the native libraries beside the ONNX files."""
-    for pattern in _SIDE_FILES:
+def copy_side_files(model: Path | None, folder: Path, libraries: list[Path]) -> None:
+    """Copies the configuration and the tokenizer's files of the directory `model`, and the native libraries, beside the ONNX files."""
+    for pattern in _SIDE_FILES if model is not None else ():
         for file in sorted(model.glob(pattern)):
             if file.suffix == ".json":
                 _copy_json(file, folder / file.name)

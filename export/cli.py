@@ -13,7 +13,6 @@ from hyperattention.config import PRESETS, RANGES
 from hyperattention.errors import EnvironmentFault, UsageError
 from hyperattention.export import entry, gate_options
 
-_DEFAULT_MAX = 32768
 _TUNED, _SHAPES, _CHECKS = (dict[str, Any](rich_help_panel=name) for name in ("Attributes of the op", "Shapes", "Validation"))
 
 app = typer.Typer(pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
@@ -27,16 +26,18 @@ def _attribute(name: str, text: str) -> Any:
 
 @app.command(epilog=entry.epilog("export-model models/byte-lm-4m out --input-ids bytes --text held-out.txt"))
 def export_model(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A directory as transformers saves it: config.json and weights.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory as transformers saves it: config.json and weights.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make. A finished output is replaced.")],
     layers: Annotated[str, typer.Option(help="Layers that approximate: all, none, odd, even, first:N, last:N, or 0-3,7.")] = "odd",
     preset: Annotated[str, typer.Option(help="blocks, paper (the paper's choices), or exact: our own exact attention.")] = "blocks",
     keep_exact: Annotated[str, typer.Option(help="The other layers: op (exact path of the op) or onnx (n x n memory).")] = "op",
     dtype: Annotated[Optional[str], typer.Option(help="fp32, fp16 or bf16. (default: fp32, on a GPU the model's half type)")] = None,
-    task: Annotated[str, typer.Option(help="logits, last-logits, or prefill (last logits, keys and values).")] = "logits",
+    task: Annotated[
+        Optional[str], typer.Option(help="logits, last-logits, prefill (last logits, keys and values), or features. (default: by model)")
+    ] = None,
     input_ids: Annotated[str, typer.Option("--input-ids", help="tokens, or bytes for a model that reads bytes.")] = "tokens",
     seed: Annotated[int, typer.Option(help="Base seed; layer i samples with seed + i.")] = 0,
-    min_seq: Annotated[int, typer.Option(help="Shortest sequence.", **_SHAPES)] = 1,
+    min_seq: Annotated[Optional[int], typer.Option(help="Shortest sequence. (default: 1)", **_SHAPES)] = None,
     opt_seq: Annotated[Optional[int], typer.Option(help="Length to tune for. (default: a quarter of the longest)", **_SHAPES)] = None,
     max_seq: Annotated[Optional[int], typer.Option(help="Longest sequence. (default: what the model was trained for)", **_SHAPES)] = None,
     batch: Annotated[str, typer.Option(help="Rows: N, or min,opt,max.", **_SHAPES)] = "1",
@@ -67,9 +68,10 @@ def export_model(
     Stages: load, ONNX, engine, validation, manifest. OUT appears when all of them are done; where only an accuracy gate failed, OUT is
     kept with the report that says why.
     """
-    from hyperattention.export import load, memory, pipeline
+    from hyperattention.export import memory, pipeline
     from hyperattention.export import plan as planning
     from hyperattention.export.console import Reporter
+    from hyperattention.export.source import default_dtype, open_source
 
     reporter = Reporter(quiet, as_json)
     attributes = dict(
@@ -77,17 +79,15 @@ def export_model(
         stratified=stratified, local_size=local_size, local_overlap=local_overlap, sinks=sinks, exact_below=exact_below,
         num_projections=num_projections,
     )  # fmt: skip
-    source = load.inspect_source(model)
-    longest = max_seq if max_seq is not None else min(source.max_positions or _DEFAULT_MAX, 4 * _DEFAULT_MAX)
+    source = open_source(model, task=task)
     plan = planning.make_plan(
         source,
         layers=layers,
         preset=preset,
         attributes={name: value for name, value in attributes.items() if value is not None},
-        dtype=dtype or load.default_dtype(source),
-        seq=(min_seq, opt_seq if opt_seq is not None else max(min_seq, longest // 4), longest),
+        dtype=dtype or default_dtype(source),
+        seq=planning.sequence_range(source, min_seq, opt_seq, max_seq),
         batch=planning.parse_batch(batch),
-        task=task,
         input_ids=input_ids,
         seed=seed,
         keep_exact=keep_exact,

@@ -65,7 +65,7 @@ def runtime_available() -> str | None:
 def build_engine(
     folder: Path, plan: ExportPlan, library: Path, progress: Progress = lambda text: None, workspace: int | None = None
 ) -> EngineInfo:
-    """Builds `folder`/model.engine from model.trt.onnx: strongly typed, one profile of plan.seq and plan.batch.
+    """Builds `folder`/model.engine from model.trt.onnx: strongly typed, one profile of plan.inputs over plan.dims.
 
     A timing.cache that lies in `folder` is used and extended. `workspace` limits the builder's scratch, in bytes (None: all of
     the device's memory). Raises EnvironmentFault where TensorRT, the device or the library cannot be used, and BuildFailed,
@@ -171,8 +171,8 @@ def _serialise(
     from polygraphy.logger import G_LOGGER
 
     profile = Profile()
-    profile.add("input_ids", *zip(plan.batch, plan.seq, strict=True))
-    profile.add("lengths", *((rows,) for rows in plan.batch))
+    for entry in plan.inputs:
+        profile.add(entry.name, *plan.shapes(entry))
     config = CreateConfig(
         profiles=[profile],
         load_timing_cache=str(cache) if cache.is_file() else None,

@@ -22,40 +22,31 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from hyperattention.errors import UnsupportedModel, UsageError
 from hyperattention.export.attention_rules import find_problem
 from hyperattention.export.masks import attention_mask_function
+from hyperattention.export.patch import Patched, install
+from hyperattention.export.plan import ExportPlan
+from hyperattention.export.source import LANGUAGE_TASKS, TEXT, AttentionLayer, Source, torch_dtype
 
 _PROBE = "hyperattention_probe"
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Odd and distinct, so that sizes tell the dimensions apart.
 _PROBE_SHAPE = (2, 7)
 
 
 @dataclass(frozen=True)
-class AttentionLayer:
-    """One attention layer: its number in calling order, module path, sizes, scale on the logits, and why the operator cannot replace it."""
-
-    index: int
-    name: str
-    heads_q: int
-    heads_kv: int
-    head_dim: int
-    head_dim_v: int
-    scale: float
-    problem: str | None
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model directory as `inspect_source` found it."""
+class TransformersSource(Source):
+    """A transformers directory. `path` holds it; `config` is transformers' own object."""
 
     path: Path
     config: Any
-    architecture: str
-    layers: tuple[AttentionLayer, ...]
-    num_parameters: int
-    hidden_size: int
-    intermediate_size: int
-    vocab_size: int
-    max_positions: int | None
+
+    @property
+    def directory(self) -> Path:
+        """The model's directory."""
+        return self.path
+
+    @property
+    def half(self) -> str:
+        """fp16 for weights that config.json says are fp16, else bf16."""
+        return "fp16" if getattr(self.config, "dtype", None) == torch.float16 else "bf16"
 
     def dropped_keys(self, length: int) -> tuple[int, ...]:
         """Numbers of the cache layers that keep fewer than `length` keys (sliding window, chunks), in calling order."""
@@ -63,20 +54,12 @@ class Source:
         # Such a layer stores its window less the key that the next token pushes out.
         return tuple(number for number, layer in layers if length >= (getattr(layer, "sliding_window", None) or length + 1))
 
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of a plan's `dtype`."""
-    return _DTYPES[name]
-
-
-def default_dtype(source: Source) -> str:
-    """fp32 without a CUDA device, else the model's half type (bf16 for a model in fp32: there the kernels are several times as fast)."""
-    if not torch.cuda.is_available():
-        return "fp32"
-    return "fp16" if getattr(source.config, "dtype", None) == torch.float16 else "bf16"
+    def load(self, plan: ExportPlan, device: torch.device | str = "cpu") -> Patched:
+        """The patched model on `device`. Raises UsageError for weights that are unreadable or do not fit the configuration."""
+        return install(load_model(self, torch_dtype(plan.dtype), device), plan)
 
 
-def inspect_source(path: Path) -> Source:
+def inspect_source(path: Path, task: str | None = None) -> TransformersSource:
     """Reads the configuration and the weight files' headers; loads no weights.
 
     Raises UsageError for a directory that is missing, empty or broken and UnsupportedModel for an architecture that is unknown
@@ -96,7 +79,19 @@ def inspect_source(path: Path) -> Source:
         ) from error
     layers = _probe(model)
     text = config.get_text_config()
-    return Source(
+    task = task or "logits"
+    if task not in LANGUAGE_TASKS:
+        raise UsageError(f"--task {task}: {path.name} is a language model; it takes one of {', '.join(LANGUAGE_TASKS)}")
+    return TransformersSource(
+        model=str(path),
+        name=path.resolve().name,
+        kind="language",
+        task=task,
+        inputs=TEXT,
+        outputs=_outputs(task, len(layers)),
+        dims={},
+        keys=None,
+        rows=None,
         path=path,
         config=config,
         architecture=type(model).__name__,
@@ -109,7 +104,13 @@ def inspect_source(path: Path) -> Source:
     )
 
 
-def load_model(source: Source, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
+def _outputs(task: str, layers: int) -> tuple[str, ...]:
+    """logits, and for the task prefill present.{i}.key and present.{i}.value of each cache layer."""
+    cache = range(layers) if task == "prefill" else ()
+    return ("logits", *(f"present.{i}.{part}" for i in cache for part in ("key", "value")))
+
+
+def load_model(source: TransformersSource, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
     """The model with its weights, in eval mode. Raises UsageError for weights that are unreadable or do not fit the config."""
     try:
         with _quiet():

@@ -9,8 +9,8 @@ import torch
 
 from hyperattention.config import Config
 from hyperattention.errors import EnvironmentFault, UsageError
-from hyperattention.export.load import AttentionLayer, Source
 from hyperattention.export.plan import ExportPlan
+from hyperattention.export.source import AttentionLayer, Source
 from hyperattention.library import HaAttributes, HaParams, open_library, ort_library_path, trt_library_path
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}

@@ -1,4 +1,4 @@
-"""A patched model as ONNX: one HyperAttention node a layer, dynamic batch and sequence, checked, and without host paths.
+"""A replaced model as ONNX: one HyperAttention node a layer, the plan's named dimensions, checked, and without host paths.
 
 `model.onnx` carries the op's function body and runs anywhere; `model.trt.onnx` is its twin without the body, whose nodes
 name TensorRT's plugin. Above `external_threshold` bytes both share the weights in `model.onnx.data`.
@@ -7,94 +7,34 @@ name TensorRT's plugin. Above `external_threshold` bytes both share the weights 
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
 from pathlib import Path
 from typing import Any, Callable
 
 import onnx
-import torch
 from onnx import ModelProto, helper, shape_inference
-from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hyperattention.config import DOMAIN, OP_TYPE
 from hyperattention.errors import ExportFailed
-from hyperattention.export.onnx_body import OPSET, attention_function
-from hyperattention.export.onnx_schema import register_schema, translation_table
-from hyperattention.export.patch import Patched
+from hyperattention.export.onnx_body import attention_function
+from hyperattention.export.onnx_schema import register_schema
 from hyperattention.export.plan import ExportPlan
+from hyperattention.export.source import ReplacedModel
 
 MODEL, DATA, TWIN = "model.onnx", "model.onnx.data", "model.trt.onnx"
 # protobuf cannot hold 2 GB; the rest of the graph needs some of it.
 EXTERNAL_THRESHOLD = 2**31 - 2**26
-INPUT_NAMES = ("input_ids", "lengths")
 Progress = Callable[[str], None]
-
-# Distinct and above 1: torch.export fixes a dimension whose example is 0 or 1, and merges equal ones.
-_EXAMPLE_BATCH, _EXAMPLE_SEQUENCE = 2, 130
-
-
-class TaskModule(nn.Module):
-    """What the ONNX file computes: (input_ids int64 [B, S], lengths int32 [B]) to the task's outputs, in `output_names` order."""
-
-    def __init__(self, patched: Patched, task: str) -> None:
-        super().__init__()
-        self.patched, self.task, self.model = patched, task, patched.model
-
-    @property
-    def output_names(self) -> list[str]:
-        """logits, and for the task prefill present.{i}.key and present.{i}.value of each cache layer."""
-        if self.task != "prefill":
-            return ["logits"]
-        layers = len(self.patched.plan.layers)
-        return ["logits", *(f"present.{i}.{part}" for i in range(layers) for part in ("key", "value"))]
-
-    def forward(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
-        """logits [B, S or 1, vocab]; present [B, heads_kv, S, head_dim]."""
-        if self.task == "logits":
-            return (self.patched.forward(input_ids, lengths).logits,)
-        with _last_row_only(self.model, lengths):
-            out = self.patched.forward(input_ids, lengths, use_cache=self.task == "prefill")
-        if self.task == "last-logits":
-            return (out.logits,)
-        cache = [tensor for layer in out.past_key_values.layers if layer.keys is not None for tensor in (layer.keys, layer.values)]
-        if len(cache) + 1 != len(self.output_names):
-            layers = len(self.patched.plan.layers)
-            raise ExportFailed(f"the cache has {len(cache) // 2} layers, the model {layers} attention layers; use --task last-logits")
-        return (out.logits, *cache)
-
-
-class _last_row_only:
-    """Inside, the output embedding sees each row's last valid position alone: [B, S, H] becomes [B, 1, H]."""
-
-    def __init__(self, model: PreTrainedModel, lengths: Tensor) -> None:
-        head = model.get_output_embeddings()
-        if head is None:
-            raise ExportFailed(f"{type(model).__name__} has no output embedding; use --task logits")
-        self.head, self.index = head, (lengths.long() - 1).clamp(min=0)
-
-    def __enter__(self) -> None:
-        def keep_last(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            hidden = args[0]
-            index = self.index[:, None, None].expand(-1, 1, hidden.shape[-1])
-            return (hidden.gather(1, index), *args[1:])
-
-        self.handle = self.head.register_forward_pre_hook(keep_last)
-
-    def __exit__(self, *_: object) -> None:
-        self.handle.remove()
 
 
 def export_onnx(
-    patched: Patched, plan: ExportPlan, folder: Path, progress: Progress, external_threshold: int = EXTERNAL_THRESHOLD
+    replaced: ReplacedModel, plan: ExportPlan, folder: Path, progress: Progress, external_threshold: int = EXTERNAL_THRESHOLD
 ) -> None:
     """Writes model.onnx (and model.onnx.data above the threshold) and model.trt.onnx into `folder`.
 
     Raises ExportFailed when torch cannot trace the model, a layer's node is not there, or a checker refuses the result.
     """
     progress("tracing the model")
-    proto = _trace(TaskModule(patched, plan.task))
+    proto = replaced.trace()
     progress("writing and checking model.onnx")
     _clean(proto)
     _share_transposed(proto)
@@ -133,54 +73,6 @@ def check(path: Path) -> None:
         raise ExportFailed(f"{path.name} does not pass onnx's checker: {error}") from error
     finally:
         inferred.unlink(missing_ok=True)
-
-
-def _trace(module: TaskModule) -> ModelProto:
-    device = next(module.model.parameters()).device
-    ids = torch.zeros(_EXAMPLE_BATCH, _EXAMPLE_SEQUENCE, dtype=torch.int64, device=device)
-    lengths = torch.full((_EXAMPLE_BATCH,), _EXAMPLE_SEQUENCE, dtype=torch.int32, device=device)
-    try:
-        with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                module.eval(),
-                (ids, lengths),
-                dynamo=True,
-                input_names=list(INPUT_NAMES),
-                output_names=module.output_names,
-                dynamic_shapes=({0: "batch", 1: "sequence"}, {0: "batch"}),
-                custom_translation_table=translation_table(),
-                opset_version=OPSET,
-                external_data=False,
-                verbose=False,
-            )
-    except torch.onnx.errors.OnnxExporterError as error:
-        name = type(module.model).__name__
-        raise ExportFailed(f"torch cannot export {name}: {_cause(error)}") from error
-    assert program is not None
-    return program.model_proto
-
-
-def _cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(str(error).split())[:400]
-
-
-class _quiet:
-    """Loggers by name at ERROR."""
-
-    def __init__(self, *names: str) -> None:
-        self.loggers = [logging.getLogger(name) for name in names]
-
-    def __enter__(self) -> None:
-        self.levels = [logger.level for logger in self.loggers]
-        for logger in self.loggers:
-            logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        for logger, level in zip(self.loggers, self.levels, strict=True):
-            logger.setLevel(level)
 
 
 def _clean(proto: ModelProto) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Mapping
 
 import torch
+from onnx import ModelProto
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -21,7 +22,9 @@ from hyperattention.config import Config
 from hyperattention.errors import UnsupportedModel, UsageError
 from hyperattention.export.attention_rules import find_problem
 from hyperattention.export.masks import attention_mask_function, given_lengths
+from hyperattention.export.onnx_trace import trace
 from hyperattention.export.plan import ExportPlan, LayerPlan
+from hyperattention.export.task_module import TaskModule
 
 IMPLEMENTATION = "hyperattention"
 MODES = ("plan", "exact")
@@ -110,6 +113,20 @@ class Patched:
         mask = padding_mask(lengths, past + input_ids.shape[1])
         with given_lengths(lengths):
             return self.model(input_ids=input_ids, attention_mask=mask, past_key_values=past_key_values, use_cache=use_cache)
+
+    @torch.no_grad()
+    def run(self, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The plan's outputs by name (`TaskModule`), on the model's device; `feed` has one tensor for each of plan.inputs."""
+        first = next(self.model.parameters())
+        given = [feed[entry.name].to(first.device, first.dtype if entry.dtype == "float" else None) for entry in self.plan.inputs]
+        if len(given) == 2 and bool((given[1] == given[0].shape[1]).all()):
+            del given[1]  # without padding no mask is built
+        return dict(zip(self.plan.outputs, TaskModule(self)(*given), strict=True))
+
+    def trace(self) -> ModelProto:
+        """The raw graph of the plan's task. Raises ExportFailed where torch cannot trace it."""
+        task = TaskModule(self)
+        return trace(task, task.examples(), self.plan, type(self.model).__name__)
 
     def calls(self) -> dict[int, int]:
         """How often each layer's attention was called through us, by layer index."""

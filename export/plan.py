@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import Any, Sequence
 
 from hyperattention.config import INT32_MAX, PRESETS, Config, layer_seed
 from hyperattention.errors import UnsupportedModel, UsageError
+from hyperattention.export.source import TASKS, Input, Range, Source
 
-if TYPE_CHECKING:
-    from hyperattention.export.load import Source
-
-TASKS = ("logits", "last-logits", "prefill")
 DTYPES = ("fp32", "fp16", "bf16")
 INPUT_IDS = ("tokens", "bytes")
 DEVICES = ("auto", "cpu", "cuda")
@@ -23,11 +20,10 @@ KEEP_EXACT = ("op", "onnx")
 MODES = ("approximate", "exact", "native")
 MAX_SEQUENCE = 2**24  # the kernels' tests stop here; positions fit in 32 bits
 MAX_BATCH = 4096
+_DEFAULT_LONGEST = 32768
 _CHOICES = {"task": TASKS, "dtype": DTYPES, "input_ids": INPUT_IDS, "keep_exact": KEEP_EXACT}
 # Python's \d and isdigit take digits of every script, and superscripts.
 _SPAN = "[0-9]{1,18}(-[0-9]{1,18})?"
-
-Range = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -43,11 +39,17 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """The whole export. seq and batch are (min, opt, max) of the engine's profile, in tokens and rows."""
+    """The whole export. seq (keys of the attention) and batch (rows) are (min, opt, max), and so is every dimension of `dims`.
+
+    `inputs` and `outputs` are the graph's, in order; `dims` ranges the named dimensions of the inputs.
+    """
 
     task: str
     dtype: str
     layers: tuple[LayerPlan, ...]
+    inputs: tuple[Input, ...]
+    outputs: tuple[str, ...]
+    dims: dict[str, Range]
     seq: Range
     batch: Range
     input_ids: str
@@ -64,6 +66,12 @@ class ExportPlan:
     def approximate(self) -> tuple[LayerPlan, ...]:
         """Layers that approximate."""
         return tuple(layer for layer in self.layers if layer.mode == "approximate")
+
+    def shapes(self, entry: Input) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Smallest, usual and largest shape of one of `inputs`."""
+        ranges = [self.dims[size] if isinstance(size, str) else (size,) * 3 for size in entry.shape]
+        low, opt, high = (tuple(size[i] for size in ranges) for i in range(3))
+        return low, opt, high
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
@@ -82,7 +90,12 @@ class ExportPlan:
             shapes = {"seq": check_range("seq", data["seq"], MAX_SEQUENCE), "batch": check_range("batch", data["batch"], MAX_BATCH)}
             for option, allowed in _CHOICES.items():
                 choice(option, data[option], allowed)
-            return cls(**{**data, "layers": layers, **shapes})
+            inputs = tuple(Input(entry["name"], entry["dtype"], tuple(entry["shape"])) for entry in data["inputs"])
+            dims = {name: check_range(name, values, MAX_SEQUENCE) for name, values in data["dims"].items()}
+            unknown = {size for entry in inputs for size in entry.shape if not isinstance(size, int) and size not in dims}
+            if unknown:
+                raise ValueError(f"no range for {', '.join(sorted(map(str, unknown)))}")
+            return cls(**{**data, "layers": layers, "inputs": inputs, "outputs": tuple(data["outputs"]), "dims": dims, **shapes})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"the plan in the manifest does not fit this version ({error}); export the model again") from error
 
@@ -119,6 +132,20 @@ def check_range(option: str, values: Sequence[int], highest: int) -> Range:
     return (low, opt, high)
 
 
+def sequence_range(source: Source, low: int | None, opt: int | None, high: int | None) -> Range:
+    """Key lengths from --min-seq, --opt-seq and --max-seq, each None where not given: 1, a quarter of the longest, and what the model
+    was trained for (at most 131,072). Raises UsageError where the model's input is of a fixed size and one was given.
+    """
+    if source.keys is not None:
+        if (low, opt, high) != (None, None, None):
+            raise UsageError(f"--min-seq, --opt-seq and --max-seq: the input of {source.name} is of fixed size; leave them out")
+        return source.keys
+    low = 1 if low is None else low
+    longest = min(source.max_positions or _DEFAULT_LONGEST, 4 * _DEFAULT_LONGEST) if high is None else high
+    usual = max(low, longest // 4) if opt is None else opt
+    return check_range("the sequence range (--min-seq, --opt-seq, --max-seq)", (low, usual, longest), MAX_SEQUENCE)
+
+
 def parse_batch(text: str) -> Range:
     """Rows as N or min,opt,max. Raises UsageError."""
     parts = text.split(",")
@@ -150,7 +177,7 @@ def choice(option: str, value: str, allowed: Sequence[str]) -> str:
     return value
 
 
-def _check_cache(source: "Source", longest: int) -> None:
+def _check_cache(source: Source, longest: int) -> None:
     """Raises UnsupportedModel where present.* would lose keys without a word."""
     dropped = source.dropped_keys(longest)
     if dropped:
@@ -162,8 +189,18 @@ def _check_cache(source: "Source", longest: int) -> None:
         )
 
 
+def _ranges(source: Source, decided: dict[str, Range]) -> dict[str, Range]:
+    """A range for each named dimension of the inputs: the model's own, else the one that the options decided."""
+    names = dict.fromkeys(size for entry in source.inputs for size in entry.shape if isinstance(size, str))
+    ranges = {**decided, **source.dims}
+    missing = [name for name in names if name not in ranges]
+    if missing:
+        raise UsageError(f"dimension {', '.join(missing)} of {source.name} has no range; give its smallest and largest size")
+    return {name: ranges[name] for name in names}
+
+
 def make_plan(
-    source: "Source",
+    source: Source,
     *,
     layers: str = "odd",
     preset: str = "blocks",
@@ -171,12 +208,12 @@ def make_plan(
     dtype: str = "fp32",
     seq: Sequence[int] = (1, 8192, 32768),
     batch: Sequence[int] = (1, 1, 1),
-    task: str = "logits",
     input_ids: str = "tokens",
     seed: int = 0,
     keep_exact: str = "op",
 ) -> ExportPlan:
-    """Decides for every attention layer of `source`; `attributes` override the preset's.
+    """Decides for every attention layer of `source`; `attributes` override the preset's. Where the source fixes its key lengths
+    or rows, `seq` or `batch` are not looked at.
 
     Raises UsageError for a value out of range and UnsupportedModel where a layer was asked for by number and cannot use the op.
     """
@@ -184,18 +221,19 @@ def make_plan(
     if not 0 <= seed <= INT32_MAX:
         raise UsageError(f"--seed is {seed}; it takes 0 to {INT32_MAX}")
     base = Config.from_attributes({**PRESETS[preset].attributes(), **(attributes or {})})
-    if not base.causal:
-        raise UsageError("causal is 0; the layers of a causal language model take 1")
+    if "causal" in (attributes or {}):
+        raise UsageError("causal is no option: whether a layer is causal, the model itself says")
     if preset == "exact":
         base = base.exact()
     chosen = parse_layers(layers, len(source.layers))
-    lengths = check_range("the sequence range (--min-seq, --opt-seq, --max-seq)", seq, MAX_SEQUENCE)
-    if choice("--task", task, TASKS) == "prefill":
+    lengths = source.keys or check_range("the sequence range (--min-seq, --opt-seq, --max-seq)", seq, MAX_SEQUENCE)
+    rows = source.rows or check_range("--batch", batch, MAX_BATCH)
+    if source.task == "prefill":
         _check_cache(source, lengths[2])
     decided = []
     for order, layer in enumerate(source.layers):
         scale = 0.0 if abs(layer.scale * layer.head_dim**0.5 - 1) < 1e-6 else layer.scale
-        config = replace(base, scale=base.scale or scale, seed=layer_seed(seed, layer.index))
+        config = replace(base, causal=int(layer.causal), scale=base.scale or scale, seed=layer_seed(seed, layer.index))
         if layer.problem is not None:
             if order in chosen and layers[0].isdigit():
                 raise UnsupportedModel(f"layer {layer.index} ({layer.name}) cannot be replaced: {layer.problem}; leave it out of --layers")
@@ -208,11 +246,14 @@ def make_plan(
         else:
             decided.append(LayerPlan(layer.index, layer.name, "native", f"not chosen by --layers {layers}; --keep-exact onnx", None))
     return ExportPlan(
-        task=task,
+        task=source.task,
         dtype=choice("--dtype", dtype, DTYPES),
         layers=tuple(decided),
+        inputs=source.inputs,
+        outputs=source.outputs,
+        dims=_ranges(source, {"sequence": lengths, "batch": rows}),
         seq=lengths,
-        batch=check_range("--batch", batch, MAX_BATCH),
+        batch=rows,
         input_ids=choice("--input-ids", input_ids, INPUT_IDS),
         seed=seed,
         preset=preset,

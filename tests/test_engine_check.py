@@ -56,7 +56,7 @@ def folder(at: Path, **engine_changes: Any) -> Path:
     at.mkdir()
     (at / "model.engine").write_bytes(b"engine")
     layers = (LayerPlan(0, "attention", "approximate", "", Config()),)
-    plan = ExportPlan("logits", "bf16", layers, (1, 8, 8), (1, 1, 1), "tokens", 0, "blocks", "op")
+    plan = ExportPlan("logits", "bf16", layers, (), (), {}, (1, 8, 8), (1, 1, 1), "tokens", 0, "blocks", "op")
     made = engine.EngineInfo("10.6.0", BUILT, 1.0, 6, 0, 9, ("attention",)).to_json() | engine_changes
     recorded = {name: value for name, value in made.items() if value is not None}
     write_draft(at, plan, {}, recorded, {TRT_LIBRARY: {"build_id": BUILT.plugin_build}})

@@ -15,7 +15,7 @@ import transformers
 
 from hyperattention.config import INT32_MAX
 from hyperattention.errors import HyperAttentionError, UnsupportedModel, UsageError
-from hyperattention.export.load import Source, inspect_source, load_model
+from hyperattention.export.load import TransformersSource, inspect_source, load_model
 from hyperattention.export.memory import predict
 from hyperattention.export.patch import install, padding_mask
 from hyperattention.export.plan import ExportPlan, make_plan, parse_batch, parse_layers, warnings
@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def source(folder: Path) -> Source:
+def source(folder: Path) -> TransformersSource:
     return inspect_source(folder)
 
 
@@ -74,19 +74,20 @@ def test_batch_refused(text: str) -> None:
         parse_batch(text)
 
 
-def test_plan_round_trips_through_json(source: Source) -> None:
+def test_plan_round_trips_through_json(source: TransformersSource) -> None:
     shape = dict(seq=(1, 100, 200), batch=(1, 2, 3))
-    plan = make_plan(source, layers="odd", task="prefill", dtype="bf16", seed=INT32_MAX, attributes=tiny.SMALL, **shape)
+    source = inspect_source(source.path, "prefill")
+    plan = make_plan(source, layers="odd", dtype="bf16", seed=INT32_MAX, attributes=tiny.SMALL, **shape)
     assert ExportPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
-def test_plan_of_another_version_is_refused(source: Source) -> None:
+def test_plan_of_another_version_is_refused(source: TransformersSource) -> None:
     data = make_plan(source).to_json()
     with pytest.raises(UsageError, match="export the model again"):
         ExportPlan.from_json({**data, "unknown": 1})
 
 
-def test_every_layer_is_decided(source: Source) -> None:
+def test_every_layer_is_decided(source: TransformersSource) -> None:
     plan = make_plan(source, layers="odd", seed=40)
     first, second = plan.layers
     assert (first.mode, second.mode) == ("exact", "approximate")
@@ -96,12 +97,12 @@ def test_every_layer_is_decided(source: Source) -> None:
     assert plan.planned == plan.layers and plan.approximate == (second,)
 
 
-def test_seeds_wrap_below_two_to_the_31(source: Source) -> None:
+def test_seeds_wrap_below_two_to_the_31(source: TransformersSource) -> None:
     plan = make_plan(source, layers="all", seed=INT32_MAX)
     assert [layer.config.seed for layer in plan.planned if layer.config] == [INT32_MAX, 0]
 
 
-def test_other_layers_may_keep_pytorchs_attention(source: Source) -> None:
+def test_other_layers_may_keep_pytorchs_attention(source: TransformersSource) -> None:
     plan = make_plan(source, layers="odd", keep_exact="onnx")
     assert [(layer.mode, layer.config is None) for layer in plan.layers] == [("native", True), ("approximate", False)]
 
@@ -109,11 +110,12 @@ def test_other_layers_may_keep_pytorchs_attention(source: Source) -> None:
 @pytest.mark.parametrize("model_type", ["gemma2", "mistral", "llama4_text", "gpt_oss"])
 def test_prefill_that_would_lose_keys_is_refused(model_type: str, tmp_path: Path) -> None:
     overrides = {"sliding_window": 16} if model_type == "gpt_oss" else {}
-    source = inspect_source(tiny.save(tmp_path, model_type, **overrides))
+    tiny.save(tmp_path, model_type, **overrides)
+    source = inspect_source(tmp_path, "prefill")
     with pytest.raises(UnsupportedModel, match=r"--task prefill: the cache of layers 0 \(model.layers.0.self_attn\).* --task logits"):
-        make_plan(source, task="prefill", seq=(1, 8, 16))
-    assert make_plan(source, task="logits", seq=(1, 8, 16)).task == "logits"
-    assert make_plan(source, task="prefill", seq=(1, 8, 15)).task == "prefill", "nothing is lost below the window"
+        make_plan(source, seq=(1, 8, 16))
+    assert make_plan(inspect_source(tmp_path, "logits"), seq=(1, 8, 16)).task == "logits"
+    assert make_plan(source, seq=(1, 8, 15)).task == "prefill", "nothing is lost below the window"
 
 
 def test_positions_of_zero_are_unknown(folder: Path, tmp_path: Path) -> None:
@@ -123,7 +125,7 @@ def test_positions_of_zero_are_unknown(folder: Path, tmp_path: Path) -> None:
     assert inspect_source(copy).max_positions is None
 
 
-def test_no_function_body_is_predicted_without_a_node(source: Source) -> None:
+def test_no_function_body_is_predicted_without_a_node(source: TransformersSource) -> None:
     for keep, expected in (("op", True), ("onnx", False)):
         items = predict(source, make_plan(source, layers="none", keep_exact=keep, seq=(1, 8, 64)))
         assert any(item.name == "function body" for item in items) == expected
@@ -142,14 +144,14 @@ def test_experts_are_plain_matmuls_and_compute_the_same(model_type: str, tmp_pat
     assert not [str(node.target) for node in program.graph.nodes if "grouped_mm" in str(node.target)], "ONNX has no such operator"
 
 
-def test_preset_paper_brings_its_own_selector(source: Source) -> None:
+def test_preset_paper_brings_its_own_selector(source: TransformersSource) -> None:
     plan = make_plan(source, layers="all", preset="paper")
     assert {layer.config.selector for layer in plan.approximate if layer.config} == {"sortlsh"}
     plan = make_plan(source, layers="all", preset="paper", attributes={"selector": "blocks", "block_size": 128})
     assert {(c.selector, c.block_size, c.local_size) for c in (layer.config for layer in plan.approximate) if c} == {("blocks", 128, 4096)}
 
 
-def test_preset_exact_never_approximates(source: Source) -> None:
+def test_preset_exact_never_approximates(source: TransformersSource) -> None:
     plan = make_plan(source, layers="all", preset="exact", attributes={"exact_below": 5})
     assert {layer.mode for layer in plan.layers} == {"exact"}
     assert all(layer.config is not None and layer.config.is_exact(10**6, 10**6) for layer in plan.layers)
@@ -159,7 +161,6 @@ def test_preset_exact_never_approximates(source: Source) -> None:
     ("options", "words"),
     [
         (dict(preset="fast"), "--preset is 'fast'"),
-        (dict(task="classify"), "--task"),
         (dict(dtype="fp8"), "--dtype"),
         (dict(input_ids="words"), "--input-ids"),
         (dict(keep_exact="both"), "--keep-exact"),
@@ -172,24 +173,25 @@ def test_preset_exact_never_approximates(source: Source) -> None:
         (dict(attributes={"block_size": 8}), "block_size is 8; it takes an integer from 16 to 256"),
         (dict(attributes={"pool_size": 7}), "pool_size"),
         (dict(attributes={"selector": "lsh"}), "selector is 'lsh'"),
-        (dict(attributes={"causal": 0}), "causal"),
+        (dict(attributes={"causal": 0}), "causal is no option"),
     ],
     ids=lambda value: next(iter(value)) + str(next(iter(value.values()))) if isinstance(value, dict) else "",
 )
-def test_plan_refuses(source: Source, options: dict[str, Any], words: str) -> None:
+def test_plan_refuses(source: TransformersSource, options: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         make_plan(source, **options)
 
 
-def test_plan_warns_of_lengths_that_mean_nothing(source: Source) -> None:
+def test_plan_warns_of_lengths_that_mean_nothing(source: TransformersSource) -> None:
     plan = make_plan(source, layers="odd", seq=(1, 100, 1000))
     found = warnings(plan, source.max_positions)
     assert len(found) == 2 and "trained for 512" in found[0] and "never approximate" in found[1]
     assert warnings(make_plan(source, layers="odd", seq=(1, 100, 512), attributes=tiny.SMALL), source.max_positions) == []
 
 
-def test_memory_prediction_names_its_parts(source: Source) -> None:
-    plan = make_plan(source, layers="odd", task="prefill", dtype="bf16", seq=(1, 100, 512), batch=(1, 2, 3))
+def test_memory_prediction_names_its_parts(source: TransformersSource) -> None:
+    source = inspect_source(source.path, "prefill")
+    plan = make_plan(source, layers="odd", dtype="bf16", seq=(1, 100, 512), batch=(1, 2, 3))
     items = {item.name: item.bytes for item in predict(source, plan)}
     assert items["weights"] == 2 * source.num_parameters
     assert items["keys and values"] == 2 * 3 * 512 * (2 * 2 * (8 + 8))
@@ -200,7 +202,7 @@ def test_memory_prediction_names_its_parts(source: Source) -> None:
 # --- load ------------------------------------------------------------------------------------------------------------
 
 
-def test_inspection_finds_sizes_without_loading(source: Source) -> None:
+def test_inspection_finds_sizes_without_loading(source: TransformersSource) -> None:
     assert source.architecture == "LlamaForCausalLM" and len(source.layers) == 2
     layer = source.layers[1]
     assert (layer.index, layer.name, layer.problem) == (1, "model.layers.1.self_attn", None)

@@ -10,9 +10,10 @@ import pytest
 
 from hyperattention.config import Config
 from hyperattention.errors import AccuracyFailed, EnvironmentFault, UsageError
-from hyperattention.export import pipeline
 from hyperattention.export.bundle import MANIFEST, Bundle, finish, write_draft
+from hyperattention.export.folder import output_folder
 from hyperattention.export.plan import ExportPlan, LayerPlan
+from hyperattention.export.stages import RECORDS
 
 
 def left_behind(folder: Path) -> list[str]:
@@ -20,15 +21,15 @@ def left_behind(folder: Path) -> list[str]:
 
 
 def test_output_folder_keeps_what_a_failed_gate_left(tmp_path: Path) -> None:
-    with pytest.raises(AccuracyFailed), pipeline.output_folder(tmp_path / "out") as work:
+    with pytest.raises(AccuracyFailed), output_folder(tmp_path / "out") as work:
         (work / "file").write_text("x")
         raise AccuracyFailed("gate")
-    assert left_behind(tmp_path) == ["out"] and left_behind(tmp_path / "out") == ["file"]
+    assert left_behind(tmp_path) == ["out"] and left_behind(tmp_path / "out") == ["file", RECORDS]
 
 
 @pytest.mark.parametrize("error", [EnvironmentFault("x"), KeyboardInterrupt(), ZeroDivisionError()], ids=lambda e: type(e).__name__)
 def test_output_folder_vanishes_otherwise(error: BaseException, tmp_path: Path) -> None:
-    with pytest.raises(type(error)), pipeline.output_folder(tmp_path / "a" / "b" / "out") as work:
+    with pytest.raises(type(error)), output_folder(tmp_path / "a" / "b" / "out") as work:
         (work / "file").write_text("x")
         raise error
     assert left_behind(tmp_path) == []
@@ -39,7 +40,7 @@ def finished(folder: Path, **changes: Any) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "model.onnx").write_text("model")
     layers = (LayerPlan(0, "attention", "exact", "", Config().exact()),)
-    plan = ExportPlan("logits", "fp32", layers, (1, 8, 8), (1, 1, 1), "tokens", 0, "blocks", "op")
+    plan = ExportPlan("logits", "fp32", layers, (), (), {}, (1, 8, 8), (1, 1, 1), "tokens", 0, "blocks", "op")
     write_draft(folder, plan, {}, None, {})
     manifest = {**finish(folder), **changes}
     (folder / MANIFEST).write_text(json.dumps({name: value for name, value in manifest.items() if value is not None}))
@@ -51,14 +52,14 @@ def test_a_finished_output_with_a_users_file_is_not_replaced(name: str, tmp_path
     out = finished(tmp_path / "out")
     (out / name).parent.mkdir(exist_ok=True)
     (out / name).write_text("mine")
-    with pytest.raises(UsageError, match=f"holds {name}, which export-model did not write"), pipeline.output_folder(out):
+    with pytest.raises(UsageError, match=f"holds {name}, which export-model did not write"), output_folder(out):
         pytest.fail("work was begun")
     assert left_behind(tmp_path) == ["out"] and (out / name).read_text() == "mine"
 
 
 def test_a_file_that_arrives_during_the_run_is_kept(tmp_path: Path) -> None:
     out = finished(tmp_path / "out")
-    with pytest.raises(UsageError, match="holds late.txt"), pipeline.output_folder(out) as work:
+    with pytest.raises(UsageError, match="holds late.txt"), output_folder(out) as work:
         (work / "file").write_text("x")
         (out / "late.txt").write_text("mine")
     assert left_behind(tmp_path) == ["out"] and (out / "late.txt").read_text() == "mine"
@@ -68,13 +69,14 @@ def test_a_finished_output_with_a_newer_report_is_replaced(tmp_path: Path) -> No
     out = finished(tmp_path / "out")
     (out / "report").mkdir()
     (out / "report" / "report.html").write_text("newer")
-    with pipeline.output_folder(out) as work:
+    with output_folder(out) as work:
         (work / "file").write_text("x")
-    assert left_behind(tmp_path) == ["out"] and left_behind(out) == ["file"]
+    assert left_behind(tmp_path) == ["out"] and left_behind(out) == ["file", RECORDS]
 
 
 def _plan(**changes: Any) -> dict[str, Any]:
-    plan = dict(task="logits", dtype="fp32", layers=[], seq=[1, 8, 8], batch=[1, 1, 1], input_ids="tokens", seed=0)
+    graph = dict(task="logits", dtype="fp32", layers=[], inputs=[], outputs=[], dims={})
+    plan = {**graph, "seq": [1, 8, 8], "batch": [1, 1, 1], "input_ids": "tokens", "seed": 0}
     return {**plan, "preset": "blocks", "keep_exact": "op", **changes}
 
 

@@ -21,7 +21,7 @@ from hyperattention.errors import ExportFailed
 from hyperattention.export import onnx_graph
 from hyperattention.export.load import inspect_source, load_model, torch_dtype
 from hyperattention.export.onnx_body import OPSET, attention_function
-from hyperattention.export.onnx_graph import TaskModule, check, export_onnx, hyper_nodes
+from hyperattention.export.onnx_graph import check, export_onnx, hyper_nodes
 from hyperattention.export.onnx_schema import attribute_values, register_schema
 from hyperattention.export.patch import Patched, install
 from hyperattention.export.plan import make_plan
@@ -195,8 +195,8 @@ class Exported:
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     case: Export = request.param
     folder = tmp_path_factory.mktemp(case.name)
-    source = inspect_source(tiny.save(folder / "model", case.model_type, tie_word_embeddings=case.tied))
-    plan = make_plan(source, layers=case.layers, task=case.task, dtype=case.dtype, keep_exact=case.keep_exact, attributes=tiny.SMALL)
+    source = inspect_source(tiny.save(folder / "model", case.model_type, tie_word_embeddings=case.tied), case.task)
+    plan = make_plan(source, layers=case.layers, dtype=case.dtype, keep_exact=case.keep_exact, attributes=tiny.SMALL)
     patched = install(load_model(source, torch_dtype(case.dtype)), plan)
     steps: list[str] = []
     export_onnx(patched, plan, folder, steps.append, case.external_threshold)
@@ -308,11 +308,10 @@ def test_file_runs_without_our_library_as_exact_attention(exported: Exported, sh
     ids, lengths = tiny.token_ids(len(shape.lengths), shape.sequence), torch.tensor(shape.lengths, dtype=torch.int32)
     session = onnxruntime.InferenceSession(exported.folder / onnx_graph.MODEL, providers=CPU)
     found = session.run(None, {"input_ids": ids.numpy(), "lengths": lengths.numpy()})
-    task = TaskModule(exported.patched, exported.case.task)
     with exported.patched.mode("exact"):
-        expected = task(ids, lengths)
-    assert [o.name for o in session.get_outputs()] == task.output_names
-    for name, a, b in zip(task.output_names, found, expected, strict=True):
+        expected = exported.patched.run({"input_ids": ids, "lengths": lengths})
+    assert [o.name for o in session.get_outputs()] == list(expected)
+    for (name, b), a in zip(expected.items(), found, strict=True):
         for row, length in enumerate(shape.lengths):
             live = slice(None) if a.shape[-2] == 1 else slice(length)
             np.testing.assert_allclose(a[row][..., live, :], b[row][..., live, :].numpy(), atol=5e-5, rtol=5e-5, err_msg=name)
@@ -327,29 +326,27 @@ def test_file_runs_with_our_library_as_planned(exported: Exported) -> None:
     options = onnxruntime.SessionOptions()
     options.register_custom_ops_library(str(ort_library_path()))
     ids, lengths = tiny.token_ids(2, 150), torch.tensor([150, 101], dtype=torch.int32)
-    expected = TaskModule(exported.patched, exported.case.task)(ids, lengths)
+    expected = next(iter(exported.patched.run({"input_ids": ids, "lengths": lengths}).values()))
     for name in (onnx_graph.MODEL, onnx_graph.TWIN):
         session = onnxruntime.InferenceSession(exported.folder / name, options, providers=CPU)
         found = session.run(None, {"input_ids": ids.numpy(), "lengths": lengths.numpy()})
-        np.testing.assert_allclose(found[0][0], expected[0][0].numpy(), atol=1e-4, rtol=1e-4)
+        np.testing.assert_allclose(found[0][0], expected[0].numpy(), atol=1e-4, rtol=1e-4)
 
 
 def test_last_logits_are_those_of_the_last_valid_position() -> None:
     ids, lengths = tiny.token_ids(3, 40), torch.tensor([40, 17, 1], dtype=torch.int32)
-    model = _random_model()
-    every = TaskModule(model, "logits")(ids, lengths)[0]
-    last = TaskModule(model, "last-logits")(ids, lengths)[0]
+    every, last = (_random_model(task).run({"input_ids": ids, "lengths": lengths})["logits"] for task in ("logits", "last-logits"))
     assert last.shape == (3, 1, tiny.VOCABULARY)
     for row, length in enumerate(lengths.tolist()):
         torch.testing.assert_close(last[row, 0], every[row, length - 1], atol=1e-5, rtol=1e-5)
 
 
-def _random_model() -> Patched:
+def _random_model(task: str | None = None) -> Patched:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        source = inspect_source(tiny.save(Path(folder), num_hidden_layers=1))
-        return install(load_model(source, torch.float32), make_plan(source, layers="all", attributes=tiny.SMALL))
+        source = inspect_source(tiny.save(Path(folder), num_hidden_layers=1), task)
+        return source.load(make_plan(source, layers="all", attributes=tiny.SMALL))
 
 
 def test_a_model_that_cannot_be_traced_is_an_export_failure(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import transformers
 
 from hyperattention.config import Config
 from hyperattention.errors import UnsupportedModel, UsageError
-from hyperattention.export.load import Source, inspect_source, load_model
+from hyperattention.export.load import TransformersSource, inspect_source, load_model
 from hyperattention.export.masks import attention_mask_function, lengths_of
 from hyperattention.export.patch import IMPLEMENTATION, Patched, install, padding_mask
 from hyperattention.export.plan import make_plan
@@ -22,12 +22,12 @@ ROWS = 150
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+def source(tmp_path_factory: pytest.TempPathFactory) -> TransformersSource:
     return inspect_source(tiny.save(tmp_path_factory.mktemp("llama")))
 
 
 @pytest.fixture(scope="module")
-def ours(source: Source) -> Patched:
+def ours(source: TransformersSource) -> Patched:
     return install(load_model(source, torch.float32), make_plan(source, layers="all", attributes=tiny.SMALL))
 
 
@@ -101,7 +101,7 @@ def test_another_operator_can_take_its_place(ours: Patched) -> None:
     assert seen == [(0, None), (1, None)]
 
 
-def test_a_plan_of_another_model_is_refused(source: Source) -> None:
+def test_a_plan_of_another_model_is_refused(source: TransformersSource) -> None:
     plan = make_plan(source)
     other = replace(plan, layers=(replace(plan.layers[0], name="model.layers.9.self_attn"),))
     with pytest.raises(UnsupportedModel, match="model.layers.9.self_attn, which LlamaForCausalLM does not have"):

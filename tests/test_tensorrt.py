@@ -186,7 +186,7 @@ def test_linkage() -> None:
 def test_no_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU the stage says so before it touches TensorRT, whose builder would end the process."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    plan = ExportPlan("logits", "bf16", (), (1, 8, 16), (1, 1, 2), "bytes", 0, "blocks", "op")
+    plan = ExportPlan("logits", "bf16", (), (), (), {}, (1, 8, 16), (1, 1, 2), "bytes", 0, "blocks", "op")
     with pytest.raises(EnvironmentFault, match="no CUDA device"):
         engine.build_engine(tmp_path, plan, tmp_path / "library.so")
     with pytest.raises(EnvironmentFault, match="no CUDA device"):

@@ -65,9 +65,9 @@ def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     def make(case: Case) -> Path:
         if case not in made:
             folder = tmp_path_factory.mktemp("out")
-            source = inspect_source(model)
+            source = inspect_source(model, case.task)
             options = dict(attributes={**tiny.SMALL, "selector": case.selector}, seq=(1, 128, 400), input_ids="bytes")
-            plan = make_plan(source, layers=case.layers, task=case.task, dtype=case.dtype, keep_exact=case.keep_exact, **options)
+            plan = make_plan(source, layers=case.layers, dtype=case.dtype, keep_exact=case.keep_exact, **options)
             export_onnx(
                 install(load_model(source, torch.float32 if case.dtype == "fp32" else torch.bfloat16), plan),
                 plan,

@@ -13,9 +13,8 @@ from hyperattention.config import INT32_MAX
 from hyperattention.errors import UsageError
 from hyperattention.export.bundle import REPORT, Bundle
 from hyperattention.export.gate_options import kind_of
-from hyperattention.export.load import Source, inspect_source, load_model, torch_dtype
-from hyperattention.export.patch import install
 from hyperattention.export.plan import DEVICES, ExportPlan, choice
+from hyperattention.export.source import Source, open_source
 from hyperattention.validate import environment
 from hyperattention.validate.approximation import Bench, is_exact, measure_length, measure_needle, measure_time, needle_steps
 from hyperattention.validate.backends import BACKENDS, check_engines, choose, make_runners, prove, prove_first
@@ -82,7 +81,7 @@ def validate(options: Options, step: Callable[[str], None]) -> dict:
             f"The {plan.dtype} target was validated through its fp32 twin: ONNX Runtime's CPU provider has no {plan.dtype} arithmetic."
         )
         plan = replace(plan, dtype="fp32")
-    source = inspect_source(options.model)
+    source = open_source(str(options.model), task=plan.task)
     check_model_fits(bundle, source)
     lengths, counts = _lengths(plan, options, source.max_positions)
     corpus = load_corpus(options.text, plan.input_ids, options.model, source.vocab_size, options.seed, max(lengths))
@@ -93,7 +92,7 @@ def validate(options: Options, step: Callable[[str], None]) -> dict:
     busy = environment.busy_note()
     notes += [busy] if busy else []
     step("loading the model")
-    patched = install(load_model(source, torch_dtype(plan.dtype), device), plan)
+    patched = source.load(plan, device)
     with contextlib.ExitStack() as stack:
         backend, backend_exact = make_runners(bundle, plan, patched, backend_kind, options.exact_engine, options.threads, stack, step)
         step("proving that the library runs")
@@ -157,7 +156,7 @@ def check_model_fits(bundle: Bundle, source: Source) -> None:
     for what, found, expected in pairs:
         if found != expected:
             raise UsageError(
-                f"--model {source.path.name} has {what} {found}, the exported model {expected}; give the model it was made from"
+                f"--model {source.name} has {what} {found}, the exported model {expected}; give the model it was made from"
             )
 
 

@@ -22,6 +22,7 @@ from hyperattention.export.bundle import MANIFEST, finish, write_draft
 from hyperattention.export.engine import build_engine, load_engine
 from hyperattention.export.engine_plugin import register_plugin
 from hyperattention.export.plan import ExportPlan
+from hyperattention.export.source import TEXT
 from hyperattention.library import TRT_LIBRARY, build_info, ort_library_path, trt_library_path
 
 TOKENS = {"input_ids": ((1, MIN), (1, OPT), (2, MAX)), "lengths": ((1,), (1,), (2,))}
@@ -132,7 +133,8 @@ def engine_stage(session: Session) -> dict[str, Any]:
         shutil.rmtree(path, ignore_errors=True)
     folder.mkdir()
     onnx.save(token_model(SMALL, BF16, heads, tables), folder / "model.trt.onnx")
-    plan = ExportPlan("logits", "bf16", (), (MIN, OPT, MAX), (1, 1, 2), "bytes", 0, "blocks", "op")
+    seq, batch = (MIN, OPT, MAX), (1, 1, 2)
+    plan = ExportPlan("logits", "bf16", (), TEXT, ("logits",), {"batch": batch, "sequence": seq}, seq, batch, "bytes", 0, "blocks", "op")
     steps: list[str] = []
     info = build_engine(folder, plan, library, steps.append)
     again = build_engine(folder, plan, library)

@@ -1,0 +1,66 @@
+"""torch's ONNX exporter behind one function: a module and example inputs to a raw graph with the plan's names."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any, Sequence
+
+import torch
+from onnx import ModelProto
+from torch import Tensor, nn
+
+from hyperattention.errors import ExportFailed
+from hyperattention.export.onnx_body import OPSET
+from hyperattention.export.onnx_schema import translation_table
+from hyperattention.export.plan import ExportPlan
+
+
+def trace(module: nn.Module, examples: Sequence[Tensor], plan: ExportPlan, name: str) -> ModelProto:
+    """The graph of `module`, called with `examples` in the order of plan.inputs; `name` is the model's, for the error.
+
+    A named dimension stays open where its example is 2 or more: torch.export fixes one of 0 or 1, and merges equal ones.
+    Raises ExportFailed where torch cannot trace or translate it.
+    """
+    shapes = tuple({i: size for i, size in enumerate(entry.shape) if isinstance(size, str)} or None for entry in plan.inputs)
+    try:
+        with torch.no_grad(), warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                module.eval(),
+                tuple(examples),
+                dynamo=True,
+                input_names=[entry.name for entry in plan.inputs],
+                output_names=list(plan.outputs),
+                dynamic_shapes=shapes,
+                custom_translation_table=translation_table(),
+                opset_version=OPSET,
+                external_data=False,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise ExportFailed(f"torch cannot export {name}: {_cause(error)}") from error
+    assert program is not None
+    return program.model_proto
+
+
+def _cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:400]
+
+
+class _quiet:
+    """Loggers by name at ERROR."""
+
+    def __init__(self, *names: str) -> None:
+        self.loggers = [logging.getLogger(name) for name in names]
+
+    def __enter__(self) -> None:
+        self.levels = [logger.level for logger in self.loggers]
+        for logger in self.loggers:
+            logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_: Any) -> None:
+        for logger, level in zip(self.loggers, self.levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,151 @@
+"""What every front end finds out about a model before any weight is loaded, and what it hands over afterwards.
+
+A front end is a class derived from `Source`: export/load.py for a transformers directory, export/function.py for a function
+of the user's own. The stages behind it know these classes alone.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Mapping, Protocol
+
+import torch
+
+from hyperattention.errors import UsageError
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+    from torch import Tensor, nn
+
+    from hyperattention.export.patch import Captured
+    from hyperattention.export.plan import ExportPlan
+
+LANGUAGE_TASKS = ("logits", "last-logits", "prefill")
+FEATURES, MODULE = "features", "module"
+TASKS = (*LANGUAGE_TASKS, FEATURES, MODULE)
+Range = tuple[int, int, int]  # (min, opt, max)
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of the exported graph. A dimension is a size, or the name of one that varies within its range of ExportPlan.dims."""
+
+    name: str
+    dtype: str  # "int64", "int32", "bool", "float32" and so on; "float" is the plan's dtype
+    shape: tuple[int | str, ...]
+
+
+# What a text model reads: rows padded on the right, and how many tokens of each are text.
+TEXT = (Input("input_ids", "int64", ("batch", "sequence")), Input("lengths", "int32", ("batch",)))
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One attention layer: its number in calling order, module path, sizes, scale on the logits, and why the operator cannot replace it."""
+
+    index: int
+    name: str
+    heads_q: int
+    heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    scale: float
+    problem: str | None
+    causal: bool = True
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as its front end found it.
+
+    `model` is what the user gave and is never written to OUT; `name` is, and holds no path. `dims`, `keys` and `rows` are the
+    ranges that the model itself fixes: of a named dimension, of the attention's key length and of the batch. Where they are
+    absent the options decide: the dimension "sequence" is the key length, "batch" the rows.
+    """
+
+    model: str
+    name: str
+    kind: str  # "language", "encoder" (text), "image", "audio" or "function"
+    task: str
+    architecture: str
+    layers: tuple[AttentionLayer, ...]
+    num_parameters: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int  # 0 for a model without logits
+    max_positions: int | None
+    inputs: tuple[Input, ...]
+    outputs: tuple[str, ...]
+    dims: dict[str, Range]
+    keys: Range | None
+    rows: Range | None
+
+    @property
+    def directory(self) -> Path | None:
+        """Where configuration and tokenizer lie, to be copied beside the ONNX files; None where there are none."""
+        return None
+
+    @property
+    def half(self) -> str:
+        """The half type of the weights: "fp16" or "bf16"."""
+        return "bf16"
+
+    def dropped_keys(self, length: int) -> tuple[int, ...]:
+        """Numbers of the cache layers that keep fewer than `length` keys, in calling order."""
+        return ()
+
+    def load(self, plan: "ExportPlan", device: torch.device | str = "cpu") -> "ReplacedModel":
+        """The model with its weights, in the plan's dtype, in eval mode, with its attention replaced as `plan` says.
+
+        Raises UsageError for weights that are unreadable or do not fit, UnsupportedModel where a planned layer is not there.
+        """
+        raise NotImplementedError
+
+
+class ReplacedModel(Protocol):
+    """A loaded model whose attention follows a plan. Inference only."""
+
+    plan: "ExportPlan"
+    model: "nn.Module"
+
+    def mode(self, name: str, attention: Any = None) -> AbstractContextManager[Any]:
+        """Inside: "plan" runs the plan's layers by the operator (computed by `attention` where given), "exact" all layers exactly."""
+        ...
+
+    def capture(self, layers: frozenset[int] | None = None) -> AbstractContextManager["list[Captured]"]:
+        """Inside: a list that fills with the attention calls of the layers that have a node (or of `layers`, by index)."""
+        ...
+
+    def run(self, feed: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+        """The outputs by name, in the order of plan.outputs, for one tensor for each of plan.inputs."""
+        ...
+
+    def trace(self) -> "ModelProto":
+        """The graph as torch exports it, with the plan's names of inputs, outputs and dimensions. Raises ExportFailed."""
+        ...
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of a plan's `dtype`."""
+    return _DTYPES[name]
+
+
+def default_dtype(source: Source) -> str:
+    """fp32 without a CUDA device, else the model's half type (bf16 for a model in fp32: there the kernels are several times as fast)."""
+    return source.half if torch.cuda.is_available() else "fp32"
+
+
+def open_source(model: str, *, task: str | None = None) -> Source:
+    """The front end's answer for MODEL: `FILE.py:FUNCTION`, or a directory as transformers saves it.
+
+    `task` is one of TASKS; by default what the architecture is made for. Raises UsageError for a model that is missing or
+    broken or a task it does not have, UnsupportedModel for one that no front end takes.
+    """
+    from hyperattention.export.load import inspect_source
+
+    if task is not None and task not in TASKS:
+        raise UsageError(f"--task is {task!r}; it takes one of {', '.join(TASKS)}")
+    return inspect_source(Path(model), task)
