@@ -58,6 +58,9 @@ def export_model(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.", **_CHECKS)] = "auto",
     gate: Annotated[Optional[list[str]], typer.Option(metavar="NAME=VALUE", help=gate_options.help_text(), **_CHECKS)] = None,
     require_engine: Annotated[bool, typer.Option("--require-engine", help="Fail (3) where no TensorRT engine can be built.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Take over stages of an earlier run, stopped or finished; when this one stops, keep its own.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, predicted memory and missing parts; write nothing.")] = False,
     as_json: entry.AsJson = False,
     quiet: entry.Quiet = False,
@@ -66,7 +69,7 @@ def export_model(
     """Turn a model into OUT: ONNX with the HyperAttention op, both native libraries, a TensorRT engine where there is a GPU, and a report.
 
     Stages: load, ONNX, engine, validation, manifest. OUT appears when all of them are done; where only an accuracy gate failed, OUT is
-    kept with the report that says why.
+    kept with the report that says why. A run that fails or is interrupted leaves nothing, with --resume its finished stages.
     """
     from hyperattention.export import memory, pipeline
     from hyperattention.export import plan as planning
@@ -94,6 +97,7 @@ def export_model(
     )
     warnings = planning.warnings(plan, source.max_positions)
     items, missing, obstacle = memory.predict(source, plan), pipeline.missing_parts(), pipeline.engine_obstacle(source, plan)
+    items.append(memory.Item("disk", pipeline.disk_bytes(source, plan, missing), "at most, beside OUT, while the export runs"))
     reporter.plan(plan, source.architecture)
     reporter.memory(items)
     for warning in warnings:
@@ -111,6 +115,7 @@ def export_model(
     options = pipeline.Options(
         out=out,
         require_engine=require_engine,
+        resume=resume,
         validate=validate,
         validation=tuple(
             part
@@ -131,9 +136,9 @@ def export_model(
             reporter.say(escape(f"no engine from this plan: {obstacle}"))
         reporter.answer(planned)
         return
-    manifest = pipeline.run(source, plan, options, reporter)
+    done = pipeline.run(source, plan, options, reporter)
     reporter.say(f"{escape(str(out))} is ready" + (f"; report: {escape(str(out))}/report/report.html" if validate else ""))
-    reporter.answer({**planned, "manifest": manifest})
+    reporter.answer({**planned, **done})
 
 
 def _check_validation(lengths: str, device: str, seq: tuple[int, int, int]) -> None:

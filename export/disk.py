@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from hyperattention.errors import EnvironmentFault
 from hyperattention.export.console import readable
-from hyperattention.export.memory import Item
 
 if TYPE_CHECKING:
     from hyperattention.export.plan import ExportPlan
@@ -21,17 +20,15 @@ _REST = 32 * 2**20  # report, tokenizer, logs, the graph itself
 _NOTHING = 2**20
 
 
-def predict(source: "Source", plan: "ExportPlan", libraries: list[Path], engine: bool) -> Item:
-    """The most that .OUT.partial holds at any time. A finished OUT that is replaced stays beside it until the end."""
+def predict(source: "Source", plan: "ExportPlan", libraries: list[Path], engine: bool) -> int:
+    """Bytes that .OUT.partial holds at most while it is written. A finished OUT that it replaces stays beside it until the end."""
     from hyperattention.export.onnx_graph import EXTERNAL_THRESHOLD
     from hyperattention.export.source import torch_dtype
 
     weights = source.num_parameters * torch_dtype(plan.dtype).itemsize
     # Small weights lie in both ONNX files, and while these are checked in a third; large ones in one file that both share.
     lasting, checked = (1, 1) if weights > EXTERNAL_THRESHOLD else (2, 3)
-    copies = max(checked, lasting + engine)
-    fixed = _REST + sum(path.stat().st_size for path in libraries)
-    return Item("disk", copies * weights + fixed, f"beside OUT, at most: {copies} x the weights, libraries, report")
+    return max(checked, lasting + engine) * weights + _REST + sum(path.stat().st_size for path in libraries)
 
 
 def check(out: Path, need: int, there: int = 0) -> None:

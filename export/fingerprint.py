@@ -32,7 +32,7 @@ def model(source: "Source") -> dict[str, str]:
     return {**digests(Path(file).parent, [Path(file).name]), "function": function}
 
 
-def onnx(source: "Source", plan: ExportPlan, weights: dict[str, str]) -> dict[str, Any]:
+def onnx(plan: ExportPlan, weights: dict[str, str]) -> dict[str, Any]:
     """Of the stage ONNX. A range matters only where it holds one size: the graph has that size, or a free dimension."""
     data = plan.to_json()
     ranges = {"batch": data.pop("batch"), "seq": data.pop("seq"), **data.pop("dims", {})}
@@ -66,9 +66,7 @@ def engine(graph: Mapping[str, str], plan: ExportPlan, library: Path) -> dict[st
     }
 
 
-def validation(
-    files: Mapping[str, str], plan: ExportPlan, weights: dict[str, str], options: tuple[str, ...], library: Path | None
-) -> dict[str, Any]:
+def validation(files: Mapping[str, str], plan: ExportPlan, weights: dict[str, str], options: tuple[str, ...]) -> dict[str, Any]:
     """Of the stage validation, for the `files` of OUT by name. A file that an option names counts by its content."""
     values = [file_digest(Path(option)) if Path(option).is_file() else option for option in options]
     return {
@@ -76,7 +74,7 @@ def validation(
         "the plan": plan.to_json(),
         "the model": weights,
         "the options of the validation": values,
-        "the machine": {**asdict(EngineHost.here(library)), "processors": os.cpu_count()},
+        "the machine": {**asdict(EngineHost.here(None)), "processors": os.cpu_count()},
         "the versions of packages": bundle.versions() | _versions("numpy"),
         "hyperattention": _code("export", "validate"),
     }

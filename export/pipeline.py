@@ -1,43 +1,30 @@
-"""The stages of export-model in order: load, patch, ONNX, engine, validation, manifest.
+"""The stages of export-model in order: load, ONNX, side files, engine, validation, manifest.
 
-All work happens in a temporary folder beside OUT, which takes OUT's name at the end: an interrupted or failed run leaves
-neither. Only a run whose accuracy gates failed leaves OUT, with the report that says why.
+All work happens in a folder beside OUT, which takes OUT's name at the end (export/folder.py); each stage is taken over from an
+earlier run where --resume asks for it and everything that it reads is as it was (export/stages.py). Where only the accuracy
+gates failed, OUT is kept, with the report that says why.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-import sys
-from collections import deque
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from hyperattention.errors import (
-    AccuracyFailed,
-    BuildFailed,
-    EnvironmentFault,
-    ExportFailed,
-    HyperAttentionError,
-    UsageError,
-)
-from hyperattention.export import bundle, interrupt
-from hyperattention.export.console import Reporter, numbered
+from hyperattention.errors import AccuracyFailed, EnvironmentFault, UsageError
+from hyperattention.export import bundle, disk, fingerprint
+from hyperattention.export.console import Reporter
+from hyperattention.export.folder import output_folder
 from hyperattention.export.memory import workspace_bytes
 from hyperattention.export.plan import ExportPlan
+from hyperattention.export.stages import Stages
+from hyperattention.export.validation import validate
 from hyperattention.library import build_info, ort_library_path, trt_library_path
 
 if TYPE_CHECKING:
-    from hyperattention.export.load import Source
-
-VALIDATE = (sys.executable, "-m", "hyperattention.validate", "run")
-_BY_CODE: dict[int, type[HyperAttentionError]] = {e.exit_code: e for e in (UsageError, EnvironmentFault, ExportFailed, BuildFailed)}
+    from hyperattention.export.source import Source
 
 
 @dataclass(frozen=True)
@@ -48,6 +35,7 @@ class Options:
     require_engine: bool = False
     validate: bool = True
     validation: tuple[str, ...] = ()
+    resume: bool = False
 
 
 _LIBRARIES = {"ONNX Runtime library": ort_library_path, "TensorRT library": trt_library_path}
@@ -67,6 +55,16 @@ def missing_parts() -> dict[str, str]:
     if reason is not None:
         missing["engine"] = reason
     return missing
+
+
+def disk_bytes(source: "Source", plan: ExportPlan, missing: dict[str, str]) -> int:
+    """The most that the export will hold on disk at any time, beside a finished OUT."""
+    engine = "engine" not in missing and engine_obstacle(source, plan) is None
+    return disk.predict(source, plan, _libraries(missing), engine)
+
+
+def _libraries(missing: dict[str, str]) -> list[Path]:
+    return [find() for name, find in _LIBRARIES.items() if name not in missing]
 
 
 def engine_obstacle(source: "Source", plan: ExportPlan) -> str | None:
@@ -117,127 +115,71 @@ def _has_cuda_provider() -> bool:
     return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
 
-@contextmanager
-def output_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `out` when the block ends well or raises AccuracyFailed, and vanishes otherwise.
-
-    A finished output of ours is replaced. Raises UsageError where `out` is a file or a link, holds something else, or cannot be
-    written.
-    """
-    out = Path(os.path.abspath(out))
-    if not out.name:
-        raise UsageError(f"OUT is {out}, the root of the file system; give a folder that does not exist yet")
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise UsageError(f"OUT {out} is a {'link' if out.is_symlink() else 'file'}; give a folder that does not exist yet")
-    # Named before it is made, so that an interruption at any point finds it.
-    work = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    made = [parent for parent in out.parents if not parent.exists()]
-    old = work.with_suffix(".old")
-
-    def undo() -> None:
-        if old.exists() and not out.exists():  # between the two renames of _move
-            old.rename(out)
-        for folder in (work, old):
-            shutil.rmtree(folder, ignore_errors=True)
-        for parent in made:
-            if parent.is_dir() and not any(parent.iterdir()):
-                parent.rmdir()
-
-    with interrupt.undoing(undo):
-        try:
-            _make(out, work)
-            try:
-                yield work
-            except AccuracyFailed:
-                _move(work, out, old)
-                raise
-            _move(work, out, old)
-        finally:
-            undo()
-
-
-def _make(out: Path, work: Path) -> None:
-    try:
-        _check_replaceable(out)
-        work.mkdir(parents=True)
-    except OSError as error:
-        raise UsageError(f"OUT {out} cannot be written: {error.strerror}; give a folder you may write to") from error
-
-
-def _check_replaceable(out: Path) -> None:
-    """Raises UsageError where `out` holds anything that its own manifest does not list: replacing it would destroy that."""
-    foreign = _foreign(out) if out.is_dir() else None
-    if foreign is not None:
-        raise UsageError(
-            f"OUT {out} holds {foreign}, which export-model did not write; move it away, or give a folder that does not exist yet"
-        )
-
-
-def _foreign(out: Path) -> str | None:
-    """The first entry of `out` that is not part of a finished output of ours, by its name in `out`."""
-    try:
-        # Other tools write a manifest.json too: only one that opens as ours says what may go.
-        listed = {bundle.MANIFEST, *bundle.Bundle.open(out).manifest["files"]} if (out / bundle.MANIFEST).is_file() else None
-    except UsageError:
-        listed = None
-    if listed is None:
-        return min((path.name for path in out.iterdir()), default=None)
-    for path in sorted(out.rglob("*")):
-        name = path.relative_to(out).as_posix()
-        # A report may have been written anew since.
-        ours = name in listed or name.startswith("report/")
-        if (path.is_symlink() or not path.is_dir()) and not ours:
-            return name
-    return None
-
-
-def _move(work: Path, out: Path, old: Path) -> None:
-    # Again, for what came to lie there during the run.
-    _check_replaceable(out)
-    if out.is_dir():
-        out.rename(old)
-    work.rename(out)
-
-
 def run(source: "Source", plan: ExportPlan, options: Options, reporter: Reporter) -> dict[str, Any]:
-    """All stages; returns the manifest. Raises what the stages raise, AccuracyFailed last of all."""
+    """All stages: {"manifest", "reused": names of the stages that were taken over}. Raises what they raise, AccuracyFailed last."""
     missing = missing_parts()
     check_environment(source, plan, options, missing)
-    with output_folder(options.out) as folder:
-        _export(source, plan, folder, reporter)
-        libraries = [find() for name, find in _LIBRARIES.items() if name not in missing]
-        bundle.copy_side_files(source.path, folder, libraries)
-        for name in _LIBRARIES:
-            if name in missing:
-                reporter.warn(f"OUT is without the {name}: {missing[name]}")
-        engine = None
-        reason = missing.get("engine") or engine_obstacle(source, plan)
-        if reason is not None:
-            reporter.say(escape(f"no engine: {reason}"))
-        else:
-            engine = _engine(plan, folder, reporter)
-        model = {"name": source.path.resolve().name, "architecture": source.architecture, "parameters": source.num_parameters}
-        bundle.write_draft(folder, plan, model, engine, {path.name: build_info(path) for path in libraries})
-        failed = None
-        if options.validate:
-            failed = _validate(source.path, folder, options, reporter)
-        with reporter.stage("manifest"):
-            manifest = bundle.finish(folder)
-        if failed is not None:
-            raise failed
-    return manifest
+    need = disk_bytes(source, plan, missing)
+    with output_folder(options.out, options.resume, reporter.warn) as folder:
+        earlier = [folder, options.out] if options.resume else []
+        disk.check(folder, need, there=sum(file.stat().st_size for place in earlier for file in place.rglob("*")))
+        try:
+            return _stages(source, plan, options, folder, missing, reporter)
+        except (AccuracyFailed, UsageError, EnvironmentFault):
+            raise
+        except Exception as error:
+            if disk.is_full(error, folder):
+                raise disk.fault(error, folder, need) from error
+            raise
+
+
+def _stages(
+    source: "Source", plan: ExportPlan, options: Options, folder: Path, missing: dict[str, str], reporter: Reporter
+) -> dict[str, Any]:
+    stages = Stages(folder, options.out if options.resume else None, lambda text: reporter.say(escape(text)))
+    reporter.step("reading the model's files")
+    weights = fingerprint.model(source)
+    if options.resume and source.kind == "function":
+        reporter.warn(f"--resume sees changes of {', '.join(weights)} alone, not of what it imports")
+    stages.run("ONNX", fingerprint.onnx(plan, weights), lambda: _export(source, plan, folder, reporter))
+    libraries = _libraries(missing)
+    copy = fingerprint.side_files(weights, libraries)
+    stages.run("side files", copy, lambda: bundle.copy_side_files(source.directory, folder, libraries))
+    for name in _LIBRARIES:
+        if name in missing:
+            reporter.warn(f"OUT is without the {name}: {missing[name]}")
+    engine, obstacle = None, missing.get("engine") or engine_obstacle(source, plan)
+    if obstacle is not None:
+        stages.skip("engine")
+        reporter.say(escape(f"no engine: {obstacle}"))
+    else:
+        reads = fingerprint.engine(stages.digests_of("ONNX"), plan, trt_library_path())
+        engine = stages.run("engine", reads, lambda: _engine(plan, folder, reporter))
+    model = {"name": source.name, "architecture": source.architecture, "parameters": source.num_parameters}
+    bundle.write_draft(folder, plan, model, engine, {path.name: build_info(path) for path in libraries})
+    failed = None
+    if options.validate:
+        reads = fingerprint.validation(stages.digests_of("ONNX", "side files", "engine"), plan, weights, options.validation)
+        found = stages.run("validation", reads, lambda: _validate(source.model, folder, options, reporter))
+        reporter.gates(found)
+        failed = found["failed"]
+    else:
+        stages.skip("validation")
+    with reporter.stage("manifest"):
+        manifest = bundle.finish(folder)
+    found = {"manifest": manifest, "reused": stages.reused}
+    if failed is not None:
+        raise AccuracyFailed(failed, found)
+    return found
 
 
 def _export(source: "Source", plan: ExportPlan, folder: Path, reporter: Reporter) -> None:
-    from hyperattention.export.load import load_model, torch_dtype
     from hyperattention.export.onnx_graph import export_onnx
-    from hyperattention.export.patch import install
 
     with reporter.stage("load"):
-        model = load_model(source, torch_dtype(plan.dtype))
-        patched = install(model, plan)
+        replaced = source.load(plan)
     with reporter.stage("ONNX"):
-        export_onnx(patched, plan, folder, reporter.step)
+        export_onnx(replaced, plan, folder, reporter.step)
 
 
 def _engine(plan: ExportPlan, folder: Path, reporter: Reporter) -> dict[str, Any]:
@@ -247,43 +189,6 @@ def _engine(plan: ExportPlan, folder: Path, reporter: Reporter) -> dict[str, Any
         return build_engine(folder, plan, trt_library_path(), reporter.step).to_json()
 
 
-def _validate(model: Path, folder: Path, options: Options, reporter: Reporter) -> AccuracyFailed | None:
-    """Runs `hyperattention validate` as a process of its own; imports go one way. Returns the failed gates, if any."""
-    command = [*VALIDATE, str(folder), "--model", str(model), *options.validation, "--json"]
-    said: deque[str] = deque(maxlen=40)
+def _validate(model: str, folder: Path, options: Options, reporter: Reporter) -> dict[str, Any]:
     with reporter.stage("validation"):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment())
-        assert process.stdout is not None and process.stderr is not None
-
-        def stop() -> None:
-            process.kill()  # it holds nothing worth an ending of its own: the folder goes with it
-            process.wait()
-
-        with interrupt.undoing(stop):
-            try:
-                for line in process.stderr:
-                    if counted := numbered(line):
-                        reporter.step(*counted)
-                    elif line.strip():
-                        said.append(line.rstrip())
-                output = process.stdout.read()
-                code = process.wait()
-            except BaseException:
-                stop()
-                raise
-    message = said[-1].removeprefix("error: ") if said else f"the validation ended with status {code}"
-    if code in _BY_CODE:
-        raise _BY_CODE[code](message)
-    answer = output.strip().splitlines()[-1:]
-    # Python ends with 1 after a traceback too; only the verdict tells a failed gate from that.
-    if code not in (0, 1) or not answer or not (folder / bundle.REPORT).is_file():
-        raise RuntimeError("the validation crashed:\n" + "\n".join(said))
-    reporter.gates(json.loads(answer[0]))
-    return AccuracyFailed(message) if code == 1 else None
-
-
-def _environment() -> dict[str, str]:
-    """The child finds this package wherever this process found it."""
-    root = str(Path(sys.modules["hyperattention"].__path__[0]).parent)
-    path = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{path}" if path else root}
+        return validate(model, folder, options.validation, reporter)

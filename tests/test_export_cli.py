@@ -283,7 +283,7 @@ sys.exit({code})
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, code: int, report: bool, message: str = "gates not met: kl") -> None:
     script = VALIDATOR.format(code=code, report=report, message=message)
-    monkeypatch.setattr(pipeline, "VALIDATE", (sys.executable, "-c", script))
+    monkeypatch.setattr("hyperattention.export.validation.VALIDATE", (sys.executable, "-c", script))
     monkeypatch.setattr(pipeline, "check_environment", lambda *_: None)
 
 
