@@ -7,9 +7,8 @@ module that calls tells which layer of the plan it is.
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any, Mapping
 
 import torch
 from onnx import ModelProto
@@ -17,86 +16,33 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hyperattention import op
 from hyperattention.config import Config
 from hyperattention.errors import UnsupportedModel, UsageError
 from hyperattention.export.attention_rules import find_problem
 from hyperattention.export.masks import attention_mask_function, given_lengths
 from hyperattention.export.onnx_trace import trace
 from hyperattention.export.plan import ExportPlan, LayerPlan
+from hyperattention.export.switched import Captured, State, Switched
 from hyperattention.export.task_module import TaskModule
 
 IMPLEMENTATION = "hyperattention"
-MODES = ("plan", "exact")
 _SLOT = "_hyperattention_slot"
 _MASK_ELEMENTS = 2**26  # boolean mask entries held at once by the exact path with a cache
-
-
-@dataclass(frozen=True)
-class Captured:
-    """One attention call: q [B,Hq,Sq,D], k [B,Hkv,Sk,D], v [B,Hkv,Sk,Dv], lengths int32 [B] or None, and the output o [B,Hq,Sq,Dv]."""
-
-    layer: int
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    lengths: Tensor | None
-    config: Config
-    o: Tensor
-
-
-# (q, k, v, config, lengths) -> (o, lse), as hyperattention.op.attention
-AttentionCall = Callable[[Tensor, Tensor, Tensor, Config, Tensor | None], tuple[Tensor, Tensor]]
-
-
-@dataclass
-class _State:
-    """Shared by all layers of one patched model."""
-
-    mode: str = "plan"
-    attention: AttentionCall = op.attention
-    captured: list[Captured] | None = None
-    capture_layers: frozenset[int] | None = None
 
 
 @dataclass
 class _Slot:
     layer: LayerPlan
-    state: _State
+    state: State
     calls: int = field(default=0)
 
 
-class Patched:
+class Patched(Switched):
     """A model whose attention layers follow a plan. Inference only; made by `install`."""
 
-    def __init__(self, model: PreTrainedModel, plan: ExportPlan, slots: dict[int, _Slot], state: _State) -> None:
-        self.model, self.plan, self._slots, self._state = model, plan, slots, state
-
-    @contextmanager
-    def mode(self, name: str, attention: AttentionCall | None = None) -> Iterator["Patched"]:
-        """Inside: "plan" runs the plan's layers by the operator, "exact" runs every layer by PyTorch's exact attention.
-
-        `attention` computes the operator in place of `hyperattention.op.attention`, for comparing implementations.
-        """
-        if name not in MODES:
-            raise UsageError(f"mode is {name!r}; it takes one of {', '.join(MODES)}")
-        before = self._state.mode, self._state.attention
-        self._state.mode, self._state.attention = name, attention or op.attention
-        try:
-            yield self
-        finally:
-            self._state.mode, self._state.attention = before
-
-    @contextmanager
-    def capture(self, layers: frozenset[int] | None = None) -> Iterator[list[Captured]]:
-        """Inside: a list that fills with the attention calls of the layers that have a node (or of `layers`, by index)."""
-        before = self._state.captured, self._state.capture_layers
-        captured: list[Captured] = []
-        self._state.captured, self._state.capture_layers = captured, layers
-        try:
-            yield captured
-        finally:
-            self._state.captured, self._state.capture_layers = before
+    def __init__(self, model: PreTrainedModel, plan: ExportPlan, slots: dict[int, _Slot], state: State) -> None:
+        super().__init__(state)
+        self.model, self.plan, self._slots = model, plan, slots
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, lengths: Tensor | None = None, past_key_values: Any = None, use_cache: bool = False) -> Any:
@@ -142,7 +88,7 @@ def install(model: PreTrainedModel, plan: ExportPlan) -> Patched:
     """Routes the attention of `model` through the operator as `plan` says. Raises UnsupportedModel when a layer is not there."""
     AttentionInterface.register(IMPLEMENTATION, _attention_function)
     AttentionMaskInterface.register(IMPLEMENTATION, attention_mask_function)
-    state = _State()
+    state = State()
     slots = {}
     modules = dict(model.named_modules())
     for layer in plan.layers:
@@ -180,8 +126,7 @@ def _attention_function(
         o = exact_attention(query, key, value, layer.config.resolved_scale(query.shape[-1]))
     else:
         o, _ = state.attention(query, key, value, layer.config, attention_mask)
-    if state.captured is not None and (state.capture_layers is None or layer.index in state.capture_layers):
-        state.captured.append(Captured(layer.index, query, key, value, attention_mask, layer.config, o))
+    state.keep(Captured(layer.index, query, key, value, attention_mask, layer.config, o))
     return o.transpose(1, 2), None
 
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from onnx import ModelProto
     from torch import Tensor, nn
 
-    from hyperattention.export.patch import Captured
     from hyperattention.export.plan import ExportPlan
+    from hyperattention.export.switched import Captured
 
 LANGUAGE_TASKS = ("logits", "last-logits", "prefill")
 FEATURES, MODULE = "features", "module"

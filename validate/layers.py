@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hyperattention.config import Config
-from hyperattention.export.patch import Captured
+from hyperattention.export.switched import Captured
 from hyperattention.native import Library
 from hyperattention.validate.compare import attention_error, row_errors, tensor_error
 from hyperattention.validate.implementation import check_plan
