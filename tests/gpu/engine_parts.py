@@ -2,51 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import onnx
 import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
 from hyperattention import reference
-from hyperattention.config import DOMAIN, OP_TYPE, Config
+from hyperattention.config import Config
+from hyperattention.validate.bench_node import ONNX_TYPES, Heads, attention_node, make_model, op_model
+from hyperattention.validate.bench_runtimes import EngineRunner as Runner
+from hyperattention.validate.bench_runtimes import build_engine as build
 
-ONNX_TYPES = {torch.bfloat16: TensorProto.BFLOAT16, torch.float16: TensorProto.FLOAT16, torch.float32: TensorProto.FLOAT}
-# TensorRT 10.6 reads this release of the format; later ones came after it.
-IR_VERSION, OPSET = 9, 17
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Sizes that a model fixes."""
-
-    q: int = 8
-    kv: int = 2
-    dim: int = 64
-    dim_v: int = 64
-
-
-def attention_node(config: Config, inputs: list[str], outputs: list[str], **more: int) -> onnx.NodeProto:
-    """The node as the engine's twin carries it; `more` are fields that only the plugin knows."""
-    attributes = {**config.attributes(), **more, "plugin_version": "1", "plugin_namespace": DOMAIN}
-    return helper.make_node(OP_TYPE, inputs, outputs, name="attention", domain=DOMAIN, **attributes)
-
-
-def op_model(config: Config, dtype: torch.dtype, heads: Heads = Heads(), lengths: bool = True, lse: bool = False) -> bytes:
-    """One node: q, k, v [batch, heads, sequence, head size] and lengths [batch] -> o and, when asked for, lse."""
-    kind = ONNX_TYPES[dtype]
-    shapes = {"q": (heads.q, heads.dim), "k": (heads.kv, heads.dim), "v": (heads.kv, heads.dim_v)}
-    inputs = [helper.make_tensor_value_info(n, kind, ["batch", h, "sequence", d]) for n, (h, d) in shapes.items()]
-    if lengths:
-        inputs.append(helper.make_tensor_value_info("lengths", TensorProto.INT32, ["batch"]))
-    outputs = [helper.make_tensor_value_info("o", kind, ["batch", heads.q, "sequence", heads.dim_v])]
-    if lse:
-        outputs.append(helper.make_tensor_value_info("lse", TensorProto.FLOAT, ["batch", heads.q, "sequence"]))
-    more = {"with_lse": 1} if lse else {}
-    node = attention_node(config, [i.name for i in inputs], [o.name for o in outputs], **more)
-    return _model([node], inputs, outputs, []).SerializeToString()
+__all__ = ["Heads", "Runner", "build", "compare", "op_model", "random_inputs", "random_tables", "table_inputs", "token_model"]
 
 
 def token_model(config: Config, dtype: torch.dtype, heads: Heads, tables: dict[str, Tensor]) -> onnx.ModelProto:
@@ -67,72 +34,7 @@ def token_model(config: Config, dtype: torch.dtype, heads: Heads, tables: dict[s
         nodes.append(helper.make_node("Transpose", [f"{name}_split"], [name], perm=[0, 2, 1, 3]))
     nodes.append(attention_node(config, ["q", "k", "v", "lengths"], ["logits"]))
     outputs = [helper.make_tensor_value_info("logits", kind, ["batch", heads.q, "sequence", heads.dim_v])]
-    return _model(nodes, inputs, outputs, weights)
-
-
-def _model(nodes: list, inputs: list, outputs: list, weights: list) -> onnx.ModelProto:
-    graph = helper.make_graph(nodes, "attention", inputs, outputs, weights)
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
-
-
-def build(trt: Any, logger: Any, model: bytes, profile: dict[str, tuple], refit: bool = False) -> Any:
-    """The engine of `model`, strongly typed; `profile` gives (min, opt, max) shapes. Raises RuntimeError with the parser's errors."""
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(model):
-        raise RuntimeError("; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)))
-    config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if refit:
-        config.set_flag(trt.BuilderFlag.REFIT)
-    shapes = builder.create_optimization_profile()
-    for name, bounds in profile.items():
-        shapes.set_shape(name, *bounds)
-    config.add_optimization_profile(shapes)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise RuntimeError("TensorRT built no engine")
-    return trt.Runtime(logger).deserialize_cuda_engine(plan)
-
-
-class Runner:
-    """One execution context of an engine with a stream of its own; call it with CUDA tensors by input name."""
-
-    def __init__(self, trt: Any, engine: Any) -> None:
-        self.trt, self.engine = trt, engine
-        self.context, self.stream = engine.create_execution_context(), torch.cuda.Stream()
-        self.inputs: dict[str, Tensor] = {}
-        self.outputs: dict[str, Tensor] = {}
-
-    def bind(self, **inputs: Tensor) -> None:
-        """Sets shapes and addresses, and allocates the outputs; holds all of them until the next call."""
-        self.inputs = inputs
-        for name, tensor in inputs.items():
-            if not self.context.set_input_shape(name, tuple(tensor.shape)):
-                raise RuntimeError(f"the profile does not hold {name} of shape {tuple(tensor.shape)}")
-            self.context.set_tensor_address(name, tensor.data_ptr())
-        self.outputs = {}
-        for i in range(self.engine.num_io_tensors):
-            name = self.engine.get_tensor_name(i)
-            if self.engine.get_tensor_mode(name) == self.trt.TensorIOMode.OUTPUT:
-                kind = {self.trt.bfloat16: torch.bfloat16, self.trt.float16: torch.float16, self.trt.float32: torch.float32}
-                shape = tuple(self.context.get_tensor_shape(name))
-                self.outputs[name] = torch.full(shape, float("nan"), dtype=kind[self.engine.get_tensor_dtype(name)], device="cuda")
-                self.context.set_tensor_address(name, self.outputs[name].data_ptr())
-        torch.cuda.synchronize()
-
-    def launch(self) -> None:
-        """Enqueues one run on the stream."""
-        if not self.context.execute_async_v3(self.stream.cuda_stream):
-            raise RuntimeError("enqueue failed; the reason is in TensorRT's log")
-
-    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
-        self.bind(**inputs)
-        self.launch()
-        self.stream.synchronize()
-        return self.outputs
+    return make_model(nodes, inputs, outputs, weights)
 
 
 def random_inputs(heads: Heads, batch: int, seq: int, dtype: torch.dtype, lengths: list[int] | None, seed: int = 0) -> dict[str, Tensor]:

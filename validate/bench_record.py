@@ -1,0 +1,126 @@
+"""A benchmark's record: bench.json (schema below), a table for the console, and a summary line.
+
+Schema 1: {schema, kind "attention" | "model", created, seconds, interrupted, problem, settings, clock, against (None: the fastest
+exact rival), environment, contenders [{name, title, ours, exact}], rows [{length, contender, ours, exact, runs, median_s, mean_s,
+min_s, max_s, p10_s, p90_s, p99_s, memory {bytes, how} | None, seconds [...], against {name, ratio} | None}],
+left_out [{contender, length | None, reason}], provenance [...], notes [...]}. Times in seconds, memory in bytes, lengths in tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from hyperattention.errors import EnvironmentFault
+from hyperattention.validate.bench_statistics import add_ratios
+from hyperattention.validate.bench_timing import Contender, LeftOut, Measured
+
+SCHEMA = 1
+RECORD, CHART = "bench.json", "bench.png"
+
+
+def record(
+    kind: str, head: dict[str, Any], contenders: Sequence[Contender], missing: Sequence[LeftOut], found: Measured, against: str | None
+) -> dict[str, Any]:
+    """The record as JSON values; `head` is what only the caller knows: problem, settings, clock, environment and so on."""
+    add_ratios(found.rows, [c.name for c in contenders if c.exact and not c.ours], against)
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        **head,
+        "interrupted": found.interrupted,
+        "against": against,
+        "contenders": [{"name": c.name, "title": c.title, "ours": c.ours, "exact": c.exact} for c in contenders],
+        "rows": found.rows,
+        "left_out": [asdict(left) for left in [*missing, *found.left_out]],
+    }
+
+
+def write(report: dict[str, Any], folder: Path) -> list[Path]:
+    """Writes bench.json and, where anything was timed, bench.png into `folder`. Raises EnvironmentFault where that cannot be done."""
+    from hyperattention.validate.bench_plot import draw
+
+    path = folder / RECORD
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".tmp")
+        partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+        (folder / CHART).unlink(missing_ok=True)
+        return [path, draw(report, folder / CHART)] if report["rows"] else [path]
+    except OSError as error:
+        raise EnvironmentFault(f"{folder} cannot be written ({error.strerror or error}); give another folder with --output") from error
+
+
+def titles(report: dict[str, Any]) -> dict[str, str]:
+    """Title of each contender by name."""
+    return {c["name"]: c["title"] for c in report["contenders"]}
+
+
+def duration(seconds: float | None) -> str:
+    """Three digits with a unit; a dash for None."""
+    if seconds is None:
+        return "–"
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}" if seconds / size < 999.5 else f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 1e-9:.3g} ns"
+
+
+def table(report: dict[str, Any]) -> Table:
+    """A row for each contender at each length, the fastest first."""
+    columns = ("tokens", "contender", "median", "p10", "p90", "p99", "runs", "memory", "against")
+    shown = Table(*columns, box=None, header_style="bold", pad_edge=False)
+    for column in (0, 2, 3, 4, 5, 6, 7):
+        shown.columns[column].justify = "right"
+    for column in shown.columns:
+        column.no_wrap = True
+    last = None
+    for row in sorted(report["rows"], key=lambda r: (r["length"], r["median_s"])):
+        memory, against = row["memory"], row["against"]
+        ratio = f"{against['ratio']:.2f}x {against['name']}" if against and against["name"] != row["contender"] else ""
+        cells = [
+            f"{row['length']:,}" if row["length"] != last else "",
+            row["contender"],
+            *(duration(row[key]) for key in ("median_s", "p10_s", "p90_s", "p99_s")),
+            str(row["runs"]),
+            f"{memory['bytes'] / 2**20:,.0f} MiB" if memory else "–",
+            ratio,
+        ]
+        shown.add_row(*map(escape, cells), style="bold" if row["ours"] and not row["exact"] else "")
+        last = row["length"]
+    return shown
+
+
+def left_out_lines(report: dict[str, Any]) -> list[str]:
+    """One line for every contender and reason, lengths together."""
+    names = titles(report)
+    lengths: dict[tuple[str, str], list[int | None]] = {}
+    for left in report["left_out"]:
+        lengths.setdefault((left["contender"], left["reason"]), []).append(left["length"])
+    return [
+        f"left out: {names.get(name, name)}" + (f" at {', '.join(f'{n:,}' for n in at if n)} tokens" if any(at) else "") + f": {reason}"
+        for (name, reason), at in lengths.items()
+    ]
+
+
+def summary(report: dict[str, Any]) -> list[str]:
+    """For each of ours that approximates: from which length on it is faster than every rival, and by how much at the longest."""
+    names, lines = titles(report), []
+    for contender in (c["name"] for c in report["contenders"] if c["ours"] and not c["exact"]):
+        rows = sorted((r for r in report["rows"] if r["contender"] == contender and r["against"]), key=lambda r: r["length"])
+        if not rows:
+            continue
+        slower = [r["length"] for r in rows if r["against"]["ratio"] <= 1]
+        faster = [r["length"] for r in rows if not slower or r["length"] > max(slower)]
+        last = rows[-1]
+        rival = names[last["against"]["name"]]
+        since = f"faster from {faster[0]:,} tokens on" if faster else "not faster at any measured length"
+        lines.append(f"{names[contender]}: {since}; {last['against']['ratio']:.2f}x {rival} at {last['length']:,} tokens")
+    return lines

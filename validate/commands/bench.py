@@ -1,0 +1,151 @@
+"""`hyperattention bench`: how long the op, or an exported model, takes, beside exact attention in the same run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from hyperattention.config import PRESETS, RANGES, Config
+from hyperattention.errors import UsageError
+from hyperattention.export.interrupt import EXIT_CODE as INTERRUPTED
+from hyperattention.validate.commands.options import AsJson, Quiet, numbers
+
+EXAMPLE = "hyperattention bench --attention --preset blocks,paper --lengths 4096,32768,131072"
+_ALONE, _MODEL, _TUNED = (dict[str, Any](rich_help_panel=name) for name in ("With --attention", "With OUT", "Attributes of the op"))
+
+
+def _attribute(name: str) -> Any:
+    low, high = RANGES[name]
+    return typer.Option(f"--{name.replace('_', '-')}", help=f"{low} to {high}. (default: the preset's)", **_TUNED)
+
+
+def command(
+    folder: Annotated[Optional[Path], typer.Argument(metavar="OUT", help="Folder that export-model wrote.")] = None,
+    attention: Annotated[bool, typer.Option("--attention", help="Time the op alone, on random Q, K, V; no OUT is needed.")] = False,
+    lengths: Annotated[str, typer.Option(help="E.g. 4096,32768. (default: 1k to 16k, on a GPU 4k to 128k; of OUT what it takes)")] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    backend: Annotated[str, typer.Option(help="ort, tensorrt, or library (--attention: our kernels alone, the default there).")] = "",
+    against: Annotated[Optional[str], typer.Option(help="Rival that ratios are against. (default: the fastest at each length)")] = None,
+    repeats: Annotated[int, typer.Option(help="Rounds; in each every contender runs once.")] = 30,
+    max_seconds: Annotated[float, typer.Option(help="After so long at a length a contender sits out, but runs three times.")] = 10.0,
+    threads: Annotated[int, typer.Option(help="Threads on the processor; 0 = all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    output: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("hyperattention-bench"),
+    model: Annotated[Optional[str], typer.Option(help="The model OUT was made from: adds PyTorch's exact attention.", **_MODEL)] = None,
+    exact_engine: Annotated[Optional[Path], typer.Option(help="model.engine of an export with --preset exact.", **_MODEL)] = None,
+    preset: Annotated[Optional[str], typer.Option(help="One or more of blocks, paper. (default: blocks)", **_ALONE)] = None,
+    batch: Annotated[Optional[int], typer.Option(help="Rows. (default: 1)", **_ALONE)] = None,
+    heads: Annotated[Optional[int], typer.Option(help="Heads of Q. (default: 4, on a GPU 32)", **_ALONE)] = None,
+    kv_heads: Annotated[Optional[int], typer.Option(help="Heads of K and V; divides --heads. (default: --heads)", **_ALONE)] = None,
+    head_dim: Annotated[Optional[int], typer.Option(help="Head size. (default: 64, on a GPU 128)", **_ALONE)] = None,
+    dtype: Annotated[Optional[str], typer.Option(help="fp32, fp16 or bf16. (default: fp32, on a GPU bf16)", **_ALONE)] = None,
+    causal: Annotated[Optional[bool], typer.Option("--causal/--full", help="Causal mask or none. (default: causal)", **_ALONE)] = None,
+    rivals: Annotated[Optional[str], typer.Option(help="all, none, or names with commas. (default: all)", **_ALONE)] = None,
+    selector: Annotated[Optional[str], typer.Option(help="blocks or sortlsh. (default: the preset's)", **_TUNED)] = None,
+    block_size: Annotated[Optional[int], _attribute("block_size")] = None,
+    num_blocks: Annotated[Optional[int], _attribute("num_blocks")] = None,
+    pool_size: Annotated[Optional[int], _attribute("pool_size")] = None,
+    sample_size: Annotated[Optional[int], _attribute("sample_size")] = None,
+    stratified: Annotated[Optional[int], _attribute("stratified")] = None,
+    local_size: Annotated[Optional[int], _attribute("local_size")] = None,
+    local_overlap: Annotated[Optional[int], _attribute("local_overlap")] = None,
+    sinks: Annotated[Optional[int], _attribute("sinks")] = None,
+    exact_below: Annotated[Optional[int], _attribute("exact_below")] = None,
+    num_projections: Annotated[Optional[int], _attribute("num_projections")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Time OUT, or the op alone, against every exact rival that is installed; writes bench.json and bench.png.
+
+    All contenders run in turn, after a warm-up, in one process. What is not installed or does not take a shape is listed with the
+    reason. Ctrl-C ends after the run in progress and keeps what was measured (exit 130).
+    """
+    from hyperattention.export.console import Reporter
+    from hyperattention.validate import bench_run
+    from hyperattention.validate.bench_record import write
+    from hyperattention.validate.bench_timing import Settings, stoppable
+
+    tuned = dict(
+        selector=selector, block_size=block_size, num_blocks=num_blocks, pool_size=pool_size, sample_size=sample_size,
+        stratified=stratified, local_size=local_size, local_overlap=local_overlap, sinks=sinks, exact_below=exact_below,
+        num_projections=num_projections,
+    )  # fmt: skip
+    shape = dict(batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, causal=causal)
+    if attention == (folder is not None):
+        raise UsageError("bench takes either an OUT or --attention; " + ("both were given" if attention else "neither was given"))
+    _refuse(attention, {"preset": preset, "rivals": rivals, **shape, **tuned}, {"model": model, "exact_engine": exact_engine})
+    common: dict[str, Any] = dict(
+        lengths=numbers("--lengths", lengths), device=device, against=against, seed=seed, threads=threads,
+        settings=Settings(repeats, max_seconds),
+    )  # fmt: skip
+    if attention:
+        given = {name: value for name, value in shape.items() if value is not None}
+        run, options = bench_run.bench_attention_run, bench_run.AttentionOptions(
+            presets=_presets(preset or "blocks", tuned), rivals=_rivals(rivals or "all"), backend=backend or "library", **common, **given
+        )  # fmt: skip
+        steps = (len(common["lengths"]) or 6) * (len(options.rivals) + len(options.presets) + 2)
+    else:
+        assert folder is not None
+        run, options = bench_run.bench_outcome_run, bench_run.OutcomeOptions(
+            folder=folder, model=model, exact_engine=exact_engine, backend=backend or "auto", **common
+        )  # fmt: skip
+        steps = (len(common["lengths"]) or 6) * 4
+    reporter = Reporter(quiet, as_json)
+    with stoppable() as stopped:
+        with reporter.stage("benchmark"):
+            report = run(options, reporter.counted(steps), stopped)
+        written = write(report, output)
+    _say(report, written, reporter)
+    if not report["interrupted"]:
+        bench_run.check_ours(report)
+    reporter.answer({**report, "files": [path.name for path in written]})
+    if report["interrupted"]:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _refuse(attention: bool, alone: dict[str, Any], model: dict[str, Any]) -> None:
+    """Raises UsageError for options of the other benchmark."""
+    other, what = (model, "OUT") if attention else (alone, "--attention")
+    wrong = [f"--{name.replace('_', '-')}" for name, value in other.items() if value is not None]
+    if wrong:
+        raise UsageError(f"{', '.join(wrong)} belong to bench with {what}; leave them out")
+
+
+def _presets(text: str, tuned: dict[str, Any]) -> dict[str, Config]:
+    """The configurations named, each with the attributes given. Raises UsageError."""
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    allowed = [name for name in PRESETS if name != "exact"]
+    if not names or not set(names) <= set(allowed):
+        raise UsageError(f"--preset is {text!r}; it takes {' or '.join(allowed)}, or several with commas (the exact path is always timed)")
+    attributes = {name: value for name, value in tuned.items() if value is not None}
+    return {name: replace(PRESETS[name], **attributes) for name in dict.fromkeys(names)}
+
+
+def _rivals(text: str) -> tuple[str, ...]:
+    from hyperattention.validate.bench_attention import rival_names
+
+    if text in ("all", "none"):
+        return rival_names() if text == "all" else ()
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    unknown = [name for name in names if name not in rival_names()]
+    if unknown or not names:
+        raise UsageError(f"--rivals is {text!r}; it takes all, none, or some of {', '.join(rival_names())}")
+    return names
+
+
+def _say(report: dict[str, Any], written: list[Path], reporter: Any) -> None:
+    """The table, what is left out and why, and from which length on ours is faster."""
+    from hyperattention.validate.bench_record import left_out_lines, summary, table
+
+    if reporter.quiet:
+        return
+    reporter.out.print(report["problem"]["text"], markup=False)
+    if report["rows"]:
+        reporter.out.print(table(report))
+    lines = [*left_out_lines(report), *(f"note: {note}" for note in report["notes"]), *summary(report)]
+    lines += ["interrupted: what was measured until then was kept"] if report["interrupted"] else []
+    for line in [*lines, f"Written: {', '.join(str(path) for path in written)}"]:
+        reporter.out.print(line, markup=False)
