@@ -1,24 +1,40 @@
-"""Charts as inline SVG, coloured by the page's own variables, so that they follow its light and dark theme."""
+"""Charts as inline SVG, coloured by the page's own variables, so that they follow its light and dark theme.
+
+A chart says what it shows in words as well (title and description, for a screen reader), tells its series apart by shape and dash
+beside colour, and never draws what it has no number for.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from html import escape
 
-WIDTH, HEIGHT = 480, 290
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 44
+WIDTH, HEIGHT = 420, 268
+LEFT, RIGHT, TOP, BOTTOM = 68, 14, 14, 46
+_LABEL_GAP = 46  # least distance between two labels under the axis
 
 
 @dataclass(frozen=True)
 class Series:
-    """A line: points (length, value), an error bar each (0 = none), and the colour's number (1 to 4) in the page's style."""
+    """A line: points (length, value), a band (low, high) at each or none, and the colour's number (1 to 4) in the page's style."""
 
     name: str
     points: list[tuple[int, float]]
     colour: int
-    errors: list[float] = field(default_factory=list)
+    band: list[tuple[float, float]] = field(default_factory=list)
     dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """An SVG and the names, colours and dashes of its legend."""
+
+    svg: str
+    legend: list[tuple[str, int, bool]]
+    gate: bool = False
+    band: bool = False
 
 
 def short(length: int) -> str:
@@ -35,6 +51,11 @@ def tick_text(value: float) -> str:
     return f"{value:.4f}".rstrip("0").rstrip(".")
 
 
+def seconds_text(value: float) -> str:
+    """A tick of an axis of seconds."""
+    return f"{value:g} s" if value >= 1 else f"{1000 * value:g} ms" if value >= 1e-3 else f"{1e6 * value:g} µs"
+
+
 def _nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     span = high - low or 1.0
     step = 10 ** math.floor(math.log10(span / count))
@@ -44,108 +65,188 @@ def _nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
-class _Axis:
-    """Maps values to pixels, linearly or by logarithm."""
+class Axis:
+    """Maps values to pixels, linearly or by logarithm; what a logarithm cannot show lies at the axis's lower end."""
 
-    def __init__(self, values: list[float], start: float, stop: float, log: bool, pad: float) -> None:
+    def __init__(self, values: Iterable[float], start: float, stop: float, log: bool, pad: float = 0.08) -> None:
         self.log, self.start, self.stop = log, start, stop
-        mapped = [self._map(v) for v in values]
+        mapped = [math.log10(v) if log else v for v in values]
         low, high = min(mapped), max(mapped)
         spread = max(high - low, 0.5) if log else (high - low) or abs(high) or 1.0
         middle = (low + high) / 2
         self.low, self.high = min(low, middle - spread / 2) - pad * spread, max(high, middle + spread / 2) + pad * spread
 
-    def _map(self, value: float) -> float:
-        return math.log10(value) if self.log else value
-
     def __call__(self, value: float) -> float:
-        return self.start + (self._map(value) - self.low) / (self.high - self.low) * (self.stop - self.start)
+        mapped = value if not self.log else math.log10(value) if value > 0 else self.low
+        share = (min(max(mapped, self.low), self.high) - self.low) / (self.high - self.low)
+        return self.start + share * (self.stop - self.start)
 
     def ticks(self) -> list[float]:
+        """Round values within the axis, at most seven."""
         if not self.log:
             return _nice_ticks(self.low, self.high)
-        decades = range(math.floor(self.low), math.ceil(self.high) + 1)
-        steps = (1,) if self.high - self.low > 1.7 else (1, 2, 5)
-        ticks = [m * 10.0**d for d in decades for m in steps if self.low <= math.log10(m * 10.0**d) <= self.high]
-        return ticks or [10 ** ((self.low + self.high) / 2)]
+        span = self.high - self.low
+        every = max(1, math.ceil(span / 6))
+        steps = (1,) if span > 1.7 else (1, 2, 5)
+        decades = [d for d in range(math.floor(self.low), math.ceil(self.high) + 1) if d % every == 0]
+        return [m * 10.0**d for d in decades for m in steps if self.low <= math.log10(m * 10.0**d) <= self.high]
 
 
-def line_chart(title: str, series: list[Series], unit: str, log_y: bool = False, limit: float | None = None) -> str:
-    """Lines over length (logarithmic); `limit` is drawn as a labelled line. Points a logarithm cannot show are left out."""
-    shown = [
-        (s, [(x, y, e) for (x, y), e in zip(s.points, s.errors or [0.0] * len(s.points), strict=True) if not log_y or y > 0])
-        for s in series
-    ]
-    shown = [(s, points) for s, points in shown if points]
-    limit = None if log_y and limit is not None and limit <= 0 else limit
+def line_chart(
+    title: str,
+    series: list[Series],
+    unit: str,
+    log_y: bool = False,
+    limit: float | None = None,
+    tick: Callable[[float], str] = tick_text,
+) -> Chart | None:
+    """Lines over length (logarithmic); `limit` is drawn as a labelled line. None where there is nothing that can be shown."""
+    shown = [s for s in (_finite(s, log_y) for s in series) if s.points]
     if not shown:
-        return ""
-    xs = sorted({x for _, points in shown for x, _, _ in points})
-    ys = [y + sign * e for _, points in shown for _, y, e in points for sign in (-1, 0, 1) if not log_y or y + sign * e > 0]
-    if limit is not None:
-        ys += [limit] if log_y else [limit, 0.0]
-    x_axis = _Axis([float(x) for x in xs], LEFT, WIDTH - RIGHT, True, 0.08)
-    y_axis = _Axis(ys, HEIGHT - BOTTOM, TOP, log_y, 0.08)
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}"><title>{escape(title)}</title>']
-    for tick in y_axis.ticks():
-        y = y_axis(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick_text(tick)}</text>')
-    for x in xs:
-        parts.append(f'<text class="tick" x="{x_axis(x):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{short(x)}</text>')
-    parts.append(f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 6}" text-anchor="middle">tokens</text>')
-    middle = (TOP + HEIGHT - BOTTOM) / 2
-    parts.append(f'<text class="axis" transform="translate(13 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(unit)}</text>')
+        return None
+    limit = None if limit is None or (log_y and limit <= 0) else limit
+    xs = sorted({x for s in shown for x, _ in s.points})
+    ys = [y for s in shown for _, y in s.points] + [edge for s in shown for ends in s.band for edge in ends if not log_y or edge > 0]
+    ys += [] if limit is None else [limit] if log_y else [limit, 0.0]
+    x_axis, y_axis = Axis(xs, LEFT, WIDTH - RIGHT, True), Axis(ys, HEIGHT - BOTTOM, TOP, log_y)
+    said = "; ".join(f"{s.name}: " + ", ".join(f"{y:.3g} at {x:,}" for x, y in s.points) for s in shown)
+    parts = [_open(title, said), *_rules(y_axis, tick), *_labels([(x_axis(x), short(x)) for x in xs]), *_names("tokens", unit)]
     if limit is not None:
         y = y_axis(limit)
         parts.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="limit-text" x="{WIDTH - RIGHT}" y="{y - 5:.1f}" text-anchor="end">gate {tick_text(limit)}</text>')
-    for s, points in shown:
-        parts += _line(s, points, x_axis, y_axis, log_y)
-    return "".join(parts) + "</svg>"
+        parts.append(f'<text class="limit-text" x="{WIDTH - RIGHT}" y="{y - 5:.1f}" text-anchor="end">gate {tick(limit)}</text>')
+    parts += [part for s in shown for part in _band(s, x_axis, y_axis)]
+    parts += [part for s in shown for part in _line(s, x_axis, y_axis)]
+    return Chart("".join(parts) + "</svg>", [(s.name, s.colour, s.dashed) for s in shown], limit is not None, any(s.band for s in shown))
 
 
-def _line(s: Series, points: list[tuple[int, float, float]], x_axis: _Axis, y_axis: _Axis, log_y: bool) -> list[str]:
-    colour = f"var(--series-{s.colour})"
-    dash = ' stroke-dasharray="6 5"' if s.dashed else ""
-    path = " ".join(f"{x_axis(x):.1f},{y_axis(y):.1f}" for x, y, _ in points)
-    parts = [f'<polyline class="line" points="{path}" style="stroke:{colour}"{dash}/>'] if len(points) > 1 else []
-    for x, y, e in points:
-        px = x_axis(x)
-        if e and (not log_y or y - e > 0):
-            ends = f'x1="{px:.1f}" x2="{px:.1f}" y1="{y_axis(y - e):.1f}" y2="{y_axis(y + e):.1f}"'
-            parts.append(f'<line {ends} style="stroke:{colour}" stroke-width="1.5"/>')
-        tip = f"{s.name}, {x:,} tokens: {y:.4g}" + (f" ± {e:.2g}" if e else "")
-        parts.append(f'<circle cx="{px:.1f}" cy="{y_axis(y):.1f}" r="4.5" style="fill:{colour}"><title>{escape(tip)}</title></circle>')
+def _finite(s: Series, log_y: bool) -> Series:
+    """The series without the points that the chart cannot show: no number, or none with a logarithm."""
+    keep = [i for i, (_, y) in enumerate(s.points) if math.isfinite(y) and (not log_y or y > 0)]
+    band = [s.band[i] for i in keep] if s.band and all(math.isfinite(edge) for i in keep for edge in s.band[i]) else []
+    return Series(s.name, [s.points[i] for i in keep], s.colour, band, s.dashed)
+
+
+def _open(title: str, said: str, height: float = HEIGHT) -> str:
+    label = escape(title)
+    return f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{label}"><title>{label}</title><desc>{escape(said)}</desc>'
+
+
+def _rules(axis: Axis, tick: Callable[[float], str]) -> list[str]:
+    parts = []
+    for value in axis.ticks():
+        y = axis(value)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{escape(tick(value))}</text>')
     return parts
 
 
-def bar_chart(title: str, bars: list[tuple[str, float]], unit: str) -> str:
-    """Bars over position, each with its text (for the tooltip) and value; zero is marked."""
-    if not bars:
-        return ""
-    values = [v for _, v in bars]
-    axis = _Axis([*values, 0.0], HEIGHT - BOTTOM, TOP, False, 0.08)
+def _labels(places: list[tuple[float, str]], y: float = HEIGHT - BOTTOM + 19) -> list[str]:
+    """Labels under the axis; one that would touch the one before is left out, the last one never is."""
+    kept: list[tuple[float, str]] = []
+    for x, text in reversed(places):
+        if not kept or kept[-1][0] - x >= _LABEL_GAP:
+            kept.append((x, text))
+    return [f'<text class="tick" x="{x:.1f}" y="{y:g}" text-anchor="middle">{escape(text)}</text>' for x, text in reversed(kept)]
+
+
+def _names(below: str, beside: str) -> list[str]:
+    middle = (TOP + HEIGHT - BOTTOM) / 2
+    return [
+        f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 6}" text-anchor="middle">{escape(below)}</text>',
+        f'<text class="axis" transform="translate(12 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(beside)}</text>',
+    ]
+
+
+def _band(s: Series, x_axis: Axis, y_axis: Axis) -> list[str]:
+    if not s.band:
+        return []
+    ends = [(x_axis(x), y_axis(low), y_axis(high)) for (x, _), (low, high) in zip(s.points, s.band, strict=True)]
+    colour = f"var(--series-{s.colour})"
+    if len(ends) == 1:
+        x, low, high = ends[0]
+        return [f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}" style="stroke:{colour}" stroke-width="2"/>']
+    around = [f"{x:.1f},{low:.1f}" for x, low, _ in ends] + [f"{x:.1f},{high:.1f}" for x, _, high in reversed(ends)]
+    return [f'<polygon class="band" points="{" ".join(around)}" style="fill:{colour}"/>']
+
+
+def _line(s: Series, x_axis: Axis, y_axis: Axis) -> list[str]:
+    colour = f"var(--series-{s.colour})"
+    dash = ' stroke-dasharray="6 5"' if s.dashed else ""
+    path = " ".join(f"{x_axis(x):.1f},{y_axis(y):.1f}" for x, y in s.points)
+    parts = [f'<polyline class="line" points="{path}" style="stroke:{colour}"{dash}/>'] if len(s.points) > 1 else []
+    for i, (x, y) in enumerate(s.points):
+        tip = f"{s.name}, {x:,} tokens: {y:.4g}" + (f" ({s.band[i][0]:.3g} to {s.band[i][1]:.3g})" if s.band else "")
+        parts.append(marker(s.colour, x_axis(x), y_axis(y), tip))
+    return parts
+
+
+def marker(colour: int, x: float, y: float, tip: str) -> str:
+    """A dot, square, diamond or triangle by the colour's number, so that print and any eye can tell the series apart."""
+    paths = {2: "M-4-4h8v8h-8z", 3: "M0-5.4L5.4 0 0 5.4-5.4 0z", 4: "M0-5L4.8 4h-9.6z"}
+    style = f'style="fill:var(--series-{colour})"'
+    text = f"<title>{escape(tip)}</title>"
+    if colour not in paths:
+        return f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="4.4" {style}>{text}</circle>'
+    return f'<path class="dot" transform="translate({x:.1f} {y:.1f})" d="{paths[colour]}" {style}>{text}</path>'
+
+
+def bar_chart(title: str, bars: list[tuple[str, float]], unit: str, below: str, ticks: dict[int, str] | None = None) -> Chart | None:
+    """Bars side by side, each with its text (for the tooltip) and value; zero is marked.
+
+    `ticks` labels the left edges of bars by number (the right end is len(bars)); without it the first and the last bar are named.
+    """
+    if not bars or not all(math.isfinite(v) for _, v in bars):
+        return None
+    axis = Axis([*(v for _, v in bars), 0.0], HEIGHT - BOTTOM, TOP, False)
     width = (WIDTH - LEFT - RIGHT) / len(bars)
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}"><title>{escape(title)}</title>']
-    for tick in axis.ticks():
-        y = axis(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick_text(tick)}</text>')
+    said = ", ".join(f"{text}: {value:.3g}" for text, value in bars)
+    parts = [_open(title, said), *_rules(axis, tick_text)]
     for i, (text, value) in enumerate(bars):
         top, bottom = sorted((axis(value), axis(0.0)))
-        x = LEFT + i * width + 1.5
-        parts.append(
-            f'<rect x="{x:.1f}" y="{top:.1f}" width="{width - 3:.1f}" height="{max(bottom - top, 0.8):.1f}" rx="2" '
-            f'style="fill:var(--series-1)"><title>{escape(text)}: {value:+.5f}</title></rect>'
-        )
+        box = f'x="{LEFT + i * width + 1:.1f}" y="{top:.1f}" width="{width - 2:.1f}" height="{max(bottom - top, 0.8):.1f}" rx="1.5"'
+        parts.append(f'<rect {box} style="fill:var(--series-1)"><title>{escape(text)}: {value:.4g}</title></rect>')
     parts.append(f'<line class="zero" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{axis(0.0):.1f}" y2="{axis(0.0):.1f}"/>')
-    for at, anchor in ((0, "start"), (len(bars) - 1, "end")):
-        x = LEFT if at == 0 else WIDTH - RIGHT
-        parts.append(f'<text class="tick" x="{x}" y="{HEIGHT - BOTTOM + 20}" text-anchor="{anchor}">{escape(bars[at][0])}</text>')
-    parts.append(
-        f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 6}" text-anchor="middle">position in the window</text>'
-    )
-    middle = (TOP + HEIGHT - BOTTOM) / 2
-    parts.append(f'<text class="axis" transform="translate(13 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(unit)}</text>')
-    return "".join(parts) + "</svg>"
+    if ticks is None:
+        ends = ((LEFT, "start", bars[0][0]), (WIDTH - RIGHT, "end", bars[-1][0]))
+        parts += [f'<text class="tick" x="{x}" y="{HEIGHT - BOTTOM + 19}" text-anchor="{a}">{escape(t)}</text>' for x, a, t in ends]
+    else:
+        parts += _labels([(LEFT + i * width, text) for i, text in sorted(ticks.items())])
+    return Chart("".join([*parts, *_names(below, unit)]) + "</svg>", [])
+
+
+@dataclass(frozen=True)
+class Span:
+    """One mark of a row of a range chart: mean, lowest and highest value, name and colour."""
+
+    name: str
+    mean: float
+    low: float
+    high: float
+    colour: int
+
+
+def range_chart(title: str, rows: list[tuple[str, list[Span]]], below: str) -> Chart | None:
+    """A row for each label with its spans, on a logarithmic axis; a dot is the mean, the line through it runs from low to high."""
+    spans = [s for _, row in rows for s in row if all(math.isfinite(v) and v > 0 for v in (s.mean, s.low, s.high))]
+    if not spans:
+        return None
+    left, step = 112, 34
+    bottom = TOP + step * len(rows)
+    axis = Axis([v for s in spans for v in (s.low, s.high)], left, WIDTH - RIGHT - 6, True)
+    said = "; ".join(f"{label}: " + ", ".join(f"{s.name} {s.mean:.3g}" for s in row) for label, row in rows)
+    parts = [_open(title, said, bottom + BOTTOM)]
+    ticks = axis.ticks()
+    parts += [f'<line class="grid" x1="{axis(v):.1f}" x2="{axis(v):.1f}" y1="{TOP}" y2="{bottom}"/>' for v in ticks]
+    parts += _labels([(axis(v), tick_text(v)) for v in ticks], bottom + 19)
+    parts.append(f'<text class="axis" x="{(left + WIDTH) / 2:.0f}" y="{bottom + BOTTOM - 6}" text-anchor="middle">{escape(below)}</text>')
+    for i, (label, row) in enumerate(rows):
+        middle = TOP + step * (i + 0.5)
+        parts.append(f'<text class="name" x="{left - 10}" y="{middle + 4:.1f}" text-anchor="end">{escape(label)}</text>')
+        for j, s in enumerate(s for s in row if s in spans):
+            y = middle + 9 * (j - (len(row) - 1) / 2)
+            ends = f'x1="{axis(s.low):.1f}" x2="{axis(s.high):.1f}" y1="{y:.1f}" y2="{y:.1f}"'
+            parts.append(f'<line {ends} style="stroke:var(--series-{s.colour})" stroke-width="2.5"/>')
+            parts.append(marker(s.colour, axis(s.mean), y, f"{label}, {s.name}: {s.mean:.4g} ({s.low:.3g} to {s.high:.3g})"))
+    legend = list(dict.fromkeys((s.name, s.colour, False) for s in spans))
+    return Chart("".join(parts) + "</svg>", legend)

@@ -1,0 +1,94 @@
+"""Numbers in the report's words: the filters of its templates."""
+
+from __future__ import annotations
+
+import math
+
+from hyperattention.validate.plots import short
+
+NOTHING = "–"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Significant digits; an exponent only below 0.0001 and from 100,000."""
+    if value is None:
+        return NOTHING
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else str(value)
+    if 1e-4 <= abs(value) < 1e5:
+        return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+    return f"{value:.{digits - 1}e}"
+
+
+def plus_minus(value: dict | None, digits: int = 4, sign: bool = False) -> str:
+    """mean ± standard error of an estimate."""
+    if value is None:
+        return NOTHING
+    text = f"{value['mean']:+.{digits}f}" if sign else f"{value['mean']:.{digits}f}"
+    return text + (f" ± {value['se']:.{digits}f}" if value["se"] is not None else "")
+
+
+def small(value: dict | None) -> str:
+    """mean ± standard error with two significant digits each, for numbers of any size."""
+    if value is None:
+        return NOTHING
+    return number(value["mean"], 2) + (f" ± {number(value['se'], 2)}" if value["se"] is not None else "")
+
+
+def percent(value: dict | None) -> str:
+    """A share's mean ± standard error."""
+    if value is None:
+        return NOTHING
+    return f"{100 * value['mean']:.2f} %" + (f" ± {100 * value['se']:.2f}" if value["se"] is not None else "")
+
+
+def span(value: dict | None, digits: int = 3) -> str:
+    """mean (lowest to highest)."""
+    if value is None:
+        return NOTHING
+    return f"{number(value['mean'], digits)} ({number(value['min'], digits)} to {number(value['max'], digits)})"
+
+
+def estimate(value: dict | float | None, digits: int = 3) -> str:
+    """The mean of an estimate, or a plain number."""
+    return number(value["mean"] if isinstance(value, dict) else value, digits)
+
+
+def seconds(value: float | None) -> str:
+    """Seconds, or milliseconds below one."""
+    if value is None:
+        return NOTHING
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
+
+
+def count(value: int, one: str, many: str | None = None) -> str:
+    """1 window, 2 windows."""
+    return f"{value:,} {one if value == 1 else many or one + 's'}"
+
+
+def layer_list(numbers: list[int]) -> str:
+    """Layer numbers with runs drawn together: 0 to 3, 7."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs) or "none"
+
+
+FILTERS = {
+    "pm": plus_minus,
+    "small": small,
+    "percent": percent,
+    "num": number,
+    "span": span,
+    "estimate": estimate,
+    "seconds": seconds,
+    "count": count,
+    "layers": layer_list,
+    "signed": lambda value: f"{value:+.4f}",
+    "clamp": lambda value: f"{min(100.0, max(0.0, value)):.1f}",
+    "thousands": lambda n: f"{n:,}",
+    "short": short,
+}

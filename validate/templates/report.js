@@ -1,0 +1,23 @@
+// Tables sort by a click on a column's head; without this the page reads the same, unsorted.
+for (const table of document.querySelectorAll("table")) {
+  const body = table.tBodies[0], heads = [...table.tHead.rows[0].cells];
+  if (body.rows.length < 3) continue;
+  const value = (row, i) => {
+    const text = (row.cells[i]?.textContent ?? "").trim();
+    const number = parseFloat(text.replace(/,/g, "").replace(/^[^0-9+-]+/, ""));
+    return !heads[i].classList.contains("n") ? text : Number.isNaN(number) ? Infinity : / ms/.test(text) ? number / 1000 : number;
+  };
+  const compare = (a, b) => a < b ? -1 : a > b ? 1 : 0;
+  heads.forEach((head, i) => {
+    if (!head.textContent) return;
+    const button = document.createElement("button");
+    button.append(...head.childNodes);
+    head.append(button);
+    button.addEventListener("click", () => {
+      const up = head.getAttribute("aria-sort") !== "ascending";
+      heads.forEach(other => other.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", up ? "ascending" : "descending");
+      body.append(...[...body.rows].sort((a, b) => (up ? 1 : -1) * compare(value(a, i), value(b, i))));
+    });
+  });
+}
