@@ -235,7 +235,7 @@ def test_inspect(exported: Callable[[Case], Path], tmp_path: Path, capsys: pytes
     assert stop.value.code == EnvironmentFault.exit_code
     found = json.loads(capsys.readouterr().out)
     assert found["finished"] and found["changed"] == ["model.trt.onnx"]
-    assert [layer["mode"] for layer in found["layers"]] == ["exact", "approximate"]
+    assert [layer["mode"] for layer in found["policy"]["layers"]] == ["exact", "approximate"]
     with pytest.raises(SystemExit):
         cli.main(["inspect", str(folder)])
     assert "CHANGED" in capsys.readouterr().out

@@ -11,10 +11,12 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hyperattention.config import DOMAIN, OP_TYPE, Config
-from hyperattention.errors import EnvironmentFault, UsageError
+from hyperattention.config import OP_TYPE, Config
+from hyperattention.errors import EnvironmentFault
+from hyperattention.export.onnx_graph import hyper_nodes
 from hyperattention.export.plan import ExportPlan
 from hyperattention.validate.configs import configs
+from hyperattention.validate.onnx_file import attribute_value, read_onnx
 
 _MEND = "run `hyperattention doctor`, rebuild the library it names and export again"
 
@@ -38,23 +40,13 @@ def check_graph(model: Path, plan: ExportPlan) -> list[str]:
 
     Raises EnvironmentFault where the count or an attribute differs, UsageError where the file is missing or broken.
     """
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    if not model.is_file():
-        raise UsageError(f"the folder holds no {model.name}; run export-model again")
-    try:
-        graph = onnx.load(str(model), load_external_data=False).graph
-    except DecodeError as error:
-        raise UsageError(f"{model.name} is truncated or no ONNX file ({error}); run export-model again") from error
-    nodes = [node for node in graph.node if node.op_type == OP_TYPE and node.domain == DOMAIN]
+    nodes = hyper_nodes(read_onnx(model))
     planned = configs(plan.planned)
     if len(nodes) != len(planned):
         raise EnvironmentFault(f"{model.name} holds {len(nodes)} {OP_TYPE} nodes, the plan {len(planned)}; export again")
     for node, layer, config in zip(nodes, plan.planned, planned, strict=True):
         known = Config().attributes()
-        given = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.name in known}
-        given = {name: value.decode() if isinstance(value, bytes) else value for name, value in given.items()}
+        given = {a.name: attribute_value(a) for a in node.attribute if a.name in known}
         expected = config.attributes()
         # The scale is stored as float32.
         wrong = {n: (given.get(n, known[n]), v) for n, v in expected.items() if not _same(given.get(n, known[n]), v)}
