@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from typing import Any, Sequence
 
 import torch
 from onnx import ModelProto
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from hyperattention.errors import ExportFailed
 from hyperattention.export.onnx_body import OPSET
@@ -23,20 +25,43 @@ def trace(module: nn.Module, examples: Sequence[Tensor], plan: ExportPlan, name:
     Raises ExportFailed where torch cannot trace or translate it.
     """
     shapes = tuple({i: size for i, size in enumerate(entry.shape) if isinstance(size, str)} or None for entry in plan.inputs)
+    return _to_onnx(plan, name, module.eval(), tuple(examples), dynamic_shapes=shapes)
+
+
+def trace_program(program: ExportedProgram, plan: ExportPlan, name: str) -> ModelProto:
+    """The same for a graph that torch.export made, whose dimensions get the plan's names here."""
+    proto = _to_onnx(plan, name, program)
+    if len(proto.graph.output) != len(plan.outputs) or len(proto.graph.input) != len(plan.inputs):
+        raise ExportFailed(
+            f"the graph of {name} has {len(proto.graph.input)} inputs and {len(proto.graph.output)} outputs for {len(plan.inputs)} and "
+            f"{len(plan.outputs)}: a module that writes to its buffers or its inputs cannot be exported; return what it computes"
+        )
+    names = {}
+    for value, entry in zip(proto.graph.input, plan.inputs, strict=True):
+        for dim, size in zip(value.type.tensor_type.shape.dim, entry.shape, strict=True):
+            if dim.dim_param and isinstance(size, str):
+                names[dim.dim_param] = size
+    for value in [*proto.graph.input, *proto.graph.output, *proto.graph.value_info]:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:  # a symbol, or an expression of several
+                dim.dim_param = re.sub(r"\b[a-z]\d+\b", lambda match: names.get(match[0], match[0]), dim.dim_param)
+    return proto
+
+
+def _to_onnx(plan: ExportPlan, name: str, *args: Any, **options: Any) -> ModelProto:
     try:
         with torch.no_grad(), warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                module.eval(),
-                tuple(examples),
+                *args,
                 dynamo=True,
                 input_names=[entry.name for entry in plan.inputs],
                 output_names=list(plan.outputs),
-                dynamic_shapes=shapes,
                 custom_translation_table=translation_table(),
                 opset_version=OPSET,
                 external_data=False,
                 verbose=False,
+                **options,
             )
     except torch.onnx.errors.OnnxExporterError as error:
         raise ExportFailed(f"torch cannot export {name}: {_cause(error)}") from error

@@ -144,8 +144,13 @@ def open_source(model: str, *, task: str | None = None) -> Source:
     `task` is one of TASKS; by default what the architecture is made for. Raises UsageError for a model that is missing or
     broken or a task it does not have, UnsupportedModel for one that no front end takes.
     """
+    from hyperattention.export.function_call import is_function
     from hyperattention.export.load import inspect_source
 
     if task is not None and task not in TASKS:
         raise UsageError(f"--task is {task!r}; it takes one of {', '.join(TASKS)}")
+    if is_function(model):
+        from hyperattention.export.function import open_function
+
+        return open_function(model, task)
     return inspect_source(Path(model), task)

@@ -1,0 +1,152 @@
+"""torch.export of a user's module: its inputs by position, its outputs as named tensors, and its failures in one paragraph."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+import warnings
+from collections.abc import Mapping
+from contextlib import contextmanager
+from typing import Any, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from hyperattention.errors import ExportFailed, UsageError
+from hyperattention.export.function_call import code_place, one_line
+from hyperattention.export.function_dims import Axes, traced_examples
+
+_GUARD = re.compile(r"^\s*- (.*)$", re.MULTILINE)
+
+
+class _Names:
+    """torch.export puts attributes of a module back as they were; it does not look into this."""
+
+    found: tuple[str, ...] = ()
+
+
+class Flat(nn.Module):
+    """The user's module as a function of tensors by position that returns a tuple of tensors."""
+
+    def __init__(self, module: nn.Module, inputs: tuple[str, ...], by_name: bool) -> None:
+        super().__init__()
+        self.module, self.inputs, self.by_name = module, inputs, by_name
+        self._names = _Names()
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the last run's outputs."""
+        return self._names.found
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        answer = self.module(**dict(zip(self.inputs, tensors, strict=True))) if self.by_name else self.module(*tensors)
+        named = name_outputs(answer, self.inputs)
+        self._names.found = tuple(named)
+        return tuple(named.values())
+
+
+def name_outputs(answer: Any, inputs: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors of a module's answer by name: keys of a dict or fields of a dataclass, output_0 and so on elsewhere.
+
+    None is left out; a name that an input has gets `_out` behind it. Raises UsageError for anything but tensors.
+    """
+    found: dict[str, Tensor] = {}
+    for path, value in _leaves(answer, ()):
+        name = "_".join(map(str, path)) if path and isinstance(path[0], str) else "_".join(map(str, ("output", *(path or (0,)))))
+        if not isinstance(value, Tensor):
+            raise UsageError(f"{name} of the module's outputs is {type(value).__name__} {value!r}; return tensors alone")
+        found[f"{name}_out" if name in inputs else name] = value
+    if not found:
+        raise UsageError("the module returns no tensor; return at least one")
+    return found
+
+
+def _leaves(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    if value is None:
+        return
+    if isinstance(value, Mapping):
+        parts = [(str(key), part) for key, part in value.items()]
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        parts = list(zip(value._fields, value, strict=True))
+    elif isinstance(value, (tuple, list)):
+        parts = list(enumerate(value))
+    else:
+        yield path, value
+        return
+    for key, part in parts:
+        yield from _leaves(part, (*path, key))
+
+
+def export_program(name: str, flat: Flat, examples: dict[str, Tensor], axes: Axes) -> ExportedProgram:
+    """The graph of `flat` by torch.export, its attention calls whole.
+
+    Raises UsageError where the module fails on its own examples, by file and line, and ExportFailed where only torch.export does.
+    """
+    tensors = tuple(traced_examples(examples, axes).values())
+    shapes = tuple({number: axis.spec for number, axis in axes[key].items()} for key in examples)
+    try:
+        with torch.no_grad(), _plain_attention(), _quiet():
+            return torch.export.export(flat, tensors, dynamic_shapes=(shapes,), strict=False)
+    except UsageError:
+        raise
+    except Exception as error:  # torch.export passes on whatever the module and the tracer raise
+        _check_runs(name, flat, tuple(examples.values()))
+        raise ExportFailed(_words(name, error)) from error
+
+
+def _check_runs(name: str, flat: Flat, tensors: tuple[Tensor, ...]) -> None:
+    try:
+        with torch.no_grad():
+            flat(*tensors)
+    except UsageError:
+        raise
+    except Exception as error:  # the user's code may raise anything
+        raise UsageError(f"the module of {name} fails on its example inputs at {code_place(error)}: {one_line(error)}") from error
+
+
+def _words(name: str, error: Exception) -> str:
+    """torch.export's failure in one paragraph."""
+    text = str(error)
+    if "Constraints violated" not in text:
+        text = text.split("The error above occurred")[0]
+        words = " ".join(text.split())[:400]
+        return f"torch.export cannot trace the module of {name} at {code_place(error)}: {type(error).__name__}: {words}"
+    reasons = []
+    for reason in _GUARD.findall(text):
+        fixed = re.search(r"You marked (\w+) as dynamic but your code specialized it to be a constant \((\d+)\)", reason)
+        reasons.append(f"dimension {fixed[1]!r} is fixed to {fixed[2]} by the module's code" if fixed else reason.rstrip("."))
+    suggested = " ".join(text.partition("Suggested fixes:")[2].split("The error above")[0].split())
+    more = f" (and {len(reasons) - 2} more)" if len(reasons) > 2 else ""
+    return (
+        f"the module of {name} does not take the dynamic shapes given: {'; '.join(reasons[:2])}{more}. Give the axis a fixed size, "
+        f"or change the code that fixes it" + (f"; torch.export suggests: {suggested}" if suggested else "")
+    )
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Inside, nn.MultiheadAttention and nn.TransformerEncoderLayer call scaled_dot_product_attention and no fused operator."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export's warnings and log off; what matters of it is raised."""
+    logger = logging.getLogger("torch")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
