@@ -11,41 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
-Run = Callable[[], Tensor]
-Rival = Callable[[Tensor, Tensor, Tensor, bool], Run]
+from hyperattention.validate.bench_rivals import Rival, Run, flash_attention_4, sdpa
 
-
-def sdpa(backend: SDPBackend) -> Rival:
-    """One backend of torch's scaled_dot_product_attention."""
-
-    def prepare(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Run:
-        def run() -> Tensor:
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-
-        return run
-
-    return prepare
-
-
-def flash_attention_4() -> Rival:
-    """FA4, over [batch, sequence, heads, head size]; the copies into that layout are not timed."""
-    from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]
-
-    def prepare(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Run:
-        swapped = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
-
-        def run() -> Tensor:
-            o = flash_attn_func(*swapped, causal=causal)
-            return (o[0] if isinstance(o, tuple) else o).transpose(1, 2)
-
-        return run
-
-    return prepare
+__all__ = ["Rival", "find_rivals"]
 
 
 def released_hyperattention(folder: Path | None) -> Rival:
