@@ -1,0 +1,359 @@
+"""`hyperattention bench`: statistics against NumPy, the rounds, what is listed as left out, the record, the chart, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hyperattention.errors import EnvironmentFault, UsageError
+from hyperattention.validate import bench_attention, bench_rivals, bench_run, cli
+from hyperattention.validate.bench_attention import OURS_EXACT, Inputs, Problem, check_outputs
+from hyperattention.validate.bench_plot import figure
+from hyperattention.validate.bench_record import RECORD, duration, summary
+from hyperattention.validate.bench_statistics import Statistics, add_ratios
+from hyperattention.validate.bench_timing import Settings, measure, measured, stoppable
+
+PNG = b"\x89PNG\r\n\x1a\n"
+TUNED = ["--exact-below", "32", "--block-size", "16", "--num-blocks", "1", "--sample-size", "8", "--local-size", "32", "--sinks", "3"]
+
+
+class FakeRun:
+    """Takes the seconds it is told to, and notes when it was its turn."""
+
+    def __init__(self, name: str, seconds: float, log: list[str], fails_at: int | None = None) -> None:
+        self.name, self.seconds, self.log, self.fails_at, self.output, self.runs = name, seconds, log, fails_at, None, 0
+
+    def time(self) -> float:
+        self.runs += 1
+        self.log.append(self.name)
+        if self.runs == self.fails_at:
+            raise RuntimeError("out of luck")
+        return self.seconds
+
+
+class Fake:
+    """A contender without work; `error` is raised as it prepares."""
+
+    memory = "process"
+
+    def __init__(
+        self, name: str, seconds: float, log: list[str], ours: bool = False, error: Exception | None = None, fails_at: int | None = None
+    ) -> None:
+        self.name = self.title = name
+        self.seconds, self.log, self.ours, self.exact, self.error, self.fails_at = seconds, log, ours, not ours, error, fails_at
+
+    def prepare(self, length: int) -> FakeRun:
+        if self.error:
+            raise self.error
+        return FakeRun(self.name, self.seconds * length, self.log, self.fails_at)
+
+
+def run_all(contenders: list[Fake], lengths: list[int] = [1], stopped: Callable[[], bool] = lambda: False, **settings: Any):
+    return measure(contenders, lengths, Settings(**settings), lambda text: None, stopped)
+
+
+@pytest.mark.parametrize("runs", [1, 2, 9, 10, 11, 99, 100, 357])
+def test_statistics_equal_numpys(runs: int) -> None:
+    times = np.random.default_rng(runs).exponential(size=runs) + 1e-6
+    found = Statistics.of(times.tolist())
+    assert found.runs == runs
+    assert (found.median_s, found.mean_s) == pytest.approx((np.quantile(times, 0.5), np.mean(times)), rel=1e-12)
+    assert (found.min_s, found.max_s) == (min(times), max(times))
+    for value, share, needed in ((found.p10_s, 0.1, 10), (found.p90_s, 0.9, 10), (found.p99_s, 0.99, 100)):
+        assert value == (pytest.approx(np.quantile(times, share), rel=1e-12) if runs >= needed else None)
+
+
+@pytest.mark.parametrize("times", [[], [0.0], [1.0, -1.0], [float("nan")], [float("inf")]], ids=str)
+def test_statistics_refuse_what_is_no_time(times: list[float]) -> None:
+    with pytest.raises(ValueError, match="positive numbers"):
+        Statistics.of(times)
+
+
+def row(contender: str, length: int, median: float) -> dict[str, Any]:
+    return {"contender": contender, "length": length, "median_s": median}
+
+
+def test_ratios_are_against_the_fastest_rival_or_the_one_named() -> None:
+    rows = [row("ours", 8, 2.0), row("a", 8, 3.0), row("b", 8, 5.0), row("ours", 16, 4.0), row("b", 16, 6.0), row("ours", 32, 1.0)]
+    add_ratios(rows, ["a", "b"], None)
+    assert [r["against"] for r in rows if r["contender"] == "ours"] == [{"name": "a", "ratio": 1.5}, {"name": "b", "ratio": 1.5}, None]
+    assert rows[2]["against"] == {"name": "a", "ratio": 0.6}
+    add_ratios(rows, ["a", "b"], "a")
+    assert [r["against"] for r in rows if r["contender"] == "ours"] == [{"name": "a", "ratio": 1.5}, None, None]
+
+
+def test_contenders_run_in_turn_and_each_begins_a_round() -> None:
+    log: list[str] = []
+    found = run_all([Fake(name, 1e-3, log) for name in "abc"], repeats=3)
+    warm_up, rounds = log[:6], log[6:]
+    assert warm_up == ["a", "a", "b", "b", "c", "c"]
+    assert rounds == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
+    assert [(r["contender"], r["runs"]) for r in found.rows] == [("a", 3), ("b", 3), ("c", 3)]
+    assert not found.left_out and not found.interrupted
+
+
+def test_slow_contenders_sit_out_after_their_time_but_run_three_times() -> None:
+    log: list[str] = []
+    found = run_all([Fake("slow", 50.0, log), Fake("middle", 2.0, log), Fake("fast", 1e-3, log)], repeats=9, max_seconds=10)
+    assert {r["contender"]: r["runs"] for r in found.rows} == {"slow": 3, "middle": 5, "fast": 9}
+    assert log[:4] == ["slow", "middle", "fast", "fast"]  # a second warm-up only where the first was short
+
+
+def test_what_raises_is_listed_with_its_reason_and_the_others_go_on() -> None:
+    log: list[str] = []
+    contenders = [
+        Fake("absent", 1e-3, log, error=ImportError("no such package")),
+        Fake("late", 1e-3, log, fails_at=4),
+        Fake("ours", 1e-3, log, ours=True, error=UsageError("head size 7 is not taken")),
+        Fake("good", 1e-3, log),
+    ]
+    found = run_all(contenders, lengths=[1, 2], repeats=5)
+    assert {(r["contender"], r["length"], r["runs"]) for r in found.rows} == {("good", 1, 5), ("good", 2, 5)}
+    reasons = {(left.contender, left.length): left.reason for left in found.left_out}
+    assert set(reasons) == {(name, length) for name in ("absent", "late", "ours") for length in (1, 2)}
+    assert reasons["absent", 1] == "ImportError: no such package"
+    assert reasons["late", 2] == "failed in round 2: RuntimeError: out of luck"
+    assert reasons["ours", 1] == "head size 7 is not taken"
+
+
+def test_a_stop_keeps_what_was_measured() -> None:
+    log: list[str] = []
+    contenders = [Fake("a", 1e-3, log), Fake("b", 1e-3, log)]
+    found = run_all(contenders, lengths=[1, 2, 4], stopped=lambda: len(log) >= 4 + 4 * 2 + 4 + 3, repeats=4)
+    assert found.interrupted
+    assert [(r["length"], r["contender"], r["runs"]) for r in found.rows] == [(1, "a", 4), (1, "b", 4), (2, "a", 1), (2, "b", 2)]
+
+
+def test_the_first_ctrl_c_asks_and_the_second_is_the_usual_one() -> None:
+    usual: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda *_: usual.append(1))
+    try:
+        with stoppable() as stopped:
+            assert not stopped()
+            signal.raise_signal(signal.SIGINT)
+            assert stopped() and not usual
+            signal.raise_signal(signal.SIGINT)
+            assert usual == [1]
+        signal.raise_signal(signal.SIGINT)
+        assert usual == [1, 1]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_peak_memory_of_a_call_is_what_it_held() -> None:
+    size, held = 64 * 2**20, []
+
+    def call() -> None:
+        held.append(bytearray(size))  # zeroed: every page is touched
+        held[0][::4096] = b"x" * len(held[0][::4096])
+        held.clear()
+
+    found = measured("process", call)
+    assert found is not None and 0.95 * size <= found["bytes"] <= 1.5 * size  # the kernel counts pages in batches
+
+
+def problem(**changes: Any) -> Problem:
+    return Problem(**{**dict(batch=1, heads=4, kv_heads=2, head_dim=16, dtype="fp32", causal=True, device="cpu", seed=3), **changes})
+
+
+def test_inputs_are_the_same_for_every_contender_and_follow_the_seed() -> None:
+    first, again, other = (Inputs(problem(seed=seed)).at(37) for seed in (3, 3, 4))
+    assert [tuple(x.shape) for x in first] == [(1, 4, 37, 16), (1, 2, 37, 16), (1, 2, 37, 16)]
+    assert all(torch.equal(a, b) for a, b in zip(first, again)) and not torch.equal(first[0], other[0])
+
+
+@pytest.mark.native
+@pytest.mark.ort
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4], ids="kv heads {}".format)
+def test_exact_contenders_give_exact_attention(causal: bool, kv_heads: int) -> None:
+    """Each contender's own output against softmax written out here, so that no kernel is timed on another problem."""
+    given, length = problem(causal=causal, kv_heads=kv_heads), 53
+    q, k, v = (x.double() for x in Inputs(given).at(length))
+    k, v = (x.repeat_interleave(4 // kv_heads, 1) for x in (k, v))
+    logits = q @ k.transpose(2, 3) / 4.0
+    if causal:
+        logits = logits.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf)
+    wanted = (logits.softmax(-1) @ v).float()
+    for backend in ("library", "ort"):
+        names = bench_attention.rival_names()
+        contenders, missing = bench_attention.contenders(given, {}, backend, names, length, threads=1)
+        tried, refused = [], {left.contender for left in missing}
+        for contender in contenders:
+            try:
+                run = contender.prepare(length)
+            except ValueError:
+                refused.add(contender.name)
+                continue
+            assert run.time() > 0
+            torch.testing.assert_close(run.output, wanted, atol=2e-5, rtol=1e-4, msg=contender.name)
+            tried.append(contender.name)
+        expected = {OURS_EXACT, "sdpa-flash", "sdpa-math", "ort-attention"}
+        expected |= {"ort-gqa"} if causal else set()
+        expected |= {"ort-mha"} if kv_heads == 4 else set()
+        assert set(tried) == expected and refused == {OURS_EXACT, *names} - expected
+
+
+def test_wrong_outputs_are_found() -> None:
+    good = torch.randn(1, 2, 9, 4)
+    outputs = {"ours-blocks": 2 * good, OURS_EXACT: -good, "sdpa-flash": good, "sdpa-math": good + 1e-6, "ort-gqa": good * float("nan")}
+    found = check_outputs(problem())(outputs)
+    assert set(found) == {OURS_EXACT, "ort-gqa"}
+    assert "differs from sdpa-flash's by 2" in found[OURS_EXACT] and found["ort-gqa"] == "its output is not finite"
+
+
+def bench(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
+    """Exit code and the object that --json prints."""
+    code = 0
+    try:
+        cli.main(["bench", *arguments, "--json", "--quiet"])
+    except SystemExit as end:
+        code = int(end.code or 0)
+    return code, json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, dict[str, Any]]]:
+    common = ["--attention", "--device", "cpu", "--heads", "2", "--head-dim", "8", "--threads", "1", "--output", str(tmp_path / "made")]
+    return lambda *arguments: bench([*common, *arguments], capsys)
+
+
+@pytest.mark.native
+@pytest.mark.ort
+def test_the_record_is_whole_and_the_chart_is_a_png(attention, tmp_path: Path) -> None:
+    code, report = attention("--lengths", "150,40", "--repeats", "11", "--preset", "blocks,paper", "--backend", "ort", *TUNED)
+    assert code == 0
+    saved = json.loads((tmp_path / "made" / RECORD).read_text())
+    assert {**saved, "files": [RECORD, "bench.png"]} == report
+    assert (tmp_path / "made" / "bench.png").read_bytes().startswith(PNG)
+    assert report["schema"] == 1 and report["kind"] == "attention" and report["interrupted"] is False
+    assert str(tmp_path) not in json.dumps(saved)
+    keys = "length contender ours exact runs median_s mean_s min_s max_s p10_s p90_s p99_s memory seconds against".split()
+    assert all(set(r) == set(keys) for r in report["rows"])
+    names = {"ours-blocks", "ours-paper", OURS_EXACT, "sdpa-flash", "sdpa-math", "ort-gqa", "ort-mha", "ort-attention"}
+    assert {(r["contender"], r["length"]) for r in report["rows"]} == {(name, n) for name in names for n in (40, 150)}
+    assert {c["name"] for c in report["contenders"]} == names
+    assert {left["contender"] for left in report["left_out"]} == set(bench_attention.rival_names()) - names
+    assert all(left["length"] is None and "cuda" in left["reason"] for left in report["left_out"])
+    for r in report["rows"]:
+        assert r["runs"] == len(r["seconds"]) == 11 and r["p10_s"] <= r["median_s"] <= r["p90_s"] and r["p99_s"] is None
+        rivals = {x["contender"]: x["median_s"] for x in report["rows"] if x["length"] == r["length"] and x["exact"] and not x["ours"]}
+        fastest = min(rivals, key=lambda name: rivals[name])
+        assert r["against"] == {"name": fastest, "ratio": rivals[fastest] / r["median_s"]}
+    assert report["presets"]["paper"]["sinks"] == 3 and report["presets"]["blocks"]["exact_below"] == 32
+
+
+@pytest.mark.native
+@pytest.mark.ort
+def test_axes_are_logarithmic_and_hold_every_contender(attention) -> None:
+    _, report = attention("--lengths", "32,64", "--repeats", "2", "--rivals", "sdpa-math,ort-gqa", "--against", "ort-gqa")
+    assert {r["against"]["name"] for r in report["rows"]} == {"ort-gqa"}
+    (axes,) = figure(report).axes
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    drawn = {line.get_label(): line.get_xydata() for line in axes.lines}
+    assert set(drawn) == {c["title"] for c in report["contenders"]}
+    medians = {(r["contender"], r["length"]): r["median_s"] for r in report["rows"]}
+    for c in report["contenders"]:
+        assert drawn[c["title"]].tolist() == [[n, pytest.approx(1000 * medians[c["name"], n])] for n in (32, 64)]
+    assert "ms" in duration(0.0042) and any(c["title"] in line for line in summary(report) for c in report["contenders"])
+
+
+@pytest.mark.native
+@pytest.mark.ort
+def test_an_op_that_holds_all_logits_is_left_out_where_memory_is_short(attention, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_rivals, "free_bytes", lambda device: 2 * 2 * 4 * 2 * 60**2 - 1)
+    code, report = attention("--lengths", "60,59", "--repeats", "1", "--rivals", "sdpa-math,sdpa-flash,ort-mha")
+    assert code == 0
+    assert {(left["contender"], left["length"]) for left in report["left_out"]} == {("sdpa-math", 60), ("ort-mha", 60)}
+    assert "all logits at once" in report["left_out"][0]["reason"]
+    assert {r["contender"] for r in report["rows"] if r["length"] == 59} == {
+        "ours-blocks",
+        OURS_EXACT,
+        "sdpa-math",
+        "sdpa-flash",
+        "ort-mha",
+    }
+
+
+@pytest.mark.native
+def test_ctrl_c_writes_the_record_and_exits_130(attention, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    original, calls = bench_rivals.sdpa, []
+
+    def prepare(q, k, v, causal):
+        run = original(torch.nn.attention.SDPBackend.MATH)(q, k, v, causal)
+
+        def counted():
+            calls.append(q.shape[2])
+            if len(calls) == 5:  # two warm-ups, then the third round
+                signal.raise_signal(signal.SIGINT)
+            return run()
+
+        return counted
+
+    monkeypatch.setitem(bench_rivals.RIVALS, "sdpa-math", ("math", lambda: prepare, ("cpu",)))
+    code, report = attention("--lengths", "16,32", "--repeats", "6", "--rivals", "sdpa-math")
+    assert code == 130 and report["interrupted"] is True
+    assert json.loads((tmp_path / "made" / RECORD).read_text())["interrupted"] is True
+    assert set(calls) == {16} and [r["runs"] for r in report["rows"] if r["contender"] == "sdpa-math"] == [3]
+
+
+@pytest.mark.native
+def test_ours_that_cannot_run_is_an_environment_fault(attention, tmp_path: Path) -> None:
+    code, report = attention("--lengths", "16", "--repeats", "1", "--rivals", "sdpa-flash", "--dtype", "bf16")
+    assert code == EnvironmentFault.exit_code
+    assert "HyperAttention itself could not be timed" in report["error"] and "hyperattention doctor" in report["error"]
+    assert [r["contender"] for r in report["rows"]] == ["sdpa-flash"]
+    assert (tmp_path / "made" / RECORD).is_file()
+
+
+REFUSED = {
+    "nothing": [],
+    "both": ["OUT", "--attention"],
+    "an option of the other": ["--attention", "--model", "m"],
+    "an option of the op": ["OUT", "--heads", "8"],
+    "an attribute": ["OUT", "--sinks", "8"],
+    "length 0": ["--attention", "--lengths", "0"],
+    "length no number": ["--attention", "--lengths", "4k"],
+    "preset": ["--attention", "--preset", "fast"],
+    "rival": ["--attention", "--rivals", "fa9"],
+    "against": ["--attention", "--lengths", "8", "--against", "fa9"],
+    "against one that cannot run": ["--attention", "--device", "cpu", "--lengths", "8", "--against", "sdpa-cudnn"],
+    "heads": ["--attention", "--heads", "6", "--kv-heads", "4"],
+    "no heads": ["--attention", "--heads", "-1"],
+    "attribute out of range": ["--attention", "--block-size", "15"],
+    "dtype": ["--attention", "--dtype", "fp8"],
+    "device": ["--attention", "--device", "tpu"],
+    "backend": ["--attention", "--backend", "jax"],
+    "tensorrt on the processor": ["--attention", "--device", "cpu", "--backend", "tensorrt"],
+    "repeats": ["--attention", "--repeats", "0"],
+    "threads": ["--attention", "--threads", "-1"],
+    "no folder": ["nowhere"],
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_options_are_refused_before_anything_is_written(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = bench([*REFUSED[name], "--output", str(tmp_path / "made")], capsys)
+    assert code == UsageError.exit_code and len(found["error"]) > 20
+    assert not (tmp_path / "made").exists()
+
+
+def test_an_output_folder_that_cannot_be_made_says_so(tmp_path: Path) -> None:
+    from hyperattention.validate.bench_record import write
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EnvironmentFault, match="--output"):
+        write({"rows": []}, tmp_path / "file" / "folder")
+
+
+def test_lengths_of_an_outcome_are_within_its_range() -> None:
+    assert bench_run.check_lengths((9, 3, 9), 1, 9) == (3, 9)
+    with pytest.raises(UsageError, match="10; it takes 1 to 9"):
+        bench_run.check_lengths((10,), 1, 9)
