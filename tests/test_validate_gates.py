@@ -13,11 +13,11 @@ import validation_bench as vb
 
 from hyperattention.errors import EnvironmentFault, UsageError
 from hyperattention.export import gate_options
+from hyperattention.validate.feeds import feed
 from hyperattention.validate.gates import Limits, evaluate, verdict
-from hyperattention.validate.implementation import check_length, one_ulp, op_cases
+from hyperattention.validate.implementation import check_length, one_ulp_off, op_cases
 from hyperattention.validate.inputs import windows
 from hyperattention.validate.provenance import engine_proof, ort_proof
-from hyperattention.validate.runners import feed
 
 
 @pytest.fixture(scope="module")
@@ -134,20 +134,29 @@ def test_op_cases_cover_padding_chunks_and_the_exact_path() -> None:
     assert 150 < length < vb.LENGTH and length % 16
 
 
+class _Seen:
+    """What a runner's model sees of a table looked up, and of a floating input."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.table = torch.randn(50, 33, dtype=dtype)
+
+    def infer(self, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"rows": torch.nn.functional.embedding(given["ids"], self.table), "value": given["value"] * 1, "ids": given["ids"]}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_one_ulp_moves_every_embedding_to_a_neighbour(dtype: torch.dtype) -> None:
-    model = torch.nn.Module()
-    embedding = torch.nn.Embedding(50, 33).to(dtype)
-    model.get_input_embeddings = lambda: embedding
-    ids = torch.arange(50)
-    with torch.no_grad():
-        plain = embedding(ids)
-        with one_ulp(model, 3):
-            moved, again = embedding(ids), embedding(ids)
-        assert torch.equal(embedding(ids), plain)
-    steps = (moved.double() - plain.double()) / (plain.double().abs() * torch.finfo(dtype).eps)
-    assert bool((moved != plain).all()) and float(steps.abs().max()) <= 1.001 and float(steps.abs().min()) >= 0.49
-    assert not torch.equal(moved, again)  # a second call draws on
+@pytest.mark.parametrize("output", ["rows", "value"])
+def test_one_ulp_moves_every_embedding_and_floating_input_to_a_neighbour(output: str, dtype: torch.dtype) -> None:
+    runner = _Seen(dtype)
+    given = {"ids": torch.arange(50), "value": torch.randn(7, 9, dtype=dtype)}
+    plain = runner.infer(given)
+    moved, again = one_ulp_off(runner, given, 3), one_ulp_off(runner, given, 4)
+    assert torch.equal(moved["ids"], plain["ids"]) and torch.equal(runner.infer(given)[output], plain[output])
+    before = plain[output].double()
+    steps = (moved[output].double() - before) / (before.abs() * torch.finfo(dtype).eps)
+    assert bool((moved[output] != plain[output]).all()) and float(steps.abs().max()) <= 1.001 and float(steps.abs().min()) >= 0.49
+    assert not torch.equal(moved[output], again[output])  # another seed, another draw
+    assert torch.equal(moved[output], one_ulp_off(runner, given, 3)[output])
 
 
 # --- proof of what ran -------------------------------------------------------------------------------------------------

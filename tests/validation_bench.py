@@ -17,13 +17,15 @@ from hyperattention.export.patch import Patched, install
 from hyperattention.export.plan import make_plan
 from hyperattention.reference import attention
 from hyperattention.selection import Geometry, Plan, draw_samples, select_blocks
-from hyperattention.validate.approximation import Bench
+from hyperattention.validate.approximation import every_position
 from hyperattention.validate.describe import plan_summary
+from hyperattention.validate.feeds import TextMaterial
 from hyperattention.validate.gates import Gate, Limits, evaluate
 from hyperattention.validate.inputs import Corpus, load_corpus
+from hyperattention.validate.measure import Extent, measure
 from hyperattention.validate.operators import Operator, one_thread, reference_operator
-from hyperattention.validate.run import Options, measure
 from hyperattention.validate.runners import TorchRunner
+from hyperattention.validate.workbench import Bench
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, TEXT = ROOT / "models" / "byte-lm-4m", ROOT / "tests" / "data" / "heldout.txt"
@@ -128,7 +130,7 @@ def bench(kernels: ReferenceKernels) -> Iterator[tuple[Bench, TorchRunner]]:
     operator = Operator("kernels under test", lambda *problem: kernels.forward(*problem))
     with (
         one_thread(),
-        TorchRunner(patched, None, "exact") as exact,
+        TorchRunner(patched, None, "exact", every_position(patched)) as exact,
         TorchRunner(patched, operator, "under test") as backend,
         TorchRunner(patched, reference_operator(), "reference") as definition,
     ):
@@ -137,9 +139,8 @@ def bench(kernels: ReferenceKernels) -> Iterator[tuple[Bench, TorchRunner]]:
 
 def measured(kernels: ReferenceKernels) -> dict:
     """A report's numbers at one length above exact_below, with what the gates need beside them."""
-    options = Options(folder=Path("out"), model=MODEL, text=TEXT)
     with bench(kernels) as (under_test, definition):
-        report = measure(under_test, definition, corpus(), {LENGTH: 1}, options)
+        report = measure(under_test, definition, TextMaterial(corpus()), Extent({LENGTH: 1}))
     return {**report, "kind": "language", "plan_summary": plan_summary(model().plan), "inputs": corpus().describe()}
 
 

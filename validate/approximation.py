@@ -7,16 +7,14 @@ runs. The second carries the gates; the first shows the selector looking ahead, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from statistics import median
 
 import torch
 from torch import Tensor
 
 from hyperattention.export.patch import Patched
-from hyperattention.export.plan import ExportPlan
-from hyperattention.native import Library
 from hyperattention.validate.compare import (
     TokenMetrics,
     by_position,
@@ -25,40 +23,30 @@ from hyperattention.validate.compare import (
     tensor_error,
     token_metrics,
 )
-from hyperattention.validate.configs import configs
+from hyperattention.validate.feeds import IDS, LENGTHS, Feed, feed
 from hyperattention.validate.inputs import DEPTHS, Corpus, Window, needle, recalled, windows
 from hyperattention.validate.layers import layer_rows
-from hyperattention.validate.operators import Operator
-from hyperattention.validate.runners import ModelRunner, TorchRunner, feed
+from hyperattention.validate.runners import Forward
+from hyperattention.validate.workbench import Bench, check_finite, is_exact, not_finite, time_row, timed
 
 TAIL_BLOCK = 64  # neighbouring tokens of the exact tail that count as one observation
 ALL_BLOCK = 256
 
 
-@dataclass
-class Bench:
-    """The active runners of one validation and the model they share."""
+def every_position(patched: Patched) -> Forward:
+    """Logits [B, S, vocabulary] whatever the task answers, for a `TorchRunner`."""
 
-    patched: Patched
-    plan: ExportPlan
-    exact: TorchRunner
-    backend: ModelRunner
-    backend_exact: ModelRunner | None
-    scorer: TorchRunner  # the plan in PyTorch with the native op, for what a backend that answers the last position cannot say
-    operator: Operator
-    kernels: Library | None  # None: the plan has no layer for them
-    tail: int
-    repeats: int  # timed runs after a first one; 0 = every window's own run is the time
-    step: Callable[[str], None]
+    def forward(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        ids, lengths = given[IDS], given[LENGTHS]
+        full = bool((lengths == ids.shape[1]).all())  # without padding no mask is built
+        return {"logits": patched.forward(ids, None if full else lengths).logits}
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.patched.model.parameters()).device
+    return forward
 
 
-def is_exact(plan: ExportPlan, length: int) -> bool:
-    """Whether no layer of the plan approximates at `length`."""
-    return all(config.is_exact(length, length) for config in configs(plan.approximate))
+def token_feed(bench: Bench, ids: Tensor) -> Feed:
+    """The feed of ids int [1, S], in as many equal rows as the export takes at least."""
+    return feed(ids, rows=bench.plan.batch[0])
 
 
 def prefill_exact_decode(bench: Bench, window: Window) -> Tensor:
@@ -67,7 +55,7 @@ def prefill_exact_decode(bench: Bench, window: Window) -> Tensor:
     split = ids.shape[1] - bench.tail
     with torch.inference_mode():
         if bench.plan.task == "prefill":
-            cache = _cache(bench.backend.infer(feed(window.inputs[:, :split])), bench.device)
+            cache = _cache(bench.backend.infer(token_feed(bench, window.inputs[:, :split])), bench.device)
         else:
             with bench.patched.mode("plan", attention=bench.operator):
                 cache = bench.patched.forward(ids[:, :split], use_cache=True).past_key_values
@@ -81,42 +69,13 @@ def _cache(answer: dict, device: torch.device):
 
     cache = DynamicCache()
     for i in range(sum(name.endswith(".key") for name in answer)):
-        cache.update(answer[f"present.{i}.key"].to(device), answer[f"present.{i}.value"].to(device), i)
+        cache.update(answer[f"present.{i}.key"][:1].to(device), answer[f"present.{i}.value"][:1].to(device), i)
     return cache
 
 
 def prefill_backend(bench: Bench) -> str:
     """Who reads the prompt in the regime prefill, exact decode."""
     return bench.backend.backend if bench.plan.task == "prefill" else f"PyTorch, op by {bench.operator.name}"
-
-
-def timed(runner: ModelRunner, given: dict, repeats: int) -> list[float]:
-    """Seconds of `repeats` further runs, or of the run just done where repeats is 0."""
-    if repeats == 0:
-        return [runner.seconds]
-    seconds = []
-    for _ in range(repeats):
-        runner.infer(given)
-        seconds.append(runner.seconds)
-    return seconds
-
-
-def measure_time(bench: Bench, corpus: Corpus, length: int) -> dict:
-    """Time only, on the text repeated to `length`; for lengths past what the model was trained for."""
-    ids = corpus.ids.repeat(-(-length // len(corpus.ids)))[None, :length]
-    row: dict = {"length": length, "backend": bench.backend.backend, "exact_s": None, "torch_exact_s": None, "time_only": True}
-    for key, runner in (("ours_s", bench.backend), ("exact_s", bench.backend_exact), ("torch_exact_s", bench.exact)):
-        if runner is None:
-            continue
-        bench.step(f"{length:,} tokens, time only: {runner.name}")
-        try:
-            runner.infer(feed(ids))
-            row[key] = median(timed(runner, feed(ids), bench.repeats))
-        except torch.OutOfMemoryError as error:
-            if key != "torch_exact_s":  # PyTorch is the rival here: one that does not fit is left out, and the report shows a dash
-                raise
-            bench.step(f"{length:,} tokens, time only: PyTorch's exact attention does not fit ({str(error).splitlines()[0]})")
-    return {**row, "runs": max(1, bench.repeats)}
 
 
 def measure_length(bench: Bench, corpus: Corpus, length: int, count: int) -> tuple[dict, dict, list]:
@@ -128,29 +87,33 @@ def measure_length(bench: Bench, corpus: Corpus, length: int, count: int) -> tup
     layers: list[dict] = []
     exact_twin: dict | None = None
     exact_seconds = None
+    broken = 0
     chosen = windows(corpus, length, count)
     scorer = bench.backend if bench.plan.task == "logits" else bench.scorer
     for number, window in enumerate(chosen):
-        at = f"{length:,} tokens, window {number + 1} of {len(chosen)}"
+        at, given = f"{length:,} tokens, window {number + 1} of {len(chosen)}", token_feed(bench, window.inputs)
         bench.step(f"{at}: exact attention ({bench.exact.backend})")
         with bench.patched.capture() as captured:
-            exact = bench.exact.infer(feed(window.inputs))["logits"][0]
-        torch_seconds += timed(bench.exact, feed(window.inputs), bench.repeats)
+            answer = bench.exact.infer(given)
+        check_finite(answer, at)
+        exact = answer["logits"][0]
+        torch_seconds += timed(bench.exact, given, bench.repeats)
         if number == 0:
             layers = layer_rows(bench.operator, bench.kernels, list(captured), length, bench.step)
         captured.clear()
         bench.step(f"{at}: ours ({bench.backend.backend})")
-        ours = bench.backend.infer(feed(window.inputs))["logits"][0]
-        seconds += timed(bench.backend, feed(window.inputs), bench.repeats)
+        ours = bench.backend.infer(given)["logits"][0]
+        broken += not_finite({"logits": ours}).get("logits", 0)
+        seconds += timed(bench.backend, given, bench.repeats)
         if scorer is not bench.backend:
             bench.step(f"{at}: all positions ({scorer.backend})")
-            ours = scorer.infer(feed(window.inputs))["logits"][0]
+            ours = scorer.infer(given)["logits"][0]
         everywhere.append(token_metrics(exact, ours, window.targets))
         del ours
         if number == 0 and bench.backend_exact is not None:
             bench.step(f"{at}: exact twin ({bench.backend_exact.backend})")
-            other = bench.backend_exact.infer(feed(window.inputs))["logits"][0]
-            exact_seconds = median(timed(bench.backend_exact, feed(window.inputs), bench.repeats))
+            other = bench.backend_exact.infer(given)["logits"][0]
+            exact_seconds = median(timed(bench.backend_exact, given, bench.repeats))
             exact_twin = asdict(tensor_error(other, exact[-other.shape[0] :]))
         bench.step(f"{at}: prefill, exact decode ({prefill_backend(bench)})")
         tails.append(token_metrics(exact[-bench.tail :], prefill_exact_decode(bench, window), window.targets[-bench.tail :]))
@@ -165,17 +128,9 @@ def measure_length(bench: Bench, corpus: Corpus, length: int, count: int) -> tup
         "prefill_exact_decode": summarise(tails, TAIL_BLOCK),
         "prefill_backend": prefill_backend(bench),
         "exact_twin": exact_twin,
+        "not_finite": {"logits": broken} if broken else {},
     }
-    time = {
-        "length": length,
-        "backend": bench.backend.backend,
-        "ours_s": median(seconds),
-        "exact_s": exact_seconds,
-        "torch_exact_s": median(torch_seconds),
-        "runs": len(seconds),
-        "time_only": False,
-    }
-    return row, time, layers
+    return row, time_row(bench, length, seconds, exact_seconds, torch_seconds), layers
 
 
 def measure_needle(bench: Bench, corpus: Corpus, length: int, seed: int, prompts: int) -> dict:
@@ -186,7 +141,7 @@ def measure_needle(bench: Bench, corpus: Corpus, length: int, seed: int, prompts
         for number in range(prompts):
             window = needle(corpus, length, depth, seed + number)
             bench.step(f"needle at depth {depth}, prompt {number + 1} of {prompts}")
-            given = feed(window.inputs)
+            given = token_feed(bench, window.inputs)
             scores["exact"].append(recalled(bench.exact.infer(given)["logits"][0], window))
             scorer = bench.backend if bench.plan.task == "logits" else bench.scorer
             scores["all_positions"].append(recalled(scorer.infer(given)["logits"][0], window))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -13,12 +13,12 @@ from hyperattention.errors import EnvironmentFault, UsageError
 from hyperattention.export.bundle import DRAFT, MANIFEST, Bundle
 from hyperattention.export.engine_check import check_engine
 from hyperattention.export.onnx_graph import export_onnx
-from hyperattention.export.patch import Patched
 from hyperattention.export.plan import ExportPlan
+from hyperattention.export.source import ReplacedModel
 from hyperattention.library import TRT_LIBRARY
 from hyperattention.validate.provenance import Proof, check_graph
 from hyperattention.validate.runner_trt import TensorRTRunner
-from hyperattention.validate.runners import ModelRunner, OrtRunner, feed
+from hyperattention.validate.runners import ModelRunner, OrtRunner
 
 BACKENDS = ("auto", "ort", "tensorrt")
 
@@ -49,8 +49,9 @@ def check_engines(bundle: Bundle, exact_engine: Path | None) -> list[str]:
 def make_runners(
     bundle: Bundle,
     plan: ExportPlan,
-    patched: Patched,
+    replaced: ReplacedModel,
     kind: str,
+    device: torch.device,
     exact_engine: Path | None,
     threads: int,
     stack: contextlib.ExitStack,
@@ -58,31 +59,30 @@ def make_runners(
 ) -> tuple[ModelRunner, ModelRunner | None]:
     """The backend under test and its exact rival, not yet active."""
     if kind == "tensorrt":
-        planned = len(plan.planned)
         if bundle.engine is None or bundle.trt_library is None:
             raise EnvironmentFault(f"the folder lacks model.engine or {TRT_LIBRARY}; export again on a machine with a GPU")
-        engine = TensorRTRunner(bundle.engine, bundle.trt_library, planned, "TensorRT engine")
+        engine = TensorRTRunner(plan, bundle.engine, bundle.trt_library, "TensorRT engine")
         if exact_engine is None:
             return engine, None
         if not exact_engine.is_file():
             raise UsageError(f"--exact-engine {exact_engine} does not exist; export with --preset exact and give its model.engine")
-        return engine, TensorRTRunner(exact_engine, bundle.trt_library, planned, "TensorRT engine, exact")
+        return engine, TensorRTRunner(plan, exact_engine, bundle.trt_library, "TensorRT engine, exact")
     model = bundle.model_onnx
     if plan.dtype != bundle.plan.dtype:
         step("exporting the fp32 twin")
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hyperattention-twin-")))
-        export_onnx(patched, plan, folder, step)
+        export_onnx(replaced, plan, folder, step)
         model = folder / model.name
-    nodes, device = check_graph(model, plan), next(patched.model.parameters()).device
-    ours = OrtRunner(model, bundle.ort_library, nodes, "ONNX Runtime", threads=threads, device=device)
-    rival = OrtRunner(model, bundle.ort_library, nodes, "ONNX Runtime, exact", exact=True, threads=threads, device=device)
+    nodes = check_graph(model, plan)
+    ours = OrtRunner(plan, model, bundle.ort_library, nodes, "ONNX Runtime", threads=threads, device=device)
+    rival = OrtRunner(plan, model, bundle.ort_library, nodes, "ONNX Runtime, exact", exact=True, threads=threads, device=device)
     return ours, rival if plan.approximate else None
 
 
-def prove_first(runner: ModelRunner, input_ids: torch.Tensor) -> None:
+def prove_first(runner: ModelRunner, given: Mapping[str, torch.Tensor]) -> None:
     """A short run and its proof, before the long ones: the exact body that a missing library leaves needs n x n memory."""
     with runner:
-        runner.infer(feed(input_ids))
+        runner.infer(given)
         runner.prove()
 
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from hyperattention.config import INT32_MAX, Config
+from hyperattention.export.gate_options import LANGUAGE, kind_of
 from hyperattention.export.plan import ExportPlan
 from hyperattention.geometry import Geometry
-from hyperattention.validate.approximation import is_exact
 from hyperattention.validate.configs import configs
-from hyperattention.validate.inputs import Corpus
 
 # Whose rows take part in the choice of a row's keys.
 _LOOK_AHEAD = {"blocks": "of its query block", "sortlsh": "of its node of the tree, which are up to half of the sequence"}
 
 
 def _look_ahead(config: Config, length: int) -> int:
-    """How many later rows may take part in the choice of a row's keys (rules 22 and 29)."""
+    """How many later rows may take part in the choice of a row's keys (rules 22 and 29); a row that sees them anyway has none."""
+    if not config.causal:
+        return 0
     if config.selector == "blocks":
         return config.block_size - 1
-    if not config.causal:
-        return length - 1
     levels = Geometry(config, 1, 1, 1, length, length, 1, 1).levels
     return (config.local_size << (levels - 1)) - 1 if levels else 0
 
@@ -38,18 +37,26 @@ def plan_summary(plan: ExportPlan) -> dict:
     }
 
 
-def plan_notes(plan: ExportPlan, corpus: Corpus, lengths: tuple[int, ...]) -> list[str]:
-    """What must be said beside the numbers: odd inputs, exact lengths, look-ahead."""
-    notes = [corpus.note] if corpus.note else []
-    below = [n for n in lengths if is_exact(plan, n)]
-    if below and plan.approximate:
-        notes.append(
-            f"At {', '.join(f'{n:,}' for n in below)} tokens the op takes its exact path (exact_below): those rows are exact attention."
-        )
-    if plan.approximate:
+def plan_notes(plan: ExportPlan, note: str) -> list[str]:
+    """What must be said beside the numbers: odd inputs, look-ahead."""
+    notes = [note] if note else []
+    if plan.approximate and kind_of(plan.task) == LANGUAGE:
         notes.append(
             f"Look-ahead: the keys that a row meets are chosen for all rows {_LOOK_AHEAD[configs(plan.approximate)[0].selector]}, so later "
             f"rows take part in the choice, through Q only. All-position numbers can profit from it; in the regime of the gates the judged "
             f"rows attend exactly."
         )
+    return notes
+
+
+def result_notes(plan: ExportPlan, measured: dict) -> list[str]:
+    """What the numbers themselves ask to be said: lengths that are exact, outputs that are no numbers."""
+    rows, notes = measured["approximation"], []
+    below = [row["length"] for row in rows if row["exact"]]
+    if below and plan.approximate:
+        lengths = ", ".join(f"{n:,}" for n in below)
+        notes.append(f"At {lengths} tokens the op takes its exact path (exact_below): those rows are exact attention.")
+    for row in rows:
+        for name, count in row["not_finite"].items():
+            notes.append(f"Output {name} holds {count} NaN or infinite numbers at {row['length']:,} tokens; exact attention's holds none.")
     return notes

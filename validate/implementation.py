@@ -1,32 +1,33 @@
 """Does the backend compute the operator? Its error apart from the approximation's, judged against plain low precision.
 
 Per op: native kernels on Q, K, V captured from the model, under the reference's plan, against float64; allowed is twice
-the error of plain PyTorch in the same precision. Whole model: backend against the reference; allowed is twice what one
-ulp on the embeddings does to the reference, because rounding in one layer moves the choices of the next.
+the error of plain PyTorch in the same precision. Whole model: backend against the reference, every output; allowed is twice what one
+ulp on the embeddings and floating inputs does to the reference, because rounding in one layer moves the choices of the next.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 
 import torch
 from polygraphy.comparator import Comparator
 from polygraphy.comparator.struct import IterationResult, RunResults
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyperattention import reference
 from hyperattention.config import Config
 from hyperattention.export.plan import ExportPlan
 from hyperattention.native import Library
 from hyperattention.selection import Geometry, Plan, make_plan
-from hyperattention.validate.compare import compare_functions, tensor_error
+from hyperattention.validate.compare import TensorError, compare_functions, tensor_error
 from hyperattention.validate.configs import configs
+from hyperattention.validate.feeds import Feed, is_padded, shortened
 from hyperattention.validate.operators import one_thread
-from hyperattention.validate.runners import ModelRunner, feed
+from hyperattention.validate.runners import ModelRunner
 
 ROWS = 2048  # queries compared in a layer that is not the first
 POISON = float("nan")  # keys and values past the length: they must reach no row
@@ -144,50 +145,83 @@ def _plan_differences(plan: Plan, kernels: Library, problem: tuple, case: OpCase
     return found + int((index != plan.sample_index).sum()) + int((weight != plan.sample_weight).sum())
 
 
-@contextlib.contextmanager
-def one_ulp(model: torch.nn.Module, seed: int) -> Iterator[None]:
-    """Moves every number that leaves the embedding to one of its two neighbours, at random from `seed`."""
-    generator = torch.Generator().manual_seed(seed)
+class _Embeddings(TorchDispatchMode):
+    """Inside, every row that is looked up in an embedding table is moved by `move`, in modules and in exported graphs alike."""
 
-    def hook(_module, _inputs, output: Tensor) -> Tensor:
-        value = output.detach().cpu()
-        up = torch.randint(0, 2, value.shape, generator=generator).bool()
-        towards = torch.where(up, torch.full_like(value, torch.inf), torch.full_like(value, -torch.inf))
-        return _next_after(value, towards).to(output.device)
+    def __init__(self, move: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.move = move
 
-    handle = model.get_input_embeddings().register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return self.move(out) if func is torch.ops.aten.embedding.default else out
+
+
+class Ulp:
+    """Moves numbers to one of their two neighbours, at random from `seed`."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, value: Tensor) -> Tensor:
+        plain = value.detach().cpu()
+        up = torch.randint(0, 2, plain.shape, generator=self.generator).bool()
+        towards = torch.where(up, torch.full_like(plain, torch.inf), torch.full_like(plain, -torch.inf))
+        return _next_after(plain, towards).to(value.device)
+
+
+def one_ulp_off(runner: ModelRunner, given: Feed, seed: int) -> Mapping[str, Tensor]:
+    """The answer of a PyTorch runner whose floating inputs and whose embeddings are each one ulp off."""
+    ulp = Ulp(seed)
+    moved = OrderedDict((name, ulp(value) if value.is_floating_point() else value) for name, value in given.items())
+    with _Embeddings(ulp):
+        return runner.infer(moved)
 
 
 def check_model(
-    backend: ModelRunner, definition: ModelRunner, model: torch.nn.Module, input_ids: Tensor, seed: int, step: Callable[[str], None]
+    backend: ModelRunner, definition: ModelRunner, given: Feed, length: int, seed: int, step: Callable[[str], None]
 ) -> list[dict]:
-    """The whole-model table: the window as it is, and padded behind three quarters. Runners must be active.
+    """The whole-model table: `given` as it is, and padded behind three quarters where the model takes lengths. Runners must be active.
 
-    Compares what the backend answers (all positions, or the last valid one) with the same rows of the reference.
+    One row for each case and floating output: what the backend answers against the same rows of the reference. The keys and values of a
+    prefill are left to the regime that decodes over them.
     """
-    length = input_ids.shape[1]
-    rows, noise = [], 0.0
-    for kind, valid in (("whole window", length), ("padded", length - length // 4 - 3)):
-        given = feed(input_ids, torch.tensor([valid], dtype=torch.int32))
+    valid = length - length // 4 - 3
+    cases = [("whole window", length, given)]
+    if is_padded(backend.plan) and valid > 0:
+        cases.append(("padded", valid, shortened(given, valid)))
+    rows: list[dict] = []
+    noise: dict[str, float] = {}
+    for kind, valid, problem in cases:
         step(f"whole model, {kind}: {backend.name}")
-        ours = backend.infer(given)["logits"][0]
+        ours = backend.infer(problem)
         step(f"whole model, {kind}: reference")
-        other = definition.infer(given)["logits"][0, :valid]
-        last = slice(-1, None) if ours.shape[0] == 1 else slice(None)
-        if not rows:
-            step("whole model: reference with embeddings one ulp off")
-            with one_ulp(model, seed):
-                shifted = definition.infer(given)["logits"][0, :valid]
-            noise = tensor_error(shifted[last], other[last]).relative_l2
-        ours, other = ours[: other[last].shape[0]], other[last]
-        found = tensor_error(ours, other)
-        rows.append({"case": kind, **asdict(found), "noise": noise, "ratio": _ratio(found.relative_l2, noise)})
-        rows[-1]["polygraphy"] = _polygraphy(backend.name, ours, other, noise)
+        other = definition.infer(problem)
+        if not noise:
+            step("whole model: reference with its inputs one ulp off")
+            shifted = one_ulp_off(definition, problem, seed)
+            names = [name for name, value in other.items() if value.is_floating_point() and not name.startswith("present.")]
+            noise = {name: tensor_error(shifted[name], other[name]).relative_l2 for name in names}
+        for name in noise:
+            pair = _valid(ours[name], length, valid), _valid(other[name], length, valid)
+            found = tensor_error(*pair)
+            case = kind if len(noise) == 1 else f"{kind}, {name}"
+            row = {"case": case, "output": name, **asdict(found), "noise": noise[name], "ratio": _ratio(found.relative_l2, noise[name])}
+            rows.append({**row, "polygraphy": _polygraphy(backend.name, *pair, noise[name])})
     return rows
+
+
+def broken_output(name: str, count: int, at: str) -> dict:
+    """A row of the whole-model table for an output that is no number somewhere: it passes no gate, and names itself."""
+    nan = math.nan
+    said = f"{at}: {count} NaN or infinite numbers in output {name}"
+    return {"case": said, "output": name, **asdict(TensorError(nan, nan, nan, nan)), "noise": nan, "ratio": nan, "polygraphy": False}
+
+
+def _valid(value: Tensor, length: int, valid: int) -> Tensor:
+    """The rows before the padding: of the first axis behind the batch that is as long as the input, if there is one."""
+    axis = next((axis for axis in range(1, value.dim()) if value.shape[axis] == length), None)
+    return value if axis is None or valid == length else value.narrow(axis, 0, valid)
 
 
 def _ratio(found: float, noise: float) -> float:
@@ -201,7 +235,7 @@ def _polygraphy(name: str, ours: Tensor, other: Tensor, noise: float) -> bool:
     from polygraphy.logger import G_LOGGER
 
     def result(runner: str, value: Tensor) -> tuple:
-        return runner, [IterationResult(OrderedDict(logits=value.float().cpu()), runner_name=runner)]
+        return runner, [IterationResult(OrderedDict(output=value.float().cpu()), runner_name=runner)]
 
     results = RunResults()
     results.extend([result(name, ours), result("reference", other)])

@@ -12,25 +12,24 @@ from pathlib import Path
 from hyperattention.config import INT32_MAX
 from hyperattention.errors import UsageError
 from hyperattention.export.bundle import REPORT, Bundle
-from hyperattention.export.gate_options import kind_of
-from hyperattention.export.plan import DEVICES, ExportPlan, choice
+from hyperattention.export.gate_options import LANGUAGE, kind_of
+from hyperattention.export.plan import DEVICES, choice
 from hyperattention.export.source import Source, open_source
 from hyperattention.validate import environment
-from hyperattention.validate.approximation import Bench, is_exact, measure_length, measure_needle, measure_time, needle_steps
+from hyperattention.validate.approximation import every_position
 from hyperattention.validate.backends import BACKENDS, check_engines, choose, make_runners, prove, prove_first
-from hyperattention.validate.describe import plan_notes, plan_summary
+from hyperattention.validate.describe import plan_notes, plan_summary, result_notes
 from hyperattention.validate.gates import Limits, judge
-from hyperattention.validate.implementation import check_length, check_model, check_op, op_cases, seeds_spread
-from hyperattention.validate.inputs import Corpus, load_corpus, windows
+from hyperattention.validate.material import LENGTHS, check_lengths, choose_material
+from hyperattention.validate.measure import EXTRA_SEEDS, Extent, measure, steps_of
 from hyperattention.validate.operators import native_library, native_operator, reference_operator
 from hyperattention.validate.report import SCHEMA
-from hyperattention.validate.runners import TorchRunner, feed
+from hyperattention.validate.runners import TorchRunner
+from hyperattention.validate.signature import length_range
+from hyperattention.validate.workbench import Bench
 
-LENGTHS = (8192, 16384, 32768)
 WINDOWS = (4, 2, 1)
 TAIL = 512
-EXTRA_SEEDS = 4
-NEEDLE_PROMPTS = 4
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,9 @@ class Options:
     """What to measure; paths are read, never written into the report."""
 
     folder: Path
-    model: Path
+    model: str | Path
     text: Path | None = None
+    inputs: Path | None = None
     lengths: tuple[int, ...] = ()
     windows: tuple[int, ...] = ()
     time_lengths: tuple[int, ...] = ()
@@ -83,10 +83,11 @@ def validate(options: Options, step: Callable[[str], None]) -> dict:
         plan = replace(plan, dtype="fp32")
     source = open_source(str(options.model), task=plan.task)
     check_model_fits(bundle, source)
-    lengths, counts = _lengths(plan, options, source.max_positions)
-    corpus = load_corpus(options.text, plan.input_ids, options.model, source.vocab_size, options.seed, max(lengths))
-    notes += plan_notes(plan, corpus, lengths)
-    beyond = [n for n in options.time_lengths if source.max_positions and n > source.max_positions]
+    material, lengths = choose_material(source, plan, options.text, options.inputs, options.lengths, options.seed)
+    extent = _extent(options, lengths)
+    check_lengths(plan, extent.time_lengths)
+    notes += plan_notes(plan, material.note)
+    beyond = [n for n in extent.time_lengths if source.max_positions and n > source.max_positions]
     if beyond:
         notes.append(f"Past {source.max_positions:,} tokens, which the model was trained for, only the time was measured.")
     busy = environment.busy_note()
@@ -94,21 +95,26 @@ def validate(options: Options, step: Callable[[str], None]) -> dict:
     step("loading the model")
     patched = source.load(plan, device)
     with contextlib.ExitStack() as stack:
-        backend, backend_exact = make_runners(bundle, plan, patched, backend_kind, options.exact_engine, options.threads, stack, step)
+        backend, backend_exact = make_runners(
+            bundle, plan, patched, backend_kind, device, options.exact_engine, options.threads, stack, step
+        )
         step("proving that the library runs")
-        prove_first(backend, corpus.ids[None, : max(plan.seq[0], min(64, plan.seq[2]))])
+        low, high = length_range(plan)
+        prove_first(backend, material.stretched(plan, max(low, min(64, high))))
         kernels = native_library(bundle, device) if plan.planned else None
         operator = native_operator(kernels) if kernels else reference_operator()
-        exact = stack.enter_context(TorchRunner(patched, None, "torch exact"))
-        definition = stack.enter_context(TorchRunner(patched, reference_operator(), "torch reference"))
-        scorer = stack.enter_context(TorchRunner(patched, operator, "torch native"))
+        # A language model is scored at every position, also where its graph answers the last one alone.
+        forward = every_position(patched) if kind_of(plan.task) == LANGUAGE else None
+        exact = stack.enter_context(TorchRunner(patched, None, "torch exact", forward, device))
+        definition = stack.enter_context(TorchRunner(patched, reference_operator(), "torch reference", device=device))
+        scorer = stack.enter_context(TorchRunner(patched, operator, "torch native", forward, device))
         stack.enter_context(backend)
         if backend_exact is not None:
             stack.enter_context(backend_exact)
         repeats = 5 if device.type == "cuda" else 0
-        tail = min(options.tail, min(lengths) // 2)
+        tail = min(options.tail, min(lengths) // 2) if forward else 0
         bench = Bench(patched, plan, exact, backend, backend_exact, scorer, operator, kernels, tail, repeats, step)
-        measured = measure(bench, definition, corpus, dict(zip(lengths, counts, strict=True)), options)
+        measured = measure(bench, definition, material, extent)
         step("proving what ran in all of it")
         proofs = prove([backend, *([backend_exact] if backend_exact else [])])
     report = {
@@ -117,7 +123,7 @@ def validate(options: Options, step: Callable[[str], None]) -> dict:
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - started, 1),
         "model": {
-            "name": options.model.resolve().name,
+            "name": source.name,
             "architecture": source.architecture,
             "parameters": source.num_parameters,
             "layers": len(source.layers),
@@ -126,12 +132,18 @@ def validate(options: Options, step: Callable[[str], None]) -> dict:
         "plan": plan.to_json(),
         "target_dtype": bundle.plan.dtype,
         "plan_summary": plan_summary(plan),
-        "inputs": {**corpus.describe(), "seed": options.seed, "lengths": list(lengths), "windows": list(counts), "tail": tail},
+        "inputs": {
+            **material.describe(),
+            "seed": options.seed,
+            "lengths": list(extent.windows),
+            "windows": list(extent.windows.values()),
+            "tail": tail,
+        },
         "backend": backend.backend,
         "provenance": [proof.to_json() for proof in proofs],
         **measured,
         "environment": environment.describe(device, [p for p in (bundle.ort_library, bundle.trt_library) if p is not None]),
-        "notes": notes,
+        "notes": notes + result_notes(plan, measured),
     }
     return judge(report, options.limits)
 
@@ -160,74 +172,14 @@ def check_model_fits(bundle: Bundle, source: Source) -> None:
             )
 
 
-def measure(bench: Bench, definition: TorchRunner, corpus: Corpus, lengths: dict[int, int], options: Options) -> dict:
-    """Everything that is measured on active runners, for report.json; `lengths` maps each length to its number of windows."""
-    report: dict = {"implementation": _implementation(bench, definition, corpus, tuple(lengths), options)}
-    report |= {"approximation": [], "time": [], "layers": [], "baseline": [], "hard_inputs": []}
-    for length, count in lengths.items():
-        row, seconds, table = measure_length(bench, corpus, length, count)
-        report["approximation"].append(row)
-        report["time"].append(seconds)
-        report["layers"] += table
-    report["time"] += [measure_time(bench, corpus, length) for length in options.time_lengths]
-    report["needle"] = _needle(bench, corpus, max(lengths), options)
-    return report
+def _extent(options: Options, lengths: tuple[int, ...]) -> Extent:
+    """The lengths in ascending order, each with its number of windows."""
+    counts = options.windows or WINDOWS
+    each = counts * len(lengths) if len(counts) == 1 else tuple(counts[min(i, len(counts) - 1)] for i in range(len(lengths)))
+    windows = dict(sorted(zip(lengths, each, strict=True)))
+    return Extent(windows, options.time_lengths, options.needle, options.seed)
 
 
 def count_steps(options: Options) -> int:
     """About how many steps `validate` reports, for the progress bar."""
-    lengths = options.lengths or LENGTHS
-    counts = _counts(options, len(lengths))
-    return 16 + sum(4 * n + 4 for n in counts) + 3 * len(options.time_lengths) + (needle_steps(1) if options.needle else 0)
-
-
-def _counts(options: Options, lengths: int) -> tuple[int, ...]:
-    counts = options.windows or WINDOWS
-    return counts * lengths if len(counts) == 1 else tuple(counts[min(i, len(counts) - 1)] for i in range(lengths))
-
-
-def _lengths(plan: ExportPlan, options: Options, max_positions: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Lengths, ascending, within the exported range, and the windows of each."""
-    low, _, high = plan.seq
-    lengths = options.lengths
-    if not lengths:
-        top = min(high, max_positions or high)
-        lengths = tuple(n for n in LENGTHS if low <= n <= top) or (top,)
-    outside = [n for n in (*lengths, *options.time_lengths) if not low <= n <= high]
-    if outside:
-        raise UsageError(f"length {outside[0]} was not exported; the folder takes {low} to {high} (--min-seq, --max-seq of the export)")
-    counts = _counts(options, len(lengths))
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    return tuple(lengths[i] for i in order), tuple(counts[i] for i in order)
-
-
-def _implementation(bench: Bench, definition: TorchRunner, corpus: Corpus, lengths: tuple[int, ...], options: Options) -> dict:
-    """Both halves, a little above exact_below (at the shortest length where nothing approximates)."""
-    length = check_length(bench.plan, next((n for n in lengths if not is_exact(bench.plan, n)), lengths[0]))
-    window = windows(corpus, length, 1)[0]
-    bench.step(f"{length:,} tokens: Q, K, V of every layer")
-    with bench.patched.capture() as captured:
-        bench.exact.infer(feed(window.inputs))
-    rows, spread = [], []
-    if captured and bench.kernels is not None:
-        wanted = {layer.index for layer in bench.plan.approximate} or {captured[0].layer}
-        chosen = [c for c in captured if c.layer in wanted]
-        for case in op_cases(chosen):
-            bench.step(f"op against float64: {case}")
-            rows.append(check_op(case, bench.kernels))
-        bench.step("the layers under other seeds")
-        spread = seeds_spread(chosen, bench.kernels, tuple(options.seed + 1 + i for i in range(EXTRA_SEEDS)))
-        del chosen
-    del captured
-    model = check_model(bench.backend, definition, bench.patched.model, window.inputs, options.seed, bench.step)
-    return {"length": length, "per_op": rows, "seeds": spread, "whole_model": model}
-
-
-def _needle(bench: Bench, corpus: Corpus, length: int, options: Options) -> dict | None:
-    cuda = bench.device.type == "cuda"
-    wanted = options.needle if options.needle is not None else cuda and corpus.tokens == "bytes"
-    if not wanted:
-        return None
-    if corpus.tokens != "bytes":
-        raise UsageError("--needle plants a prompt of bytes; it needs a model with --input-ids bytes")
-    return measure_needle(bench, corpus, length, options.seed, NEEDLE_PROMPTS if cuda else 1)
+    return steps_of(_extent(options, options.lengths or LENGTHS))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from hyperattention.errors import EnvironmentFault
+from hyperattention.export.plan import ExportPlan
 from hyperattention.validate.provenance import Proof, engine_proof
 from hyperattention.validate.runners import ModelRunner
 
@@ -20,9 +22,9 @@ class TensorRTRunner(ModelRunner):
     Raises EnvironmentFault on activation where TensorRT, the device, the plugin library or the engine cannot be used.
     """
 
-    def __init__(self, engine: Path, library: Path, planned: int, name: str) -> None:
-        super().__init__(name=name)
-        self.path, self.library, self.planned = engine, library, planned
+    def __init__(self, plan: ExportPlan, engine: Path, library: Path, name: str) -> None:
+        super().__init__(plan, name)
+        self.path, self.library, self.planned = engine, library, len(plan.planned)
         self.backend = "TensorRT"
 
     def activate_impl(self) -> None:
@@ -43,7 +45,7 @@ class TensorRTRunner(ModelRunner):
         self.buffers: dict[str, Tensor] = {}
         self.runs = 0
 
-    def infer_impl(self, feed_dict: dict) -> OrderedDict:
+    def infer_impl(self, feed_dict: Mapping[str, Tensor]) -> OrderedDict:
         held = {n: feed_dict[n].to("cuda", self.dtypes[n]).contiguous() for n in self.inputs}
         for name, value in held.items():
             if not self.context.set_input_shape(name, tuple(value.shape)):
@@ -63,7 +65,7 @@ class TensorRTRunner(ModelRunner):
         self.stream.synchronize()
         self.inference_time = time.perf_counter() - start
         self.runs += 1
-        return OrderedDict((name, self.buffers[name].clone()) for name in self.outputs)
+        return self._by_plan({name: self.buffers[name].clone() for name in self.outputs})
 
     def prove(self) -> Proof:
         from hyperattention.export.engine import layer_names

@@ -29,10 +29,11 @@ from hyperattention.export.onnx_graph import MODEL, export_onnx
 from hyperattention.export.patch import install
 from hyperattention.export.plan import make_plan
 from hyperattention.library import load_cuda, ort_library_path
+from hyperattention.validate.feeds import feed
 from hyperattention.validate.operators import native_operator
 from hyperattention.validate.ort_session import bind, open_session, run_bound
 from hyperattention.validate.provenance import check_graph
-from hyperattention.validate.runners import OrtRunner, TorchRunner, feed
+from hyperattention.validate.runners import OrtRunner, TorchRunner
 
 pytestmark = [pytest.mark.gpu, pytest.mark.ort, pytest.mark.usefixtures("one_thread")]
 ort = pytest.importorskip("onnxruntime")
@@ -189,14 +190,14 @@ def test_a_full_arena_is_an_error() -> None:
 def test_model(dtype: str, tmp_path: Path) -> None:
     """Most logits are PyTorch's with the same kernels (rounding elsewhere moves a choice here and there), and both nodes ran on CUDA."""
     source = inspect_source(tiny.save(tmp_path / "model"))
-    plan = make_plan(source, layers="0", attributes={**tiny.SMALL}, dtype=dtype, seq=(1, 150, 512))
+    plan = make_plan(source, layers="0", attributes={**tiny.SMALL}, dtype=dtype, seq=(1, 150, 512), batch=(1, 2, 2))
     patched = install(load_model(source, DTYPES[dtype], DEVICE), plan)
     (tmp_path / "out").mkdir()
     export_onnx(patched, plan, tmp_path / "out", lambda text: None)
     nodes = check_graph(tmp_path / "out" / MODEL, plan)
     given = feed(tiny.token_ids(2, 150), torch.tensor([150, 131]))
     try:
-        with OrtRunner(tmp_path / "out" / MODEL, ort_library_path(), nodes, "ours", device=DEVICE) as ours:
+        with OrtRunner(plan, tmp_path / "out" / MODEL, ort_library_path(), nodes, "ours", device=DEVICE) as ours:
             found = ours.infer(given)["logits"]
             proof = ours.prove()
     except EnvironmentFault as error:

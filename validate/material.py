@@ -1,0 +1,62 @@
+"""Chooses what a model reads while it is measured, and at which lengths: text, arrays, the function's own examples, or random inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hyperattention.errors import UsageError
+from hyperattention.export.gate_options import LANGUAGE, kind_of
+from hyperattention.export.plan import ExportPlan
+from hyperattention.export.source import Source
+from hyperattention.validate.arrays import load_arrays, load_examples
+from hyperattention.validate.feeds import IDS, Material, RandomMaterial, TextMaterial
+from hyperattention.validate.inputs import load_corpus
+from hyperattention.validate.signature import length_range
+
+LENGTHS = (8192, 16384, 32768)
+
+
+def choose_material(
+    source: Source, plan: ExportPlan, text: Path | None, inputs: Path | None, lengths: Sequence[int], seed: int
+) -> tuple[Material, tuple[int, ...]]:
+    """What the model reads and the lengths to measure, in the given order; `lengths` empty: as many as the export and the model hold.
+
+    Raises UsageError for a text or arrays that the model does not read, that are broken or too short, and for a length that was not
+    exported.
+    """
+    reads_text = IDS in (entry.name for entry in plan.inputs) and source.kind in ("language", "encoder")
+    low, high = length_range(plan)
+    top = min(high, source.max_positions or high) if reads_text else high
+    if inputs is not None:
+        if kind_of(plan.task) == LANGUAGE:
+            raise UsageError(f"--inputs is for --task features and for functions; a language model ({plan.task}) is judged on --text FILE")
+        if text is not None:
+            raise UsageError("--text and --inputs are given together; give the one that holds what the model reads")
+        arrays = load_arrays(inputs, plan, source.vocab_size if reads_text else 0)
+        return arrays, check_lengths(plan, lengths or default_lengths(low, min(top, max(low, arrays.longest or top))))
+    if reads_text:
+        chosen = check_lengths(plan, lengths or default_lengths(low, top, several=kind_of(plan.task) != LANGUAGE))
+        return TextMaterial(load_corpus(text, plan.input_ids, Path(source.model), source.vocab_size, seed, max(chosen))), chosen
+    if text is not None:
+        names = ", ".join(entry.name for entry in plan.inputs)
+        raise UsageError(f"--text is for models that read text; {source.name} reads {names}: give real ones with --inputs FILE.npz")
+    examples = getattr(source, "examples", None)
+    material = load_examples(plan, examples, f"example inputs of {source.name}") if examples else RandomMaterial(seed, source.vocab_size)
+    return material, check_lengths(plan, lengths or default_lengths(low, top))
+
+
+def check_lengths(plan: ExportPlan, lengths: Sequence[int]) -> tuple[int, ...]:
+    """The lengths. Raises UsageError for one that was not exported."""
+    low, high = length_range(plan)
+    for length in lengths:
+        if not low <= length <= high:
+            allowed = f"{low} alone" if low == high else f"{low} to {high} (--min-seq, --max-seq of the export)"
+            raise UsageError(f"length {length} was not exported; the folder takes {allowed}")
+    return tuple(lengths)
+
+
+def default_lengths(low: int, top: int, several: bool = True) -> tuple[int, ...]:
+    """The usual lengths within the range; else its end, with `several` also a quarter and a half of it."""
+    found = tuple(n for n in LENGTHS if low <= n <= top)
+    return found or tuple(sorted({max(low, top // part) for part in ((4, 2, 1) if several else (1,))}))

@@ -1,0 +1,102 @@
+"""Everything that is measured on active runners: the implementation first, then every length, then what only some models have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hyperattention.errors import UsageError
+from hyperattention.export.gate_options import LANGUAGE, kind_of
+from hyperattention.validate.approximation import measure_length, measure_needle, needle_steps
+from hyperattention.validate.features import measure_features
+from hyperattention.validate.feeds import Material, TextMaterial
+from hyperattention.validate.implementation import broken_output, check_length, check_model, check_op, op_cases, seeds_spread
+from hyperattention.validate.runners import TorchRunner
+from hyperattention.validate.signature import length_range
+from hyperattention.validate.workbench import Bench, is_exact, measure_time
+
+EXTRA_SEEDS = 4
+NEEDLE_PROMPTS = 4
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured: feeds of each length, further lengths to time, the needle (None: where a GPU makes it cheap), the seed."""
+
+    windows: Mapping[int, int]
+    time_lengths: tuple[int, ...] = ()
+    needle: bool | None = None
+    seed: int = 0
+
+
+def measure(bench: Bench, definition: TorchRunner, material: Material, extent: Extent) -> dict:
+    """The parts of report.json that are numbers. `definition` runs the plan by the reference; all runners are active.
+
+    Raises UsageError where the model's own exact attention answers no numbers.
+    """
+    lengths = tuple(extent.windows)
+    report: dict = {"implementation": _implementation(bench, definition, material, lengths, extent.seed)}
+    report |= {"approximation": [], "time": [], "layers": [], "baseline": [], "hard_inputs": []}
+    for length, count in extent.windows.items():
+        row, seconds, table = _at_length(bench, material, length, count)
+        report["approximation"].append(row)
+        report["time"].append(seconds)
+        report["layers"] += table
+        broken = [broken_output(name, number, f"{length:,} tokens") for name, number in row["not_finite"].items()]
+        report["implementation"]["whole_model"] += broken
+    report["time"] += [measure_time(bench, material.stretched(bench.plan, length), length) for length in extent.time_lengths]
+    report["needle"] = _needle(bench, material, max(lengths), extent)
+    return report
+
+
+def steps_of(extent: Extent) -> int:
+    """About how many steps `measure` reports, for the progress bar."""
+    windows = extent.windows.values()
+    return 16 + sum(4 * n + 4 for n in windows) + 3 * len(extent.time_lengths) + (needle_steps(1) if extent.needle else 0)
+
+
+def _at_length(bench: Bench, material: Material, length: int, count: int) -> tuple[dict, dict, list[dict]]:
+    if kind_of(bench.plan.task) == LANGUAGE:
+        assert isinstance(material, TextMaterial)
+        return measure_length(bench, material.corpus, length, count)
+    return measure_features(bench, material, length, count)
+
+
+def _implementation(bench: Bench, definition: TorchRunner, material: Material, lengths: tuple[int, ...], seed: int) -> dict:
+    """Both halves, a little above exact_below (at the shortest length where nothing approximates)."""
+    low, high = length_range(bench.plan)
+    shortest = next((n for n in lengths if not is_exact(bench.plan, n)), lengths[0])
+    length = min(high, max(low, check_length(bench.plan, shortest)))
+    given = material.feeds(bench.plan, length, 1)[0]
+    bench.step(f"{length:,} tokens: Q, K, V of every layer")
+    with bench.patched.capture() as captured:
+        bench.exact.infer(given)
+    rows, spread = [], []
+    if captured and bench.kernels is not None:
+        wanted = {layer.index for layer in bench.plan.approximate} or {captured[0].layer}
+        chosen = [c for c in captured if c.layer in wanted]
+        for case in op_cases(chosen):
+            bench.step(f"op against float64: {case}")
+            rows.append(check_op(case, bench.kernels))
+        bench.step("the layers under other seeds")
+        spread = seeds_spread(chosen, bench.kernels, tuple(seed + 1 + i for i in range(EXTRA_SEEDS)))
+        del chosen
+    del captured
+    return {
+        "length": length,
+        "per_op": rows,
+        "seeds": spread,
+        "whole_model": check_model(bench.backend, definition, given, length, seed, bench.step),
+    }
+
+
+def _needle(bench: Bench, material: Material, length: int, extent: Extent) -> dict | None:
+    cuda = bench.device.type == "cuda"
+    corpus = material.corpus if isinstance(material, TextMaterial) and kind_of(bench.plan.task) == LANGUAGE else None
+    readable = corpus is not None and corpus.tokens == "bytes"
+    wanted = extent.needle if extent.needle is not None else cuda and readable
+    if not wanted:
+        return None
+    if corpus is None or not readable:
+        raise UsageError("--needle plants a prompt of bytes; it needs a language model exported with --input-ids bytes")
+    return measure_needle(bench, corpus, length, extent.seed, NEEDLE_PROMPTS if cuda else 1)
