@@ -26,7 +26,7 @@ def _attribute(name: str, text: str) -> Any:
 
 @app.command(epilog=entry.epilog("export-model models/byte-lm-4m out --input-ids bytes --text held-out.txt"))
 def export_model(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory as transformers saves it: config.json and weights.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory as transformers saves it, or FILE.py:FUNCTION (runs it).")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make. A finished output is replaced.")],
     layers: Annotated[str, typer.Option(help="Layers that approximate: all, none, odd, even, first:N, last:N, or 0-3,7.")] = "odd",
     preset: Annotated[str, typer.Option(help="blocks, paper (the paper's choices), or exact: our own exact attention.")] = "blocks",
@@ -40,7 +40,10 @@ def export_model(
     min_seq: Annotated[Optional[int], typer.Option(help="Shortest sequence. (default: 1)", **_SHAPES)] = None,
     opt_seq: Annotated[Optional[int], typer.Option(help="Length to tune for. (default: a quarter of the longest)", **_SHAPES)] = None,
     max_seq: Annotated[Optional[int], typer.Option(help="Longest sequence. (default: what the model was trained for)", **_SHAPES)] = None,
-    batch: Annotated[str, typer.Option(help="Rows: N, or min,opt,max.", **_SHAPES)] = "1",
+    batch: Annotated[Optional[str], typer.Option(help="Rows: N, or min,opt,max. (default: 1)", **_SHAPES)] = None,
+    dim: Annotated[
+        Optional[list[str]], typer.Option(metavar="NAME=MIN,OPT,MAX", help="Range of a dimension that FUNCTION names.", **_SHAPES)
+    ] = None,
     selector: Annotated[Optional[str], typer.Option(help="How heavy keys are found: blocks or sortlsh.", **_TUNED)] = None,
     block_size: Annotated[Optional[int], _attribute("block_size", "Keys of a block.")] = None,
     num_blocks: Annotated[Optional[int], _attribute("num_blocks", "Heavy blocks of each query block.")] = None,
@@ -58,6 +61,7 @@ def export_model(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.", **_CHECKS)] = "auto",
     gate: Annotated[Optional[list[str]], typer.Option(metavar="NAME=VALUE", help=gate_options.help_text(), **_CHECKS)] = None,
     require_engine: Annotated[bool, typer.Option("--require-engine", help="Fail (3) where no TensorRT engine can be built.")] = False,
+    triton: Annotated[bool, typer.Option("--triton", help="Write OUT/triton too, a model repository for Triton Inference Server.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Take over stages of an earlier run, stopped or finished; when this one stops, keep its own.")
     ] = False,
@@ -74,6 +78,7 @@ def export_model(
     from hyperattention.export import memory, pipeline
     from hyperattention.export import plan as planning
     from hyperattention.export.console import Reporter
+    from hyperattention.export.function_call import is_function
     from hyperattention.export.source import default_dtype, open_source
 
     reporter = Reporter(quiet, as_json)
@@ -82,7 +87,10 @@ def export_model(
         stratified=stratified, local_size=local_size, local_overlap=local_overlap, sinks=sinks, exact_below=exact_below,
         num_projections=num_projections,
     )  # fmt: skip
-    source = open_source(model, task=task)
+    if is_function(model):
+        reporter.say(escape(f"{model} is code: it is run now, with all that you may do on this machine"))
+    ranges = planning.named_ranges(dim or [], batch)
+    source = open_source(model, task=task).ranged(ranges, (min_seq, opt_seq, max_seq))
     plan = planning.make_plan(
         source,
         layers=layers,
@@ -90,7 +98,7 @@ def export_model(
         attributes={name: value for name, value in attributes.items() if value is not None},
         dtype=dtype or default_dtype(source),
         seq=planning.sequence_range(source, min_seq, opt_seq, max_seq),
-        batch=planning.parse_batch(batch),
+        batch=planning.parse_batch(batch or "1"),
         input_ids=input_ids,
         seed=seed,
         keep_exact=keep_exact,
@@ -116,6 +124,7 @@ def export_model(
         out=out,
         require_engine=require_engine,
         resume=resume,
+        triton=triton,
         validate=validate,
         validation=tuple(
             part

@@ -6,7 +6,6 @@ for each input, in a tuple or by input name.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any, Mapping, Sequence
 
@@ -111,20 +110,6 @@ def ranges(
             allowed = f"{low} to {high}" if high is not None else f"{low} and above"
             raise UsageError(f"dimension {dim!r} is asked from {chosen[0]} to {chosen[2]}; {name} takes {allowed} (its dynamic shapes)")
         found[dim] = chosen
-    return found
-
-
-def parse_dims(options: Sequence[str]) -> dict[str, Range]:
-    """`--dim NAME=N` or `NAME=min,opt,max`, repeated. Raises UsageError."""
-    found: dict[str, Range] = {}
-    for option in options:
-        match = re.fullmatch(r"\s*(\w+)\s*=\s*([0-9]{1,9})(?:\s*,\s*([0-9]{1,9})\s*,\s*([0-9]{1,9}))?\s*", option)
-        if match is None:
-            raise UsageError(f"--dim is {option!r}; it takes NAME=N, or NAME=min,opt,max such as frames=1,512,3000")
-        if match[1] in found:
-            raise UsageError(f"--dim names {match[1]} twice; give each dimension once")
-        low, opt, high = (int(part or match[2]) for part in match.group(2, 3, 4))
-        found[match[1]] = (low, opt, high)
     return found
 
 

@@ -137,7 +137,7 @@ def sequence_range(source: Source, low: int | None, opt: int | None, high: int |
     was trained for (at most 131,072). Raises UsageError where the model's input is of a fixed size and one was given.
     """
     if source.keys is not None:
-        if (low, opt, high) != (None, None, None):
+        if (low, opt, high) != (None, None, None) and "sequence" not in source.dims:
             raise UsageError(f"--min-seq, --opt-seq and --max-seq: the input of {source.name} is of fixed size; leave them out")
         return source.keys
     low = 1 if low is None else low
@@ -154,6 +154,20 @@ def parse_batch(text: str) -> Range:
     numbers = [int(part) for part in parts]
     low, opt, high = numbers if len(numbers) == 3 else numbers * 3
     return (low, opt, high)
+
+
+def named_ranges(dims: Sequence[str], batch: str | None) -> dict[str, Range]:
+    """Ranges by dimension from `--dim NAME=N` or `--dim NAME=min,opt,max`, repeated, and from --batch. Raises UsageError."""
+    found: dict[str, Range] = {} if batch is None else {"batch": parse_batch(batch)}
+    for option in dims:
+        match = re.fullmatch(r"([^\W\d]\w*)=([0-9]{1,9})(?:,([0-9]{1,9}),([0-9]{1,9}))?", "".join(option.split()))
+        if match is None:
+            raise UsageError(f"--dim is {option!r}; it takes NAME=N, or NAME=min,opt,max such as frames=1,512,3000")
+        if match[1] in found:
+            raise UsageError(f"--dim names {match[1]!r}, which has a range already; give each dimension once")
+        low, opt, high = (int(part or match[2]) for part in match.group(2, 3, 4))
+        found[match[1]] = check_range(f"--dim {match[1]}", (low, opt, high), MAX_SEQUENCE)
+    return found
 
 
 def warnings(plan: ExportPlan, max_positions: int | None) -> list[str]:

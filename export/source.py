@@ -93,6 +93,16 @@ class Source:
         """The half type of the weights: "fp16" or "bf16"."""
         return "bf16"
 
+    def ranged(self, dims: Mapping[str, Range], sequence: tuple[int | None, int | None, int | None]) -> "Source":
+        """The same with ranges for its dimensions by name (--dim, --batch) and for its sequence (min, opt, max, None where not given).
+
+        Raises UsageError for a dimension that the model does not name.
+        """
+        unknown = sorted(set(dims) - {"batch"})
+        if unknown:
+            raise UsageError(f"--dim {unknown[0]}: {self.name} has no dimensions of its own; use --batch and --max-seq")
+        return self
+
     def dropped_keys(self, length: int) -> tuple[int, ...]:
         """Numbers of the cache layers that keep fewer than `length` keys, in calling order."""
         return ()
