@@ -43,14 +43,18 @@ def onnx(plan: ExportPlan, weights: dict[str, str]) -> dict[str, Any]:
     return {
         "the model": weights,
         "the plan": {**data, "layers": layers, "fixed sizes": fixed},
-        "the versions of packages": _versions("torch", "transformers", "onnx", "onnxscript"),
-        "hyperattention": _code("export"),
+        "a package's version": _versions("torch", "transformers", "onnx", "onnxscript"),
+        "hyperattention itself": _code("export"),
     }
 
 
 def side_files(weights: dict[str, str], libraries: list[Path]) -> dict[str, Any]:
     """Of the stage that copies the model's side files and the libraries."""
-    return {"the model": weights, "the libraries": {path.name: file_digest(path) for path in libraries}, "hyperattention": _code("export")}
+    return {
+        "the model": weights,
+        "a library": {path.name: file_digest(path) for path in libraries},
+        "hyperattention itself": _code("export"),
+    }
 
 
 def engine(graph: Mapping[str, str], plan: ExportPlan, library: Path) -> dict[str, Any]:
@@ -61,8 +65,8 @@ def engine(graph: Mapping[str, str], plan: ExportPlan, library: Path) -> dict[st
         "the shapes": {name: data.get(name) for name in ("inputs", "dims", "seq", "batch")},
         "the plugin": file_digest(library),
         "the machine": asdict(EngineHost.here(library)),
-        "the versions of packages": _versions("polygraphy"),
-        "hyperattention": _code("export"),
+        "a package's version": _versions("polygraphy"),
+        "hyperattention itself": _code("export"),
     }
 
 
@@ -75,8 +79,8 @@ def validation(files: Mapping[str, str], plan: ExportPlan, weights: dict[str, st
         "the model": weights,
         "the options of the validation": values,
         "the machine": {**asdict(EngineHost.here(None)), "processors": os.cpu_count()},
-        "the versions of packages": bundle.versions() | _versions("numpy"),
-        "hyperattention": _code("export", "validate"),
+        "a package's version": bundle.versions() | _versions("numpy"),
+        "hyperattention itself": _code("export", "validate"),
     }
 
 

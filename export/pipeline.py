@@ -20,6 +20,7 @@ from hyperattention.export.folder import output_folder
 from hyperattention.export.memory import workspace_bytes
 from hyperattention.export.plan import ExportPlan
 from hyperattention.export.stages import Stages
+from hyperattention.export.triton import write_repository
 from hyperattention.export.validation import validate
 from hyperattention.library import build_info, ort_library_path, trt_library_path
 
@@ -36,6 +37,7 @@ class Options:
     validate: bool = True
     validation: tuple[str, ...] = ()
     resume: bool = False
+    triton: bool = False
 
 
 _LIBRARIES = {"ONNX Runtime library": ort_library_path, "TensorRT library": trt_library_path}
@@ -91,6 +93,8 @@ def check_environment(source: "Source", plan: ExportPlan, options: Options, miss
         obstacle = engine_obstacle(source, plan)
         if obstacle is not None:
             raise UsageError(f"--require-engine: {obstacle}")
+    if options.triton and "ONNX Runtime library" in missing and "engine" in missing:
+        raise EnvironmentFault(f"--triton: neither of its backends could serve the result: {missing['ONNX Runtime library']}")
     if options.validate and "ONNX Runtime library" in missing and "engine" in missing:
         raise EnvironmentFault(f"the result cannot be validated: {missing['ONNX Runtime library']}, or pass --no-validate")
 
@@ -165,6 +169,9 @@ def _stages(
         failed = found["failed"]
     else:
         stages.skip("validation")
+    if options.triton:
+        with reporter.stage("Triton"):
+            write_repository(folder, source.name)
     with reporter.stage("manifest"):
         manifest = bundle.finish(folder)
     found = {"manifest": manifest, "reused": stages.reused}

@@ -57,13 +57,14 @@ class Stages:
         `work` writes into the folder; files that it adds are recorded as its own.
         """
         parts = {part: digest(value) for part, value in inputs.items()}
+        obstacles = []
         for folder, records in self.places:
-            if name not in records:
-                continue
-            obstacle = _obstacle(folder, records[name], parts)
-            if obstacle is None:
-                return self._take(name, folder, records[name])
-            self.say(f"{name} runs again: {obstacle}")
+            if name in records:
+                obstacles.append(_obstacle(folder, records[name], parts))
+                if obstacles[-1] is None:
+                    return self._take(name, folder, records[name])
+        if obstacles:
+            self.say(f"{name}: made anew, {obstacles[0]} since")
         self.skip(name)
         before = set(_files(self.folder))
         result = work()
@@ -87,6 +88,7 @@ class Stages:
             for file in record.files:
                 link(folder / file, self.folder / file)
         self.reused.append(name)
+        self.say(f"{name}: taken over from an earlier run")
         self._record(name, record)
         return record.result
 
@@ -154,10 +156,10 @@ def _obstacle(folder: Path, record: Record, parts: dict[str, str]) -> str | None
     """Why a record does not fit the inputs of now, or the files no longer fit the record; None when all do."""
     other = sorted(part for part in parts.keys() | record.inputs.keys() if parts.get(part) != record.inputs.get(part))
     if other:
-        return f"{', '.join(other)} {'is' if len(other) == 1 else 'are'} not as before"
+        return f"{' and '.join(other)} {'has' if len(other) == 1 else 'have'} changed"
     for name, value in record.files.items():
         if not (folder / name).is_file():
-            return f"{name} is gone"
+            return f"{name} has gone"
         if file_digest(folder / name) != value:
             return f"{name} has changed"
     return None
