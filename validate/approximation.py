@@ -27,6 +27,7 @@ from hyperattention.validate.feeds import IDS, LENGTHS, Feed, feed
 from hyperattention.validate.inputs import DEPTHS, Corpus, Window, needle, recalled, windows
 from hyperattention.validate.layers import layer_rows
 from hyperattention.validate.runners import Forward
+from hyperattention.validate.signature import batch_rows
 from hyperattention.validate.workbench import Bench, check_finite, is_exact, not_finite, time_row, timed
 
 TAIL_BLOCK = 64  # neighbouring tokens of the exact tail that count as one observation
@@ -46,7 +47,7 @@ def every_position(patched: Patched) -> Forward:
 
 def token_feed(bench: Bench, ids: Tensor) -> Feed:
     """The feed of ids int [1, S], in as many equal rows as the export takes at least."""
-    return feed(ids, rows=bench.plan.batch[0])
+    return feed(ids, rows=batch_rows(bench.plan))
 
 
 def prefill_exact_decode(bench: Bench, window: Window) -> Tensor:

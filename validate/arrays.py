@@ -13,8 +13,8 @@ from torch import Tensor
 from hyperattention.errors import UsageError
 from hyperattention.export.plan import ExportPlan
 from hyperattention.export.source import Input
-from hyperattention.validate.feeds import IDS, LENGTHS, ArrayMaterial, is_batch
-from hyperattention.validate.signature import describe, input_dtype, length_dimension
+from hyperattention.validate.feeds import IDS, LENGTHS, ArrayMaterial
+from hyperattention.validate.signature import batch_rows, describe, input_dtype, is_batch, length_dimension
 
 _HOW = "numpy.savez(FILE, {}) writes such a file"
 EXAMPLE_NOTE = (
@@ -99,9 +99,9 @@ def _check_sizes(path: Path, plan: ExportPlan, tensors: dict[str, Tensor]) -> No
                 f"--inputs {path.name}: {entry.name} has shape {list(shape)}; the exported model takes {describe(plan, entry)}, with any "
                 f"number of rows in the file"
             )
-    rows, _ = sizes.get("rows", (plan.batch[0], ""))
-    if rows % plan.batch[0] and rows > plan.batch[0]:
-        raise UsageError(f"--inputs {path.name} has {rows} rows; the exported model reads {plan.batch[0]} at a time: give a multiple")
+    rows, _ = sizes.get("rows", (batch_rows(plan), ""))
+    if rows % batch_rows(plan) and rows > batch_rows(plan):
+        raise UsageError(f"--inputs {path.name} has {rows} rows; the exported model reads {batch_rows(plan)} at a time: give a multiple")
 
 
 def _carried(path: Path, plan: ExportPlan, entry: Input, value: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hyperattention.export.plan import ExportPlan
 from hyperattention.validate.inputs import Corpus, windows
-from hyperattention.validate.signature import BATCH, input_dtype, length_dimension, sizes_at
+from hyperattention.validate.signature import batch_rows, input_dtype, is_batch, length_dimension, sizes_at
 
 IDS, LENGTHS = "input_ids", "lengths"
 RANDOM_NOTE = (
@@ -100,11 +100,11 @@ class TextMaterial:
         return self.corpus.describe()
 
     def feeds(self, plan: ExportPlan, length: int, count: int) -> list[Feed]:
-        return [feed(window.inputs, rows=plan.batch[0]) for window in windows(self.corpus, length, count)]
+        return [feed(window.inputs, rows=batch_rows(plan)) for window in windows(self.corpus, length, count)]
 
     def stretched(self, plan: ExportPlan, length: int) -> Feed:
         ids = self.corpus.ids
-        return feed(ids.repeat(-(-length // len(ids)))[None, :length], rows=plan.batch[0])
+        return feed(ids.repeat(-(-length // len(ids)))[None, :length], rows=batch_rows(plan))
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class ArrayMaterial:
 
     def feeds(self, plan: ExportPlan, length: int, count: int) -> list[Feed]:
         """Neighbouring rows make a feed; where there are no more rows, other parts of a longer input do."""
-        rows, total = plan.batch[0], self._rows(plan)
+        rows, total = batch_rows(plan), self._rows(plan)
         sizes = sizes_at(plan, length)
         groups = max(1, total // rows)
         shifts = max(1, (self.longest or length) // length)
@@ -189,10 +189,3 @@ class RandomMaterial:
             else:
                 made[entry.name] = torch.randint(0, max(2, self.vocabulary), shape, generator=generator).to(dtype)
         return made
-
-
-def is_batch(plan: ExportPlan, axis: int, dim: int | str) -> bool:
-    """Whether this dimension of an input counts rows: "batch", or a fixed first size that all inputs share and plan.batch has."""
-    if isinstance(dim, str):
-        return dim == BATCH
-    return axis == 0 and plan.batch[0] == plan.batch[2] == dim and all(entry.shape[:1] == (dim,) for entry in plan.inputs)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hyperattention.errors import UsageError
+from hyperattention.export.function import FunctionSource
 from hyperattention.export.gate_options import LANGUAGE, kind_of
 from hyperattention.export.plan import ExportPlan
 from hyperattention.export.source import Source
@@ -41,8 +42,10 @@ def choose_material(
     if text is not None:
         names = ", ".join(entry.name for entry in plan.inputs)
         raise UsageError(f"--text is for models that read text; {source.name} reads {names}: give real ones with --inputs FILE.npz")
-    examples = getattr(source, "examples", None)
-    material = load_examples(plan, examples, f"example inputs of {source.name}") if examples else RandomMaterial(seed, source.vocab_size)
+    if isinstance(source, FunctionSource):
+        material = load_examples(plan, source.examples(), f"example inputs of {source.name}")
+    else:
+        material = RandomMaterial(seed, source.vocab_size)
     return material, check_lengths(plan, lengths or default_lengths(low, top))
 
 

@@ -12,7 +12,7 @@ from hyperattention.validate.features import measure_features
 from hyperattention.validate.feeds import Material, TextMaterial
 from hyperattention.validate.implementation import broken_output, check_length, check_model, check_op, op_cases, seeds_spread
 from hyperattention.validate.runners import TorchRunner
-from hyperattention.validate.signature import length_range
+from hyperattention.validate.signature import keys_follow, length_range
 from hyperattention.validate.workbench import Bench, is_exact, measure_time
 
 EXTRA_SEEDS = 4
@@ -66,7 +66,7 @@ def _implementation(bench: Bench, definition: TorchRunner, material: Material, l
     """Both halves, a little above exact_below (at the shortest length where nothing approximates)."""
     low, high = length_range(bench.plan)
     shortest = next((n for n in lengths if not is_exact(bench.plan, n)), lengths[0])
-    length = min(high, max(low, check_length(bench.plan, shortest)))
+    length = min(high, max(low, check_length(bench.plan, shortest))) if keys_follow(bench.plan) else lengths[0]
     given = material.feeds(bench.plan, length, 1)[0]
     bench.step(f"{length:,} tokens: Q, K, V of every layer")
     with bench.patched.capture() as captured:

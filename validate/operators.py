@@ -47,8 +47,8 @@ def reference_operator() -> Operator:
     faster than the reference's tiles and just as independent of the kernels; its LSE is then NaN, not computed."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, config: Config, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-        if config.exact_below == INT32_MAX and config.causal:
-            o = exact_attention(q, k, v, config.resolved_scale(q.shape[-1]))
+        if config.exact_below == INT32_MAX:
+            o = exact_attention(q, k, v, config.resolved_scale(q.shape[-1]), bool(config.causal), lengths)
             return o, q.new_full(q.shape[:3], torch.nan, dtype=torch.float32)
         with one_thread():
             out = reference.attention(q, k, v, config, lengths)

@@ -40,10 +40,30 @@ def length_range(plan: ExportPlan) -> tuple[int, int]:
     return low, high
 
 
+def is_batch(plan: ExportPlan, axis: int, dim: int | str) -> bool:
+    """Whether this dimension of an input counts rows: "batch", or a first size that is fixed and the same in all inputs."""
+    if isinstance(dim, str):
+        return dim == BATCH
+    return axis == 0 and BATCH not in plan.dims and all(entry.shape[:1] == (dim,) for entry in plan.inputs)
+
+
+def batch_rows(plan: ExportPlan) -> int:
+    """Rows of one feed, the fewest that the export takes; 1 for inputs that have no rows."""
+    if BATCH in plan.dims:
+        return plan.dims[BATCH][0]
+    first = plan.inputs[0].shape[:1]
+    return first[0] if first and isinstance(first[0], int) and is_batch(plan, 0, first[0]) else 1
+
+
 def sizes_at(plan: ExportPlan, length: int) -> dict[str, int]:
     """A size for every named dimension: `length` for the one that it means, the fewest rows, and the usual size of the others."""
     name = length_dimension(plan)
     return {dim: length if dim == name else span[0 if dim == BATCH else 1] for dim, span in plan.dims.items()}
+
+
+def keys_follow(plan: ExportPlan) -> bool:
+    """Whether an input of some length makes the attention have as many keys, as far as the ranges tell."""
+    return length_range(plan) == (plan.seq[0], plan.seq[2])
 
 
 def check_feed(plan: ExportPlan, given: Mapping[str, Tensor]) -> None:
