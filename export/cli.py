@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -154,11 +153,9 @@ def _check_validation(lengths: str, device: str, seq: tuple[int, int, int]) -> N
     """The validation's options, which it would refuse itself only after the whole export. Raises UsageError and EnvironmentFault."""
     from hyperattention.export.plan import DEVICES, choice
 
-    for part in (part.strip() for part in lengths.split(",") if part.strip()):
-        if not re.fullmatch("[0-9]{1,9}", part):
-            raise UsageError(f"--lengths is {lengths!r}; it takes numbers with commas between them, such as 8192,32768")
-        if not max(2, seq[0]) <= int(part) <= seq[2]:
-            raise UsageError(f"--lengths names {part}; the plan takes {max(2, seq[0])} to {seq[2]} (--min-seq, --max-seq)")
+    for length in entry.numbers("--lengths", lengths):
+        if not max(2, seq[0]) <= length <= seq[2]:
+            raise UsageError(f"--lengths names {length}; the plan takes {max(2, seq[0])} to {seq[2]} (--min-seq, --max-seq)")
     if choice("--device", device, DEVICES) == "cuda":
         import torch
 

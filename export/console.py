@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -80,7 +81,7 @@ class Reporter:
     def answer(self, found: dict[str, Any]) -> None:
         """The one object on standard output, where --json asked for it."""
         if self.json:
-            print(json.dumps(found, default=str))
+            print(json.dumps(jsonable(found), default=str))
 
     def say(self, text: str) -> None:
         """One line for people, in rich's markup."""
@@ -138,6 +139,17 @@ class Reporter:
             mark = "[green]pass[/]" if gate["passed"] else "[yellow]note[/]" if gate.get("advisory") else "[red]FAIL[/]"
             judged = f"{gate['name']:<12} {gate['value']:.4g} {gate['sense']} {gate['limit']:.4g}  ({gate['where']})"
             self.out.print(f"  {mark}  {escape(judged)}")
+
+
+def jsonable(value: object) -> object:
+    """NaN and infinities as strings: JSON has none, and a failed number must survive."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(v) for v in value]
+    return value
 
 
 def numbered(line: str) -> tuple[str, int, int] | None:

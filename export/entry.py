@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import json
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -41,6 +41,13 @@ def epilog(*examples: str) -> str:
     return "\n\n".join([*(f"Example: {example}" for example in examples), EXIT_CODES])
 
 
+def numbers(option: str, text: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them; none for an empty text. Raises UsageError."""
+    if text and not re.fullmatch(r" *[0-9]{1,9} *(, *[0-9]{1,9} *)*", text):
+        raise UsageError(f"{option} is {text!r}; it takes numbers with commas between them, such as 8192,32768")
+    return tuple(int(part) for part in text.split(",")) if text else ()
+
+
 def one_of(values: Sequence[str]) -> Callable[[str], list[str]]:
     """For shell completion: those of `values` that begin with what was typed."""
     return lambda incomplete: [value for value in values if value.startswith(incomplete)]
@@ -72,9 +79,9 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None) -> NoRetur
     if message:
         from hyperattention.export.console import Reporter
 
-        Reporter().fail(message)
-        if as_json:
-            print(json.dumps({**found, "error": message, "exit_code": code}, default=str))
+        reporter = Reporter(json=as_json)
+        reporter.fail(message)
+        reporter.answer({**found, "error": message, "exit_code": code})
     sys.exit(code)
 
 

@@ -38,6 +38,20 @@ def handled(as_json: bool) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Inside: both signals wait until the block has ended. For the few file operations that belong together."""
+    waiting: list[int] = []
+    before = {number: signal.signal(number, lambda received, _: waiting.append(received)) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if waiting:
+            signal.raise_signal(waiting[0])
+
+
 def _leave(as_json: bool) -> None:
     for number in _SIGNALS:  # a second Ctrl-C must not stop the undoing
         signal.signal(number, signal.SIG_IGN)

@@ -22,7 +22,7 @@ from hyperattention.export.plan import ExportPlan
 from hyperattention.export.stages import Stages
 from hyperattention.export.triton import write_repository
 from hyperattention.export.validation import validate
-from hyperattention.library import build_info, ort_library_path, trt_library_path
+from hyperattention.library import build_info, check_interface, ort_library_path, trt_library_path
 
 if TYPE_CHECKING:
     from hyperattention.export.source import Source
@@ -50,7 +50,7 @@ def missing_parts() -> dict[str, str]:
     missing = {}
     for name, find in _LIBRARIES.items():
         try:
-            find()
+            check_interface(find())
         except EnvironmentFault as fault:
             missing[name] = str(fault)
     reason = runtime_available() or missing.get("TensorRT library")

@@ -91,8 +91,17 @@ def trt_library_path() -> Path:
 def build_info(path: Path) -> dict[str, Any]:
     """What a library says of itself: version, abi, build_id, backends, architectures, compiler. Raises EnvironmentFault."""
     library = open_library(path)
+    if not hasattr(library, "ha_build_info"):
+        raise EnvironmentFault(f"{path.name} is another library of that name: it has no ha_build_info; build ours with `make native`")
     library.ha_build_info.restype = c_char_p
     return json.loads(library.ha_build_info().decode())
+
+
+def check_interface(path: Path) -> None:
+    """Raises EnvironmentFault where a library cannot be loaded, is not ours, or was built for another version of this package."""
+    found = build_info(path).get("abi")
+    if found != ABI_VERSION:
+        raise EnvironmentFault(f"{path.name} has interface {found}, this package {ABI_VERSION}; rebuild it with `make native`")
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hyperattention.config import Config
 from hyperattention.errors import EnvironmentFault, UsageError
-from hyperattention.library import ABI_VERSION, HaAttributes, HaParams, build_info, open_library
+from hyperattention.library import HaAttributes, HaParams, check_interface, open_library
 from hyperattention.selection import Geometry
 
 OK, INVALID, UNSUPPORTED, FAILED = range(4)
@@ -30,9 +30,7 @@ class Library:
 
     def __init__(self, path: Path, prefix: str, device_type: str) -> None:
         self.path, self.device_type, self._library = path, device_type, open_library(path)
-        abi = build_info(path).get("abi")
-        if abi != ABI_VERSION:
-            raise EnvironmentFault(f"{path.name} has interface {abi}, this package {ABI_VERSION}; rebuild it with `make native`")
+        check_interface(path)
         self._library.ha_last_error.restype = c_char_p
         self._plan_dims = self._bind("ha_plan_dims", POINTER(c_int64))
         self._workspace_size = self._bind(prefix + "workspace_size", POINTER(c_size_t))

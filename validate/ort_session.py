@@ -31,7 +31,10 @@ def provider_of(device: torch.device) -> str:
 
 
 def session_options(library: Path | None, external_data: Path) -> Any:
-    """Options that register `library` (None: none) and find weights outside the file in the folder `external_data`."""
+    """Options that register `library` (None: none) and find weights outside the file in the folder `external_data`.
+
+    Raises EnvironmentFault where the library is missing, or ONNX Runtime cannot load it or is too old for it.
+    """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -39,7 +42,14 @@ def session_options(library: Path | None, external_data: Path) -> Any:
     if library is not None:
         if not library.is_file():
             raise EnvironmentFault(f"{library.name} is not in the output folder; export again")
-        options.register_custom_ops_library(str(library))
+        try:
+            options.register_custom_ops_library(str(library))
+        except Exception as error:  # ONNX Runtime raises a class of its own per status
+            reason = " ".join(str(error).split())[:300]
+            raise EnvironmentFault(
+                f"ONNX Runtime {ort.__version__} does not take {library.name}: {reason}; install the onnxruntime-gpu of pyproject.toml, "
+                f"or rebuild the library with `make native`"
+            ) from error
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(external_data))
     return options
 

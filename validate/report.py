@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
 from hyperattention.errors import UsageError
+from hyperattention.export.console import jsonable
 from hyperattention.export.gate_options import FEATURES, LANGUAGE
 from hyperattention.validate.charts import bin_text, charts, row_histogram
 from hyperattention.validate.report_format import FILTERS
@@ -24,16 +24,23 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write(report: dict, folder: Path) -> list[Path]:
-    """Writes report.json, report.md and report.html into `folder`; returns them."""
+    """Writes report.json, report.md and report.html into `folder`; returns them. Whatever fails, no file is half written."""
     texts = {
         "report.json": json.dumps(jsonable(report), indent=1, allow_nan=False) + "\n",
         "report.md": render(report, "report.md.jinja"),
         "report.html": render(report, "report.html.jinja"),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    return [folder / name for name in texts]
+    files = {folder / name: folder / f".{name}.partial" for name in texts}
+    try:
+        for partial, text in zip(files.values(), texts.values(), strict=True):
+            partial.write_text(text, encoding="utf-8")
+        for file, partial in files.items():
+            partial.replace(file)
+    finally:
+        for partial in files.values():
+            partial.unlink(missing_ok=True)
+    return list(files)
 
 
 def read(path: Path) -> dict:
@@ -77,17 +84,6 @@ def render(report: dict, template: str) -> str:
 def _one_line(value: object) -> object:
     """Markdown: what comes from files stays within its line and its cell, and starts no tag."""
     return " ".join(value.split()).replace("|", "\\|").replace("<", "&lt;") if isinstance(value, str) else value
-
-
-def jsonable(value: object) -> object:
-    """NaN and infinities as strings: JSON has none, and a failed number must survive."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {str(k): jsonable(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(v) for v in value]
-    return value
 
 
 def _unjson(value: object):

@@ -8,21 +8,25 @@ from typing import Annotated, Optional
 import typer
 from rich.markup import escape
 
-from hyperattention.errors import AccuracyFailed, UsageError
-from hyperattention.export import gate_options
+from hyperattention.errors import AccuracyFailed
+from hyperattention.export import gate_options, interrupt
 from hyperattention.export.console import Reporter
-from hyperattention.export.entry import AsJson, Quiet
+from hyperattention.export.entry import AsJson, Quiet, numbers
 
 Folder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder that export-model wrote.")]
 Gates = Annotated[Optional[list[str]], typer.Option("--gate", metavar="NAME=VALUE", help=gate_options.help_text())]
 
 
-def numbers(option: str, text: str) -> tuple[int, ...]:
-    """Numbers with commas between them. Raises UsageError."""
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise UsageError(f"{option} is {text!r}; it takes numbers with commas between them, such as 8192,32768") from None
+def save(report: dict, folder: Path, out: Path | None) -> list[Path]:
+    """Writes the report into `folder` and brings the manifest of `out` in step with it; Ctrl-C comes before or after both."""
+    from hyperattention.export.bundle import update_report
+    from hyperattention.validate.report import write
+
+    with interrupt.deferred():
+        written = write(report, folder)
+        if out is not None:
+            update_report(out)
+    return written
 
 
 def say(report: dict, written: list[Path], reporter: Reporter) -> None:
@@ -37,4 +41,4 @@ def say(report: dict, written: list[Path], reporter: Reporter) -> None:
     reporter.answer(found)
 
 
-__all__ = ["AsJson", "Folder", "Gates", "Quiet", "numbers", "say"]
+__all__ = ["AsJson", "Folder", "Gates", "Quiet", "numbers", "save", "say"]

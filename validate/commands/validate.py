@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from hyperattention.export.gate_options import check_kind, kind_of, parse_gates, with_gates
-from hyperattention.validate.commands.options import AsJson, Folder, Gates, Quiet, numbers, say
+from hyperattention.validate.commands.options import AsJson, Folder, Gates, Quiet, numbers, save, say
 
 EXAMPLE = "hyperattention validate out --model models/byte-lm-4m --text held-out.txt --gate kl=0.01"
 
@@ -32,9 +32,8 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Measure OUT against exact attention, prove what ran, and write OUT/report. Exit 1: a gate was not met."""
-    from hyperattention.export.bundle import Bundle, update_report
+    from hyperattention.export.bundle import Bundle
     from hyperattention.export.console import Reporter
-    from hyperattention.validate.report import write
     from hyperattention.validate.run import Options, count_steps, validate
 
     gates = parse_gates(gate or [])
@@ -58,6 +57,4 @@ def command(
     reporter = Reporter(quiet, as_json)
     with reporter.stage("validation"):
         report = validate(options, reporter.counted(count_steps(options)))
-    written = write(report, folder / "report")
-    update_report(folder)
-    say(report, written, reporter)
+    say(report, save(report, folder / "report", folder), reporter)
