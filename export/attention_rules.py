@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from hyperattention.export.masks import is_lengths, mask_direction
+
+MOST_HEAD_DIM = 256  # plugins/config.cpp
 # Arguments that steer the model around the attention, not the attention itself.
 _HARMLESS = frozenset(
     "position_ids use_cache cache_position past_key_values position_embeddings output_hidden_states output_router_logits "
-    "return_dict logits_to_keep num_items_in_batch layer_idx training".split()
+    "return_dict logits_to_keep num_items_in_batch layer_idx training deterministic".split()
 )
 _NAMED = {
     "sliding_window": "sliding window of {value} keys",
@@ -30,11 +32,19 @@ _NAMED = {
 }
 
 
+def direction(module: nn.Module, attention_mask: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether this call is causal: by its mask where that says so, else as transformers' own SDPA decides without a mask."""
+    masked, given = mask_direction(attention_mask), kwargs.get("is_causal")
+    if masked is not None:
+        return masked
+    return bool(given if given is not None else getattr(module, "is_causal", True))
+
+
 def find_problem(module: nn.Module, attention_mask: Any, scale: float | None, dropout: float, kwargs: dict[str, Any]) -> str | None:
     """Why the operator cannot compute this call, in a few words; None when it can.
 
-    `attention_mask` is what the registered mask function gave: None or lengths [B] for plain causal attention with right
-    padding, anything else for every other kind; `kwargs` are the remaining arguments of the attention function.
+    `attention_mask` is what the registered mask function gave: None or lengths [B] for plain attention with right padding, causal
+    or of every key, anything else for every other kind; `kwargs` are the remaining arguments of the attention function.
     """
     for name, value in sorted(kwargs.items()):
         if name in _HARMLESS or name == "is_causal" or value is None or value is False:
@@ -42,15 +52,14 @@ def find_problem(module: nn.Module, attention_mask: Any, scale: float | None, dr
         if name in _NAMED:
             return _NAMED[name].format(value=value)
         return f"an argument of its attention that the operator does not know: {name}"
-    is_causal = kwargs.get("is_causal")
-    if is_causal is False or (is_causal is None and getattr(module, "is_causal", True) is False):
-        return "attention that is not causal (an encoder's or cross-attention)"
     if dropout:
         return f"dropout {dropout} in the attention"
     if scale is not None and not scale > 0:
         return f"scale {scale} on the logits; the operator takes one above 0"
-    if attention_mask is not None and not _is_lengths(attention_mask):
-        return _layer_type(module) or "a mask that is not plain causal (packed positions or a position bias)"
+    if attention_mask is not None and not is_lengths(attention_mask):
+        return _layer_type(module) or "a mask that is neither plain causal nor full (packed positions or a position bias)"
+    if direction(module, attention_mask, kwargs) != direction(module, None, kwargs):
+        return "a mask of another direction than its module's is_causal says"
     return None
 
 
@@ -62,6 +71,3 @@ def _layer_type(module: nn.Module) -> str | None:
         return None
     return str(types[index]).replace("_", " ")
 
-
-def _is_lengths(mask: Any) -> bool:
-    return isinstance(mask, Tensor) and mask.dim() == 1 and mask.dtype == torch.int32

@@ -1,42 +1,42 @@
 """A transformers directory, first looked at without its weights, then loaded.
 
-`inspect_source` runs the architecture once on the meta device with an attention function that only looks: that tells each
-layer's sizes, scale and peculiarities for any architecture that goes through transformers' AttentionInterface.
+Which class builds it follows from the task and from what its configuration says it is, never from a model's name: a causal
+language model with its head for the tasks of LANGUAGE_TASKS, else the bare model, or its encoder where it has a decoder too.
 """
 
 from __future__ import annotations
 
-import json
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Iterator
+from typing import Any, Callable
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 from hyperattention.errors import UnsupportedModel, UsageError
-from hyperattention.export.attention_rules import find_problem
-from hyperattention.export.masks import attention_mask_function
+from hyperattention.export.model_files import one_line, quiet, read_config
+from hyperattention.export.model_inputs import Reads, what_it_reads
 from hyperattention.export.patch import Patched, install
 from hyperattention.export.plan import ExportPlan
-from hyperattention.export.source import LANGUAGE_TASKS, TEXT, AttentionLayer, Source, torch_dtype
+from hyperattention.export.probe import Probed, probe
+from hyperattention.export.source import FEATURES, LANGUAGE_TASKS, Source, Trust, torch_dtype
 
-_PROBE = "hyperattention_probe"
-# Odd and distinct, so that sizes tell the dimensions apart.
-_PROBE_SHAPE = (2, 7)
+_BUILD_ERRORS = (ValueError, TypeError, AttributeError, KeyError, RuntimeError, AssertionError, ImportError, ZeroDivisionError)
 
 
 @dataclass(frozen=True)
 class TransformersSource(Source):
-    """A transformers directory. `path` holds it; `config` is transformers' own object."""
+    """A transformers directory. `path` holds it, `config` is transformers' own object, `positions` where a learned table ends."""
 
     path: Path
     config: Any
+    trust: Trust
+    positions: int | None
 
     @property
     def directory(self) -> Path:
@@ -48,6 +48,11 @@ class TransformersSource(Source):
         """fp16 for weights that config.json says are fp16, else bf16."""
         return "fp16" if getattr(self.config, "dtype", None) == torch.float16 else "bf16"
 
+    @property
+    def position_limit(self) -> int | None:
+        """Tokens that its learned positions end at, None for a model without any."""
+        return self.positions
+
     def dropped_keys(self, length: int) -> tuple[int, ...]:
         """Numbers of the cache layers that keep fewer than `length` keys (sliding window, chunks), in calling order."""
         layers = enumerate(DynamicCache(config=self.config).layers)
@@ -55,236 +60,146 @@ class TransformersSource(Source):
         return tuple(number for number, layer in layers if length >= (getattr(layer, "sliding_window", None) or length + 1))
 
     def load(self, plan: ExportPlan, device: torch.device | str = "cpu") -> Patched:
-        """The patched model on `device`. Raises UsageError for weights that are unreadable or do not fit the configuration."""
+        """The patched model on `device`. Raises UsageError for weights that are unreadable, not finite, or do not fit."""
         return install(load_model(self, torch_dtype(plan.dtype), device), plan)
 
 
-def inspect_source(path: Path, task: str | None = None) -> TransformersSource:
-    """Reads the configuration and the weight files' headers; loads no weights.
+def inspect_source(
+    path: Path,
+    task: str | None = None,
+    *,
+    image_size: tuple[int, int] | None = None,
+    trust: Trust = Trust(),
+    say: Callable[[str], None] = lambda text: None,
+) -> TransformersSource:
+    """Reads the configuration and the weight files' headers; loads no weights. Arguments as `open_source`'s.
 
-    Raises UsageError for a directory that is missing, empty or broken and UnsupportedModel for an architecture that is unknown
-    or does not go through the AttentionInterface.
+    Raises UsageError for a directory that is missing, empty, broken or not trusted or a task it does not have, and
+    UnsupportedModel for an architecture that is unknown or does not go through the AttentionInterface.
     """
-    config = _read_config(path)
-    _check_unquantised(path, config)
-    _check_side_files(path)
-    _check_weights(path)
+    config = read_config(path, trust, say)
+    task = _task(config, task, path.name)
     try:
-        with _quiet(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, AssertionError, ImportError, ZeroDivisionError) as error:
+        with quiet(), torch.device("meta"):
+            factory = AutoModelForCausalLM if task in LANGUAGE_TASKS else AutoModel
+            model = _encoder(factory.from_config(config, dtype=torch.float32, trust_remote_code=trust.code), task).eval()
+    except _BUILD_ERRORS as error:
         raise UnsupportedModel(
-            f"{path.name}: transformers {transformers.__version__} cannot build a causal language model of type "
-            f"{config.model_type!r} from this configuration ({_one_line(error)}); check config.json"
+            f"{path.name}: transformers {transformers.__version__} cannot build a {'causal language ' * (task != FEATURES)}model of type "
+            f"{config.model_type!r} from this configuration ({one_line(error)}); check config.json"
         ) from error
-    layers = _probe(model)
+    reads = what_it_reads(model, task, image_size)
+    return _describe(path, config, trust, task, model, reads, probe(model, reads.feed()))
+
+
+def _describe(path: Path, config: Any, trust: Trust, task: str, model: PreTrainedModel, reads: Reads, probed: Probed) -> TransformersSource:
     text = config.get_text_config()
-    task = task or "logits"
-    if task not in LANGUAGE_TASKS:
-        raise UsageError(f"--task {task}: {path.name} is a language model; it takes one of {', '.join(LANGUAGE_TASKS)}")
+    hidden = int(getattr(text, "hidden_size", 0) or 0)
+    wide = getattr(text, "intermediate_size", 0) or getattr(text, "encoder_ffn_dim", 0) or 4 * hidden
+    limits = (getattr(text, "max_position_embeddings", None), probed.positions) if reads.text else ()
+    layers = probed.layers
+    # One pair a layer of the cache.
+    cache = tuple(f"present.{i}.{part}" for i in range(len(layers) if task == "prefill" else 0) for part in ("key", "value"))
     return TransformersSource(
         model=str(path),
         name=path.resolve().name,
-        kind="language",
+        kind=reads.kind,
         task=task,
-        inputs=TEXT,
-        outputs=_outputs(task, len(layers)),
-        dims={},
-        keys=None,
-        rows=None,
-        path=path,
-        config=config,
         architecture=type(model).__name__,
         layers=layers,
         num_parameters=sum(p.numel() for p in model.parameters()),
-        hidden_size=int(getattr(text, "hidden_size", 0) or 0),
-        intermediate_size=int(getattr(text, "intermediate_size", 0) or 4 * (getattr(text, "hidden_size", 0) or 0)),
-        vocab_size=int(text.vocab_size),
-        max_positions=getattr(text, "max_position_embeddings", None) or None,
+        hidden_size=hidden,
+        intermediate_size=int(wide),
+        vocab_size=int(getattr(text, "vocab_size", 0) or 0) if reads.text else 0,
+        max_positions=min((limit for limit in limits if limit), default=None),
+        inputs=reads.inputs,
+        outputs=("features",) if task == FEATURES else ("logits", *cache),
+        dims={},
+        keys=None if reads.text else (probed.keys,) * 3,
+        rows=None,
+        path=path,
+        config=config,
+        trust=trust,
+        positions=probed.positions if reads.text else None,
     )
 
 
-def _outputs(task: str, layers: int) -> tuple[str, ...]:
-    """logits, and for the task prefill present.{i}.key and present.{i}.value of each cache layer."""
-    cache = range(layers) if task == "prefill" else ()
-    return ("logits", *(f"present.{i}.{part}" for i in cache for part in ("key", "value")))
-
-
 def load_model(source: TransformersSource, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """The model with its weights, in eval mode. Raises UsageError for weights that are unreadable or do not fit the config."""
+    """The model with its weights, in eval mode. Raises UsageError for weights that are unreadable, not finite, or do not fit."""
+    factory = AutoModelForCausalLM if source.task in LANGUAGE_TASKS else AutoModel
+    options = dict(
+        local_files_only=True,
+        output_loading_info=True,
+        # Tensors of another shape are reported below, by name, and never replaced by random ones.
+        ignore_mismatched_sizes=True,
+        trust_remote_code=source.trust.code,
+        use_safetensors=None if source.trust.pickle else True,
+    )
     try:
-        with _quiet():
-            # Tensors of another shape are reported below, by name, and never replaced by random ones.
-            options = dict(local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(source.path, config=source.config, dtype=dtype, **options)
+        with quiet():
+            loaded: Any = factory.from_pretrained(source.path, config=source.config, dtype=dtype, **options)
     except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, UnpicklingError) as error:
-        raise UsageError(f"the weights of {source.path.name} cannot be loaded: {_one_line(error)}; copy the directory again") from error
+        raise UsageError(f"the weights of {source.path.name} cannot be loaded: {one_line(error)}; copy the directory again") from error
     model, info = loaded
+    model = _encoder(model, source.task)
     complaints = {"missing_keys": "are missing from the weight files", "mismatched_keys": "have another shape than config.json says"}
     for key, what in complaints.items():
-        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in info[key])
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UsageError(f"{', '.join(names[:3])}{more} {what}; copy the directory of {source.path.name} again")
+        names = {str(name[0] if isinstance(name, tuple) else name) for name in info[key]}
+        _refuse(sorted(name for name in names if not name.startswith("pooler.")), what, source)
+    broken = [name for name, weights in model.named_parameters() if not _is_finite(weights)]
+    _refuse(broken, f"hold values that are NaN or infinite in {str(dtype).removeprefix('torch.')}", source)
     if hasattr(model, "set_experts_implementation"):
         # The default is a grouped matmul, an operator of transformers' own that ONNX has no translation for; "batched_mm" computes
         # the same from plain matmuls.
-        with _quiet():
+        with quiet():
             model.set_experts_implementation("batched_mm")
     return model.to(device).eval()
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers' warnings and progress bars off; what they say is raised as errors of ours."""
-    logging = transformers.utils.logging
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()
+def _refuse(names: list[str], what: str, source: Source) -> None:
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise UsageError(f"{', '.join(names[:3])}{more} {what}; copy the directory of {source.name} again")
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def _is_finite(weights: nn.Parameter) -> bool:
+    """One pass and no copy: a NaN goes through both ends, an infinity is one of them."""
+    if not weights.numel() or not weights.is_floating_point():
+        return True
+    low, high = weights.detach().aminmax()
+    return bool(low.isfinite() and high.isfinite())
 
 
-def _read_config(path: Path) -> Any:
-    if not path.exists():
-        raise UsageError(f"there is no {path}; MODEL is a directory with config.json and weights, as transformers saves it")
-    if not path.is_dir():
-        raise UsageError(f"{path} is a file; MODEL is a directory with config.json and weights, as transformers saves it")
-    file = path / "config.json"
-    if not file.is_file():
-        found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
-        raise UsageError(f"{path} holds no config.json (found: {found}); MODEL is a directory as transformers saves it")
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} is not valid JSON ({_one_line(error)}); copy the model's directory again") from error
-    if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
-        raise UsageError(f"{file} names no model_type; it must be the config.json that transformers saved")
-    if data["model_type"] not in transformers.CONFIG_MAPPING:
-        raise UnsupportedModel(
-            f"architecture {data['model_type']!r} is unknown to transformers {transformers.__version__}; install a version that knows it "
-            f"(code inside the model's directory is never run)"
-        )
-    try:
-        with _quiet():
-            return AutoConfig.from_pretrained(path, local_files_only=True)
-    except (ValueError, TypeError, AttributeError, KeyError, OSError, ArithmeticError) as error:
-        raise UsageError(f"{file} cannot be read as a {data['model_type']} configuration: {_one_line(error)}") from error
-    except Exception as error:
-        # huggingface_hub's strict dataclasses raise classes of their own for a field of the wrong type.
-        if type(error).__module__.startswith("huggingface_hub"):
-            raise UsageError(f"{file} cannot be read as a {data['model_type']} configuration: {_one_line(error)}") from error
-        raise
+def _task(config: Any, task: str | None, name: str) -> str:
+    """The task that was asked for, checked, or what the architecture is made for: logits of a language model, else features."""
+    allowed = (*LANGUAGE_TASKS, FEATURES)
+    if task is not None and task not in allowed:
+        raise UsageError(f"--task {task} is for FILE.py:FUNCTION; {name} is a directory, which takes one of {', '.join(allowed)}")
+    causal = _names(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type))
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        causal |= {config.auto_map["AutoModelForCausalLM"].rpartition(".")[2]}
+    if config.is_encoder_decoder or not causal:
+        if task in LANGUAGE_TASKS:
+            what = "has an encoder and a decoder" if config.is_encoder_decoder else "is no causal language model"
+            raise UsageError(f"--task {task}: {name} (model_type {config.model_type!r}) {what}; give --task features")
+        return FEATURES
+    saved = (config.architectures or [""])[0]
+    bare = _names(modeling_auto.MODEL_MAPPING_NAMES.get(config.model_type))
+    # An encoder that can serve as a decoder is one only where it was saved so.
+    encoder = config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return task or (FEATURES if saved not in causal and (encoder or saved in bare) else "logits")
 
 
-def _check_unquantised(path: Path, config: Any) -> None:
-    found = getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None)
-    if found:
-        values = found if isinstance(found, dict) else vars(found)
-        method = values.get("quant_method", "unnamed")
-        raise UnsupportedModel(
-            f"{path.name} holds quantised weights (quantization_config: {getattr(method, 'value', method)}); export-model takes fp32, fp16 "
-            f"or bf16 weights: use the model's unquantised directory"
-        )
+def _names(found: str | tuple[str, ...] | None) -> set[str]:
+    return {found} if isinstance(found, str) else set(found or ())
 
 
-def _check_side_files(path: Path) -> None:
-    """transformers and the validation read these late, after most of the work."""
-    for name in ("generation_config.json", "tokenizer_config.json"):
-        file = path / name
-        if not file.is_file():
-            continue
-        try:
-            whole = isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
-        except ValueError as error:
-            raise UsageError(f"{file} is not valid JSON ({_one_line(error)}); copy the model's directory again") from error
-        if not whole:
-            raise UsageError(f"{file} holds no JSON object; copy the model's directory again")
-
-
-def _check_weights(path: Path) -> None:
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            files = [path / name for name in names]
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UsageError(f"{index} is broken ({_one_line(error)}); copy the model's directory again") from error
-    else:
-        files = sorted(path.glob("*.safetensors"))
-        if not files and not list(path.glob("pytorch_model*.bin")):
-            raise UsageError(f"{path} holds no weights; it takes model.safetensors (or its index and parts) or pytorch_model.bin")
-    for file in files:
-        if not file.is_file():
-            raise UsageError(f"{index.name} names {file.name}, which is missing; copy the model's directory again")
-        try:
-            with safe_open(str(file), framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UsageError(f"{file} is truncated or broken ({_one_line(error)}); copy it again") from error
-
-
-def _probe(model: PreTrainedModel) -> tuple[AttentionLayer, ...]:
-    """Runs the model on the meta device and records what every attention module asks for."""
-    names = {id(module): name for name, module in model.named_modules()}
-    found: dict[str, AttentionLayer] = {}
-
-    def look(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
-    ) -> tuple[Tensor, None]:
-        name = names[id(module)]
-        scale, dropout = kwargs.pop("scaling", None), kwargs.pop("dropout", 0.0)
-        problem = find_problem(module, attention_mask, scale, dropout, kwargs)
-        if query.shape[2] != key.shape[2]:
-            problem = "cross-attention"
-        found[name] = AttentionLayer(
-            index=len(found),
-            name=name,
-            heads_q=query.shape[1],
-            heads_kv=key.shape[1],
-            head_dim=query.shape[3],
-            head_dim_v=value.shape[3],
-            scale=scale if scale is not None else query.shape[3] ** -0.5,
-            problem=problem,
-        )
-        return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
-
-    AttentionInterface.register(_PROBE, look)
-    AttentionMaskInterface.register(_PROBE, attention_mask_function)
-    architecture = type(model).__name__
-    if not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedModel(
-            f"{architecture} does not go through transformers' AttentionInterface, so its attention cannot be replaced; "
-            f"see the models with _supports_attention_backend in transformers"
-        )
-    try:
-        model.set_attn_implementation(_PROBE)
-        ids = torch.zeros(_PROBE_SHAPE, dtype=torch.long, device="meta")
-        with _quiet(), torch.no_grad():
-            model(input_ids=ids, attention_mask=torch.ones(_PROBE_SHAPE, dtype=torch.bool, device="meta"), use_cache=False)
-    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, KeyError, IndexError, ArithmeticError) as error:
-        raise UnsupportedModel(
-            f"{architecture} does not run on the meta device ({_one_line(error)}), so its layers cannot be planned"
-        ) from error
-    if not found:
-        raise UnsupportedModel(f"{architecture} never called the attention function given through transformers' AttentionInterface")
-    return (*found.values(), *_unseen(model, found))
-
-
-def _unseen(model: nn.Module, found: dict[str, AttentionLayer]) -> list[AttentionLayer]:
-    """Modules named Attention that computed something of their own."""
-    layers = []
-    for name, module in model.named_modules():
-        related = any(seen == name or seen.startswith(name + ".") or name.startswith(seen + ".") for seen in found)
-        if type(module).__name__.endswith("Attention") and not related:
-            problem = "attention of its own, outside transformers' AttentionInterface"
-            layers.append(AttentionLayer(len(found) + len(layers), name, 0, 0, 1, 1, 1.0, problem))
-    return layers
+def _encoder(model: PreTrainedModel, task: str) -> PreTrainedModel:
+    """The part of a bare model that gives the features: its encoder, without a pooling head."""
+    if task in LANGUAGE_TASKS:
+        return model
+    if model.config.is_encoder_decoder:
+        model = model.get_encoder()
+    if isinstance(getattr(model, "pooler", None), nn.Module):
+        model.pooler = None  # weights of a masked language model have none
+    return model

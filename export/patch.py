@@ -18,10 +18,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hyperattention.config import Config
 from hyperattention.errors import UnsupportedModel, UsageError
-from hyperattention.export.attention_rules import find_problem
+from hyperattention.export.attention_rules import direction, find_problem
 from hyperattention.export.masks import attention_mask_function, given_lengths
 from hyperattention.export.onnx_trace import trace
 from hyperattention.export.plan import ExportPlan, LayerPlan
+from hyperattention.export.probe import accepted
 from hyperattention.export.switched import Captured, State, Switched
 from hyperattention.export.task_module import TaskModule
 
@@ -48,17 +49,19 @@ class Patched(Switched):
     def forward(self, input_ids: Tensor, lengths: Tensor | None = None, past_key_values: Any = None, use_cache: bool = False) -> Any:
         """Runs the model on input_ids int64 [B, S]; lengths int [B] counts each row's valid keys, cached ones included.
 
-        Returns transformers' output with .logits [B, S, vocab] and .past_key_values. A cache that is passed in is extended in
-        place. Raises UsageError for lengths that do not fit and UnsupportedModel for a call the operator cannot compute.
+        Returns transformers' output, with .logits [B, S, vocab] or .last_hidden_state [B, S, hidden size], and .past_key_values. A
+        cache that is passed in is extended in place. Raises UsageError for lengths that do not fit and UnsupportedModel for a call
+        the operator cannot compute.
         """
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        cached = accepted(self.model, {"past_key_values": past_key_values, "use_cache": use_cache})
         if lengths is None:
-            return self.model(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache)
+            return self.model(input_ids=input_ids, **cached)
         if tuple(lengths.shape) != (input_ids.shape[0],):
             raise UsageError(f"lengths has shape {tuple(lengths.shape)}; it takes one length a row: ({input_ids.shape[0]},)")
         mask = padding_mask(lengths, past + input_ids.shape[1])
         with given_lengths(lengths):
-            return self.model(input_ids=input_ids, attention_mask=mask, past_key_values=past_key_values, use_cache=use_cache)
+            return self.model(input_ids=input_ids, attention_mask=mask, **cached)
 
     @torch.no_grad()
     def run(self, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -120,10 +123,13 @@ def _attention_function(
     if layer.config is None:
         return _native(module, query, key, value, attention_mask, scaling, dropout, kwargs)
     problem = find_problem(module, attention_mask, scaling, dropout, kwargs) or _other_scale(layer.config, scaling, query.shape[-1])
+    if problem is None and direction(module, attention_mask, kwargs) != bool(layer.config.causal):
+        problem = f"attention that is {'not causal' if layer.config.causal else 'causal'}, where the plan says otherwise"
     if problem is not None:
-        raise UnsupportedModel(f"layer {layer.index} ({layer.name}) uses {problem}; leave it out of --layers or pass plain causal inputs")
+        raise UnsupportedModel(f"layer {layer.index} ({layer.name}) uses {problem}; leave it out of --layers or pass plain inputs")
     if state.mode == "exact":
-        o = exact_attention(query, key, value, layer.config.resolved_scale(query.shape[-1]))
+        scale = layer.config.resolved_scale(query.shape[-1])
+        o = exact_attention(query, key, value, scale, bool(layer.config.causal), attention_mask)
     else:
         o, _ = state.attention(query, key, value, layer.config, attention_mask)
     state.keep(Captured(layer.index, query, key, value, attention_mask, layer.config, o))
@@ -136,15 +142,17 @@ def _other_scale(config: Config, scaling: float | None, head_dim: int) -> str | 
     return None if abs(wanted - planned) <= 1e-5 * planned else f"scale {wanted:.6g}, where the plan says {planned:.6g}"
 
 
-def exact_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """PyTorch's exact causal attention aligned bottom-right, without an n x n mask. Returns [B,Hq,Sq,Dv].
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True, lengths: Tensor | None = None) -> Tensor:
+    """PyTorch's exact attention, causal aligned bottom-right or full, without an n x n mask. Returns [B,Hq,Sq,Dv].
 
-    Live rows never see a key past their row's length (right padding), so lengths change nothing here.
+    A live row of causal attention never sees a key past its row's length (right padding), so lengths change nothing there.
     """
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     sdpa = nn.functional.scaled_dot_product_attention
     rows, keys = q.shape[2], k.shape[2]
+    if not causal:
+        return sdpa(q, k, v, attn_mask=None if lengths is None else padding_mask(lengths, keys)[:, None, None], scale=scale)
     if rows == keys:
         return sdpa(q, k, v, is_causal=True, scale=scale)
     parts = []
@@ -170,9 +178,11 @@ def _native(
     own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     special = any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
     plain = mask is None or mask.dim() == 1
+    causal = direction(module, mask, kwargs)
     if plain and not special and not dropout:
-        return exact_attention(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling).transpose(1, 2), None
-    visible = _visible(query.shape[2], key.shape[2], mask, query.device) if mask is None or plain else mask
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return exact_attention(query, key, value, scale, causal, mask).transpose(1, 2), None
+    visible = _visible(query.shape[2], key.shape[2], causal, mask, query.device) if mask is None or plain else mask
     if own is None or not special:
         return sdpa_attention_forward(module, query, key, value, visible, dropout=dropout, scaling=scaling, **kwargs)
     if visible.dtype == torch.bool:
@@ -181,8 +191,8 @@ def _native(
     return own(module, query, key, value, visible, scaling=scaling, dropout=dropout, **kwargs)
 
 
-def _visible(rows: int, keys: int, lengths: Tensor | None, device: torch.device) -> Tensor:
-    """The causal mask aligned bottom-right, bool [1 or B, 1, rows, keys]."""
+def _visible(rows: int, keys: int, causal: bool, lengths: Tensor | None, device: torch.device) -> Tensor:
+    """The causal mask aligned bottom-right, or the full one, bool [1 or B, 1, rows, keys]."""
     position = torch.arange(rows, device=device)[:, None] + keys - rows
-    visible = (torch.arange(keys, device=device) <= position)[None, None]
+    visible = ((torch.arange(keys, device=device) <= position) | (not causal))[None, None]
     return visible if lengths is None else visible & padding_mask(lengths, keys)[:, None, None]

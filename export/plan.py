@@ -21,6 +21,7 @@ MODES = ("approximate", "exact", "native")
 MAX_SEQUENCE = 2**24  # the kernels' tests stop here; positions fit in 32 bits
 MAX_BATCH = 4096
 _DEFAULT_LONGEST = 32768
+_SEQUENCE = "the sequence range (--min-seq, --opt-seq, --max-seq)"
 _CHOICES = {"task": TASKS, "dtype": DTYPES, "input_ids": INPUT_IDS, "keep_exact": KEEP_EXACT}
 # Python's \d and isdigit take digits of every script, and superscripts.
 _SPAN = "[0-9]{1,18}(-[0-9]{1,18})?"
@@ -143,7 +144,7 @@ def sequence_range(source: Source, low: int | None, opt: int | None, high: int |
     low = 1 if low is None else low
     longest = min(source.max_positions or _DEFAULT_LONGEST, 4 * _DEFAULT_LONGEST) if high is None else high
     usual = max(low, longest // 4) if opt is None else opt
-    return check_range("the sequence range (--min-seq, --opt-seq, --max-seq)", (low, usual, longest), MAX_SEQUENCE)
+    return check_range(_SEQUENCE, (low, usual, longest), MAX_SEQUENCE)
 
 
 def parse_batch(text: str) -> Range:
@@ -220,14 +221,14 @@ def make_plan(
     preset: str = "blocks",
     attributes: dict[str, int | float | str] | None = None,
     dtype: str = "fp32",
-    seq: Sequence[int] = (1, 8192, 32768),
+    seq: Sequence[int] | None = None,
     batch: Sequence[int] = (1, 1, 1),
     input_ids: str = "tokens",
     seed: int = 0,
     keep_exact: str = "op",
 ) -> ExportPlan:
-    """Decides for every attention layer of `source`; `attributes` override the preset's. Where the source fixes its key lengths
-    or rows, `seq` or `batch` are not looked at.
+    """Decides for every attention layer of `source`; `attributes` override the preset's. `seq` is by default
+    `sequence_range`'s. Where the source fixes its key lengths or rows, `seq` or `batch` are not looked at.
 
     Raises UsageError for a value out of range and UnsupportedModel where a layer was asked for by number and cannot use the op.
     """
@@ -240,7 +241,9 @@ def make_plan(
     if preset == "exact":
         base = base.exact()
     chosen = parse_layers(layers, len(source.layers))
-    lengths = source.keys or check_range("the sequence range (--min-seq, --opt-seq, --max-seq)", seq, MAX_SEQUENCE)
+    lengths = source.keys or check_range(_SEQUENCE, seq or sequence_range(source, None, None, None), MAX_SEQUENCE)
+    if source.position_limit is not None and lengths[2] > source.position_limit:
+        raise UsageError(f"--max-seq is {lengths[2]}; {source.name} has learned positions for {source.position_limit} tokens and no more")
     rows = source.rows or check_range("--batch", batch, MAX_BATCH)
     if source.task == "prefill":
         _check_cache(source, lengths[2])

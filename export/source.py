@@ -6,10 +6,11 @@ of the user's own. The stages behind it know these classes alone.
 
 from __future__ import annotations
 
+import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Mapping, Protocol
+from typing import TYPE_CHECKING, Any, Callable, Mapping, Protocol
 
 import torch
 
@@ -36,6 +37,14 @@ class Input:
     name: str
     dtype: str  # "int64", "int32", "bool", "float32" and so on; "float" is the plan's dtype
     shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What of MODEL may run code: weights that are pickled, and code that lies beside them. Neither does unless it is asked for."""
+
+    pickle: bool = False
+    code: bool = False
 
 
 # What a text model reads: rows padded on the right, and how many tokens of each are text.
@@ -103,6 +112,11 @@ class Source:
             raise UsageError(f"--dim {unknown[0]}: {self.name} has no dimensions of its own; use --batch and --max-seq")
         return self
 
+    @property
+    def position_limit(self) -> int | None:
+        """The longest sequence that the model can run at all, in tokens; None where there is no such limit."""
+        return None
+
     def dropped_keys(self, length: int) -> tuple[int, ...]:
         """Numbers of the cache layers that keep fewer than `length` keys, in calling order."""
         return ()
@@ -148,11 +162,34 @@ def default_dtype(source: Source) -> str:
     return source.half if torch.cuda.is_available() else "fp32"
 
 
-def open_source(model: str, *, task: str | None = None) -> Source:
+def parse_image_size(text: str) -> tuple[int, int]:
+    """(height, width) of --image-size: N, or HEIGHTxWIDTH, in pixels. Raises UsageError."""
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(re.fullmatch("[0-9]{1,5}", part) and int(part) for part in parts):
+        raise UsageError(f"--image-size is {text!r}; it takes pixels as N or HEIGHTxWIDTH, such as 224 or 448x392")
+    return int(parts[0]), int(parts[-1])
+
+
+def reopen(model: str, plan: "ExportPlan", *, trust: Trust = Trust(), say: Callable[[str], None] = lambda text: None) -> Source:
+    """`open_source` for the task and the sizes of a plan that was made from `model`."""
+    image = next((entry.shape[-2:] for entry in plan.inputs if entry.name == "pixel_values" and plan.task == FEATURES), None)
+    size = (int(image[0]), int(image[1])) if image else None
+    return open_source(model, task=plan.task, image_size=size, trust=trust, say=say)
+
+
+def open_source(
+    model: str,
+    *,
+    task: str | None = None,
+    image_size: tuple[int, int] | None = None,
+    trust: Trust = Trust(),
+    say: Callable[[str], None] = lambda text: None,
+) -> Source:
     """The front end's answer for MODEL: `FILE.py:FUNCTION`, or a directory as transformers saves it.
 
-    `task` is one of TASKS; by default what the architecture is made for. Raises UsageError for a model that is missing or
-    broken or a task it does not have, UnsupportedModel for one that no front end takes.
+    `task` is one of TASKS; by default what the architecture is made for. `image_size` (height, width) is for a directory's image
+    model, by default the configuration's. `say` gets one sentence before foreign code runs. Raises
+    UsageError for a model that is missing or broken or a task it does not have, UnsupportedModel for one that no front end takes.
     """
     from hyperattention.export.function_call import is_function
     from hyperattention.export.load import inspect_source
@@ -163,4 +200,4 @@ def open_source(model: str, *, task: str | None = None) -> Source:
         from hyperattention.export.function import open_function
 
         return open_function(model, task)
-    return inspect_source(Path(model), task)
+    return inspect_source(Path(model), task, image_size=image_size, trust=trust, say=say)

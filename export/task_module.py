@@ -64,10 +64,17 @@ class TaskModule(nn.Module):
 
 def call_encoder(model: PreTrainedModel, name: str, values: Tensor) -> Any:
     """transformers' output of an image or audio model for its one input, at sizes other than the configuration's too."""
-    # Some image models take any size by themselves, some only where asked, and some never (their own error says so).
+    more = other_size(model, tuple(values.shape[-2:])) if values.dim() == 4 else {}
+    return model(**{name: values}, **more)
+
+
+def other_size(model: PreTrainedModel, size: tuple[int, ...]) -> dict[str, bool]:
+    """What makes an image model take (height, width) other than the configuration's.
+
+    Some take any size by themselves, some only where asked, and some never (their own error says so).
+    """
     asks = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-    other = asks and values.dim() == 4 and tuple(values.shape[-2:]) != image_size(model.config)
-    return model(**{name: values}, **({"interpolate_pos_encoding": True} if other else {}))
+    return {"interpolate_pos_encoding": True} if asks and size != image_size(model.config) else {}
 
 
 def image_size(config: object) -> tuple[int, int] | None:

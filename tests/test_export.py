@@ -278,6 +278,14 @@ def _drop_tensor(path: Path) -> None:
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
+def _spoil(path: Path, value: float) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
 def _break_pickle(path: Path) -> None:
     (path / "model.safetensors").unlink()
     (path / "pytorch_model.bin").write_bytes(b"not a pickle")
@@ -294,7 +302,6 @@ BROKEN = {
     "unknown-architecture": (lambda p: _edit(p, model_type="hyperion"), "architecture 'hyperion' is unknown"),
     "wrong-type": (lambda p: _edit(p, hidden_size="big"), "cannot be read as a llama configuration"),
     "heads-do-not-divide": (lambda p: _edit(p, num_attention_heads=3, head_dim=None), "cannot"),
-    "not-a-language-model": (lambda p: _edit(p, model_type="vit"), "cannot build a causal language model of type 'vit'"),
     "other-size": (lambda p: _edit(p, intermediate_size=50), "another shape than config.json says"),
     "tensor-missing": (_drop_tensor, "q_proj.weight are missing from the weight files"),
     "index-names-missing-file": (
@@ -303,7 +310,12 @@ BROKEN = {
     ),
     "index-a-list": (lambda p: (p / "model.safetensors.index.json").write_text("[]"), "is broken"),
     "index-of-numbers": (lambda p: (p / "model.safetensors.index.json").write_text('{"weight_map": {"a": 3}}'), "is broken"),
-    "pickle-broken": (_break_pickle, "cannot be loaded"),
+    "pickle": (_break_pickle, r"pytorch_model.bin, a pickle, which can run code .* --allow-pickle"),
+    "tokenizer-broken": (lambda p: (p / "tokenizer.json").write_text("{}"), "tokenizer.json is broken"),
+    "not-a-number": (lambda p: _spoil(p, float("nan")), r"layers.1.mlp.up_proj.weight hold values that are NaN or infinite in float32"),
+    "infinite": (lambda p: _spoil(p, float("-inf")), "layers.1.mlp.up_proj.weight hold values that are NaN or infinite in float32"),
+    "code-of-its-own": (lambda p: _edit(p, model_type="hyperion", auto_map={"AutoConfig": "h.H"}), "give --trust-remote-code"),
+    "no-layers": (lambda p: _edit(p, num_hidden_layers=0), "is its number of layers 0"),
     "no-heads": (lambda p: _edit(p, num_attention_heads=0, head_dim=None), "cannot"),
     "quantised": (lambda p: _edit(p, quantization_config={"quant_method": "gptq", "bits": 4}), "quantised weights .*gptq"),
     "generation-config-broken": (lambda p: (p / "generation_config.json").write_text("{"), "generation_config.json is not valid JSON"),

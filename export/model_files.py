@@ -1,0 +1,156 @@
+"""The files of a transformers directory, checked before anything is built from them: config.json, weights, tokenizer.
+
+Nothing in here runs code of the model's: pickled weights and code beside them are refused unless they were asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import transformers
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from transformers import AutoConfig
+
+from hyperattention.errors import UnsupportedModel, UsageError
+from hyperattention.export.source import Trust
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers' warnings and progress bars off; what they say is raised as errors of ours."""
+    logging = transformers.utils.logging
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def one_line(error: BaseException) -> str:
+    """The error's text in one line of at most 300 characters, or its class."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def read_config(path: Path, trust: Trust, say: Callable[[str], None]) -> Any:
+    """transformers' configuration of the directory, with its weights, tokenizer and side files checked for being whole.
+
+    `say` gets one sentence before code of the model's own runs, which `trust` must allow. Raises UsageError for files that are
+    missing, broken or not trusted, and UnsupportedModel for an architecture that is unknown, and for quantised weights.
+    """
+    config = _read(path, trust, say)
+    _check_unquantised(path, config)
+    _check_side_files(path)
+    _check_tokenizer(path)
+    _check_weights(path, trust)
+    return config
+
+
+def _read(path: Path, trust: Trust, say: Callable[[str], None]) -> Any:
+    if not path.exists():
+        raise UsageError(f"there is no {path}; MODEL is a directory with config.json and weights, as transformers saves it")
+    if not path.is_dir():
+        raise UsageError(f"{path} is a file; MODEL is a directory with config.json and weights, as transformers saves it")
+    file = path / "config.json"
+    if not file.is_file():
+        found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+        raise UsageError(f"{path} holds no config.json (found: {found}); MODEL is a directory as transformers saves it")
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file} is not valid JSON ({one_line(error)}); copy the model's directory again") from error
+    if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
+        raise UsageError(f"{file} names no model_type; it must be the config.json that transformers saved")
+    code = isinstance(data.get("auto_map"), dict)
+    if data["model_type"] not in transformers.CONFIG_MAPPING and not (code and trust.code):
+        runs = "or give --trust-remote-code to run the model's own (auto_map in config.json)" if code else "nothing in the directory is run"
+        raise UnsupportedModel(
+            f"architecture {data['model_type']!r} is unknown to transformers {transformers.__version__}; install a version that knows it, "
+            f"{runs}"
+        )
+    if code and trust.code:
+        names = ", ".join(sorted({str(name).partition(".")[0] + ".py" for name in data["auto_map"].values()}))
+        say(f"--trust-remote-code: code of the model's own runs ({names} in {path.name})")
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust.code)
+    except (ValueError, TypeError, AttributeError, KeyError, OSError, ArithmeticError) as error:
+        raise UsageError(f"{file} cannot be read as a {data['model_type']} configuration: {one_line(error)}") from error
+    except Exception as error:
+        # huggingface_hub's strict dataclasses raise classes of their own for a field of the wrong type.
+        if type(error).__module__.startswith("huggingface_hub"):
+            raise UsageError(f"{file} cannot be read as a {data['model_type']} configuration: {one_line(error)}") from error
+        raise
+
+
+def _check_unquantised(path: Path, config: Any) -> None:
+    found = getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None)
+    if found:
+        values = found if isinstance(found, dict) else vars(found)
+        method = values.get("quant_method", "unnamed")
+        raise UnsupportedModel(
+            f"{path.name} holds quantised weights (quantization_config: {getattr(method, 'value', method)}); export-model takes fp32, fp16 "
+            f"or bf16 weights: use the model's unquantised directory"
+        )
+
+
+def _check_side_files(path: Path) -> None:
+    """transformers and the validation read these late, after most of the work."""
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        file = path / name
+        if not file.is_file():
+            continue
+        try:
+            whole = isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
+        except ValueError as error:
+            raise UsageError(f"{file} is not valid JSON ({one_line(error)}); copy the model's directory again") from error
+        if not whole:
+            raise UsageError(f"{file} holds no JSON object; copy the model's directory again")
+
+
+def _check_tokenizer(path: Path) -> None:
+    """The validation reads it after the whole export."""
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        return
+    try:
+        Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing more exact
+        raise UsageError(f"{file} is broken ({one_line(error)}); copy the model's directory again") from error
+
+
+def _check_weights(path: Path, trust: Trust) -> None:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = [path / name for name in names]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UsageError(f"{index} is broken ({one_line(error)}); copy the model's directory again") from error
+    else:
+        files = sorted(path.glob("*.safetensors"))
+        pickled = sorted(file.name for file in path.glob("pytorch_model*.bin"))
+        if not files and not pickled:
+            raise UsageError(f"{path} holds no weights; it takes model.safetensors, or its index and parts")
+        if not files and not trust.pickle:
+            raise UsageError(
+                f"{path} holds its weights as {pickled[0]}, a pickle, which can run code when it is read; save them as safetensors "
+                f"(save_pretrained does), or give --allow-pickle where you trust whoever made the file"
+            )
+    for file in files:
+        if not file.is_file():
+            raise UsageError(f"{index.name} names {file.name}, which is missing; copy the model's directory again")
+        try:
+            with safe_open(str(file), framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UsageError(f"{file} is truncated or broken ({one_line(error)}); copy it again") from error
+
+
