@@ -49,7 +49,7 @@ def check_engines(bundle: Bundle, exact_engine: Path | None) -> list[str]:
 def make_runners(
     bundle: Bundle,
     plan: ExportPlan,
-    replaced: ReplacedModel,
+    replaced: ReplacedModel | None,
     kind: str,
     device: torch.device,
     exact_engine: Path | None,
@@ -57,7 +57,7 @@ def make_runners(
     stack: contextlib.ExitStack,
     step: Callable[[str], None],
 ) -> tuple[ModelRunner, ModelRunner | None]:
-    """The backend under test and its exact rival, not yet active."""
+    """The backend under test and its exact rival, not yet active. `replaced` is needed where `plan` is not of the export's dtype."""
     if kind == "tensorrt":
         if bundle.engine is None or bundle.trt_library is None:
             raise EnvironmentFault(f"the folder lacks model.engine or {TRT_LIBRARY}; export again on a machine with a GPU")
@@ -69,6 +69,7 @@ def make_runners(
         return engine, TensorRTRunner(plan, exact_engine, bundle.trt_library, "TensorRT engine, exact")
     model = bundle.model_onnx
     if plan.dtype != bundle.plan.dtype:
+        assert replaced is not None, "a twin is exported from the model"
         step("exporting the fp32 twin")
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hyperattention-twin-")))
         export_onnx(replaced, plan, folder, step)

@@ -51,10 +51,12 @@ class Problem:
     def inputs(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v for this length: the same for every contender and every run."""
         generator = torch.Generator(device=self.device).manual_seed(self.seed + length)
-        kinds = dict(device=self.device, generator=generator)
-        q, k, v = (torch.randn(self.batch, h, length, self.head_dim, **kinds) for h in (self.heads, self.kv_heads, self.kv_heads))
-        dtype = torch_dtype(self.dtype)
-        return q.to(dtype), k.to(dtype), v.to(dtype)
+
+        def draw(heads: int) -> Tensor:
+            made = torch.randn(self.batch, heads, length, self.head_dim, generator=generator, device=self.device)
+            return made.to(torch_dtype(self.dtype))
+
+        return draw(self.heads), draw(self.kv_heads), draw(self.kv_heads)
 
 
 @dataclass

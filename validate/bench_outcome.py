@@ -14,19 +14,17 @@ from typing import Any
 import onnx
 import torch
 
-from hyperattention.errors import EnvironmentFault, UsageError
+from hyperattention.errors import UsageError
 from hyperattention.export.bundle import Bundle
 from hyperattention.export.plan import ExportPlan
 from hyperattention.export.source import open_source
-from hyperattention.library import TRT_LIBRARY
 from hyperattention.validate import environment
-from hyperattention.validate.backends import BACKENDS, check_engines, choose
-from hyperattention.validate.bench_timing import Contender, LeftOut, Run, l2_scratch
+from hyperattention.validate.backends import BACKENDS, check_engines, choose, make_runners, prove
+from hyperattention.validate.bench_timing import LeftOut, Run, l2_scratch
 from hyperattention.validate.feeds import RandomMaterial
-from hyperattention.validate.provenance import Proof, check_graph
+from hyperattention.validate.provenance import Proof
 from hyperattention.validate.run import check_files, check_model_fits
-from hyperattention.validate.runner_trt import TensorRTRunner
-from hyperattention.validate.runners import ModelRunner, OrtRunner, TorchRunner
+from hyperattention.validate.runners import ModelRunner, TorchRunner
 from hyperattention.validate.signature import length_range
 
 OURS, TWIN, TORCH = "ours", "exact", "torch"
@@ -74,6 +72,24 @@ class RunnerRun:
 
 
 @dataclass
+class Feeds:
+    """Random inputs of one length at a time, shared by the contenders."""
+
+    subject: Subject
+    seed: int
+    length: int = 0
+    held: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def at(self, length: int) -> dict[str, torch.Tensor]:
+        """The feed of `length`, by the names of the plan's inputs."""
+        if length != self.length:
+            plan, model = self.subject.plan, self.subject.bundle.model_onnx
+            material = RandomMaterial(self.seed, vocabulary(model, [entry.name for entry in plan.inputs]))
+            self.held, self.length = material.feeds(plan, length, 1)[0], length
+        return self.held
+
+
+@dataclass
 class RunnerContender:
     """A runner, activated when it is first needed and left active until the benchmark ends."""
 
@@ -83,14 +99,14 @@ class RunnerContender:
     exact: bool
     memory: str
     runner: ModelRunner
-    feeds: Callable[[int], dict[str, torch.Tensor]]
+    feeds: Feeds
     stack: contextlib.ExitStack
     scratch: torch.Tensor | None
 
     def prepare(self, length: int) -> Run:
         if not self.runner.is_active:
             self.stack.enter_context(self.runner)
-        return RunnerRun(self.runner, self.feeds(length), self.scratch)
+        return RunnerRun(self.runner, self.feeds.at(length), self.scratch)
 
 
 def open_subject(folder: Path, device: str, backend: str) -> Subject:
@@ -109,10 +125,10 @@ def open_subject(folder: Path, device: str, backend: str) -> Subject:
 
 
 def default_lengths(plan: ExportPlan) -> tuple[int, ...]:
-    """Powers of two within the exported range from 1,024 on, and its end."""
+    """Powers of two within the exported range, from 1,024 or an eighth of it on, and its end."""
     low, high = length_range(plan)
-    powers = (2**i for i in range(high.bit_length()))
-    return (*(n for n in powers if max(low, _FEWEST_TOKENS) <= n < high), high)
+    first = max(low, min(_FEWEST_TOKENS, high // 8))
+    return (*(n for n in (2**i for i in range(high.bit_length())) if first <= n < high), high)
 
 
 def contenders(
@@ -123,63 +139,43 @@ def contenders(
     threads: int,
     stack: contextlib.ExitStack,
     step: Callable[[str], None],
-) -> tuple[list[Contender], list[LeftOut]]:
-    """Ours, the same with every layer exact, PyTorch; and those that cannot run, with the reason."""
-    bundle, plan, device = subject.bundle, subject.plan, subject.device
-    material, cuda = RandomMaterial(seed, vocabulary(bundle.model_onnx, [entry.name for entry in plan.inputs])), device.type == "cuda"
-    scratch, held = l2_scratch() if cuda else None, {}
-
-    def feeds(length: int) -> dict[str, torch.Tensor]:
-        if length not in held:
-            held.clear()
-            held[length] = material.feeds(plan, length, 1)[0]
-        return held[length]
-
-    def add(name: str, title: str, runner: ModelRunner, memory: str) -> None:
-        exact = name != OURS or not plan.approximate
-        found.append(RunnerContender(name, title, name == OURS, exact, memory, runner, feeds, stack, scratch))
-
-    found: list[Contender] = []
-    missing: list[LeftOut] = []
-    if subject.kind == "tensorrt":
-        if bundle.engine is None or bundle.trt_library is None:
-            raise EnvironmentFault(f"the folder lacks model.engine or {TRT_LIBRARY}; export again on a machine with a GPU")
-        subject.notes += check_engines(bundle, exact_engine)
-        planned = len(plan.planned)
-        add(OURS, "HyperAttention, TensorRT", TensorRTRunner(bundle.engine, bundle.trt_library, planned, "TensorRT engine"), "device")
-        if exact_engine is None:
-            missing.append(LeftOut(TWIN, None, "no --exact-engine FILE: export the model with --preset exact and give its model.engine"))
-        elif not exact_engine.is_file():
-            raise UsageError(f"--exact-engine {exact_engine} does not exist; export with --preset exact and give its model.engine")
-        else:
-            runner = TensorRTRunner(exact_engine, bundle.trt_library, planned, "TensorRT engine, exact")
-            add(TWIN, "every layer exact, TensorRT", runner, "device")
-    else:
-        if exact_engine is not None:
-            raise UsageError("--exact-engine belongs to the backend tensorrt; ONNX Runtime times the same file with every layer exact")
-        nodes, memory = check_graph(bundle.model_onnx, plan), "device" if cuda else "process"
-        common = dict(threads=threads, device=device)
-        add(OURS, "HyperAttention, ONNX Runtime", OrtRunner(bundle.model_onnx, bundle.ort_library, nodes, "ONNX Runtime", **common), memory)
-        if plan.approximate:
-            twin = OrtRunner(bundle.model_onnx, bundle.ort_library, nodes, "ONNX Runtime, exact", exact=True, **common)
-            add(TWIN, "every layer exact, ONNX Runtime", twin, memory)
-        else:
-            missing.append(LeftOut(TWIN, None, "no layer of OUT approximates, so it would be the same file"))
-    if model is None:
-        missing.append(LeftOut(TORCH, None, "no --model MODEL: PyTorch needs the model that OUT was made from"))
-    else:
+) -> tuple[list[RunnerContender], list[LeftOut]]:
+    """Ours, the same with every layer exact, PyTorch; and those that cannot run, with the reason. Raises as `make_runners` does."""
+    bundle, plan, device, tensorrt = subject.bundle, subject.plan, subject.device, subject.kind == "tensorrt"
+    if exact_engine is not None and not tensorrt:
+        raise UsageError("--exact-engine belongs to the backend tensorrt; ONNX Runtime times the same file with every layer exact")
+    subject.notes += check_engines(bundle, exact_engine) if tensorrt else []
+    ours, twin = make_runners(bundle, plan, None, subject.kind, device, exact_engine, threads, stack, step)
+    torch_runner = None
+    if model is not None:
         step("loading the model")
         source = open_source(model, task=plan.task)
         check_model_fits(bundle, source)
-        runner = TorchRunner(source.load(plan, device), None, "PyTorch")
-        add(TORCH, "PyTorch, exact", runner, "torch" if cuda else "process")
-    return found, missing
+        torch_runner = TorchRunner(source.load(plan, device), None, "PyTorch", device=device)
+    reasons = {
+        TWIN: "no --exact-engine FILE: export the model with --preset exact and give its model.engine"
+        if tensorrt
+        else "no layer of OUT approximates, so it would be the same file",
+        TORCH: "no --model MODEL: PyTorch needs the model that OUT was made from",
+    }
+    runtime, apart = ("TensorRT" if tensorrt else "ONNX Runtime"), ("device" if device.type == "cuda" else "process")
+    candidates = (
+        (OURS, f"HyperAttention, {runtime}", ours, apart),
+        (TWIN, f"every layer exact, {runtime}", twin, apart),
+        (TORCH, "PyTorch, exact", torch_runner, "torch" if device.type == "cuda" else "process"),
+    )
+    feeds, scratch = Feeds(subject, seed), l2_scratch() if device.type == "cuda" else None
+    found = [
+        RunnerContender(name, title, name == OURS, name != OURS or not plan.approximate, memory, runner, feeds, stack, scratch)
+        for name, title, runner, memory in candidates
+        if runner is not None
+    ]
+    return found, [LeftOut(name, None, reasons[name]) for name, _, runner, _ in candidates if runner is None]
 
 
-def prove(contenders: list[Contender]) -> list[Proof]:
+def prove_active(contenders: list[RunnerContender]) -> list[Proof]:
     """What each runner that ran was really running. Raises EnvironmentFault where it is not what was planned."""
-    runners = [c.runner for c in contenders if isinstance(c, RunnerContender) and c.runner.is_active]
-    return [proof for proof in (runner.prove() for runner in runners) if proof is not None]
+    return prove([c.runner for c in contenders if c.runner.is_active])
 
 
 def vocabulary(model: Path, inputs: list[str]) -> int:

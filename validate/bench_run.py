@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -128,20 +128,20 @@ def bench_attention_run(options: AttentionOptions, step: Step, stopped: Stopped)
 def bench_outcome_run(options: OutcomeOptions, step: Step, stopped: Stopped) -> dict[str, Any]:
     """Times an output folder's model and returns the record. Raises as `validate` does: UsageError and EnvironmentFault."""
     from hyperattention.validate import bench_outcome  # the whole validation; the op alone needs none of it
+    from hyperattention.validate.material import check_lengths as check_exported
 
     began = time.monotonic()
     check_settings(options.settings, options.threads, options.seed)
     subject = bench_outcome.open_subject(options.folder, options.device, options.backend)
-    plan = subject.plan
-    wanted = options.lengths or bench_outcome.default_lengths(plan)
-    lengths = check_lengths(wanted, plan.seq[0], plan.seq[2])
+    wanted = options.lengths or bench_outcome.default_lengths(subject.plan)
+    lengths = tuple(sorted(set(check_exported(subject.plan, wanted))))
     with _torch_threads(options.threads), contextlib.ExitStack() as stack:
         contenders, missing = bench_outcome.contenders(
             subject, options.model, options.exact_engine, options.seed, options.threads, stack, step
         )
         _check_against(options.against, contenders, missing)
         found = measure(contenders, lengths, options.settings, step, stopped)
-        proofs = [] if found.interrupted and not found.rows else bench_outcome.prove(contenders)
+        proofs = [] if found.interrupted and not found.rows else bench_outcome.prove_active(contenders)
     head = _head(began, subject.describe(), options.settings, options.threads)
     head |= {"clock": "wall clock from the first kernel's launch to the last one's end", "environment": subject.environment()}
     head["provenance"] = [proof.to_json() for proof in proofs]
@@ -171,7 +171,7 @@ def _head(began: float, problem: dict[str, Any], settings: Settings, threads: in
     }
 
 
-def _check_against(against: str | None, contenders: list[Contender], missing: list[LeftOut]) -> None:
+def _check_against(against: str | None, contenders: Sequence[Contender], missing: list[LeftOut]) -> None:
     names = [c.name for c in contenders]
     if against is not None and against not in names:
         reason = next((f", which cannot run here: {left.reason}" for left in missing if left.contender == against), "")

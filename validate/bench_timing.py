@@ -34,11 +34,16 @@ class Run(Protocol):
 class Contender(Protocol):
     """Something to time. `memory` names the meter: "torch", "device" or "process" (see `measured`)."""
 
-    name: str
-    title: str
-    ours: bool
-    exact: bool
-    memory: str
+    @property
+    def name(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def ours(self) -> bool: ...
+    @property
+    def exact(self) -> bool: ...
+    @property
+    def memory(self) -> str: ...
 
     def prepare(self, length: int) -> Run:
         """Inputs and kernels for `length` tokens. May raise anything: the contender is then listed with that reason."""
@@ -212,7 +217,15 @@ def measure(
     return found
 
 
-def _warm_up(contenders, length, step, stopped, found, check) -> tuple[dict[str, Run], dict[str, dict | None]]:
+def _warm_up(
+    contenders: Sequence[Contender],
+    length: int,
+    step: Callable[[str], None],
+    stopped: Callable[[], bool],
+    found: Measured,
+    check: Callable[[dict[str, Any]], dict[str, str]],
+) -> tuple[dict[str, Run], dict[str, dict | None]]:
+    """The contenders that run at `length`, each run once or twice, and what memory the first run took; the others go to `found`."""
     runs: dict[str, Run] = {}
     memory: dict[str, dict | None] = {}
     outputs: dict[str, Any] = {}
@@ -239,7 +252,8 @@ def _warm_up(contenders, length, step, stopped, found, check) -> tuple[dict[str,
     return runs, memory
 
 
-def _rounds(runs, length, settings, stopped, found) -> dict[str, list[float]]:
+def _rounds(runs: dict[str, Run], length: int, settings: Settings, stopped: Callable[[], bool], found: Measured) -> dict[str, list[float]]:
+    """Seconds of every timed run by contender; one that fails on the way goes to `found` and loses its times."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(settings.repeats):
         names = list(runs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -77,26 +78,23 @@ def command(
     if attention == (folder is not None):
         raise UsageError("bench takes either an OUT or --attention; " + ("both were given" if attention else "neither was given"))
     _refuse(attention, {"preset": preset, "rivals": rivals, **shape, **tuned}, {"model": model, "exact_engine": exact_engine})
+    chosen = numbers("--lengths", lengths)
     common: dict[str, Any] = dict(
-        lengths=numbers("--lengths", lengths), device=device, against=against, seed=seed, threads=threads,
-        settings=Settings(repeats, max_seconds),
-    )  # fmt: skip
-    if attention:
-        given = {name: value for name, value in shape.items() if value is not None}
-        run, options = bench_run.bench_attention_run, bench_run.AttentionOptions(
+        lengths=chosen, device=device, against=against, seed=seed, threads=threads, settings=Settings(repeats, max_seconds)
+    )
+    if folder is None:
+        given: dict[str, Any] = {name: value for name, value in shape.items() if value is not None}
+        alone = bench_run.AttentionOptions(
             presets=_presets(preset or "blocks", tuned), rivals=_rivals(rivals or "all"), backend=backend or "library", **common, **given
-        )  # fmt: skip
-        steps = (len(common["lengths"]) or 6) * (len(options.rivals) + len(options.presets) + 2)
+        )
+        run, contenders = functools.partial(bench_run.bench_attention_run, alone), len(alone.rivals) + len(alone.presets) + 1
     else:
-        assert folder is not None
-        run, options = bench_run.bench_outcome_run, bench_run.OutcomeOptions(
-            folder=folder, model=model, exact_engine=exact_engine, backend=backend or "auto", **common
-        )  # fmt: skip
-        steps = (len(common["lengths"]) or 6) * 4
+        outcome = bench_run.OutcomeOptions(folder=folder, model=model, exact_engine=exact_engine, backend=backend or "auto", **common)
+        run, contenders = functools.partial(bench_run.bench_outcome_run, outcome), 3
     reporter = Reporter(quiet, as_json)
     with stoppable() as stopped:
         with reporter.stage("benchmark"):
-            report = run(options, reporter.counted(steps), stopped)
+            report = run(reporter.counted((len(chosen) or 6) * (contenders + 1)), stopped)
         written = write(report, output)
     _say(report, written, reporter)
     if not report["interrupted"]:
