@@ -14,7 +14,7 @@ from hyperattention.errors import UsageError
 from hyperattention.export.bundle import REPORT, Bundle
 from hyperattention.export.gate_options import LANGUAGE, kind_of
 from hyperattention.export.plan import DEVICES, choice
-from hyperattention.export.source import Source, open_source
+from hyperattention.export.source import Source, reopen
 from hyperattention.validate import environment
 from hyperattention.validate.approximation import every_position
 from hyperattention.validate.backends import BACKENDS, check_engines, choose, make_runners, prove, prove_first
@@ -37,7 +37,7 @@ class Options:
     """What to measure; paths are read, never written into the report."""
 
     folder: Path
-    model: str | Path
+    model: str | Path | None = None
     text: Path | None = None
     inputs: Path | None = None
     lengths: tuple[int, ...] = ()
@@ -81,7 +81,7 @@ def validate(options: Options, step: Callable[[str], None]) -> dict:
             f"The {plan.dtype} target was validated through its fp32 twin: ONNX Runtime's CPU provider has no {plan.dtype} arithmetic."
         )
         plan = replace(plan, dtype="fp32")
-    source = open_source(str(options.model), task=plan.task)
+    source = reopen(_model(options, bundle), plan)
     check_model_fits(bundle, source)
     material, lengths = choose_material(source, plan, options.text, options.inputs, options.lengths, options.seed)
     extent = _extent(options, lengths)
@@ -146,6 +146,17 @@ def validate(options: Options, step: Callable[[str], None]) -> dict:
         "notes": notes + result_notes(plan, measured),
     }
     return judge(report, options.limits)
+
+
+def _model(options: Options, bundle: Bundle) -> str:
+    """--model. Raises UsageError where it was left out: OUT holds no path that it could be found by."""
+    if options.model is None:
+        name = (bundle.manifest.get("model") or {}).get("name", "MODEL")
+        raise UsageError(
+            f"--model is missing: the weights of {name} are compared with what was exported, and {options.folder} names no path; "
+            f"such as `hyperattention validate {options.folder} --model path/to/{name}`"
+        )
+    return str(options.model)
 
 
 def check_files(bundle: Bundle) -> None:

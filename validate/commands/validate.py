@@ -15,8 +15,11 @@ EXAMPLE = "hyperattention validate out --model models/byte-lm-4m --text held-out
 
 def command(
     folder: Folder,
-    model: Annotated[Path, typer.Option(help="The model that was exported: a transformers directory.")],
+    model: Annotated[Optional[str], typer.Option(help="What was exported: a transformers directory, or FILE.py:FUNCTION. Needed.")] = None,
     text: Annotated[Optional[Path], typer.Option(help="Held-out plain text. A model that reads bytes needs one.")] = None,
+    inputs: Annotated[
+        Optional[Path], typer.Option(metavar="FILE.npz", help="Real inputs for any other model: one array for each input, by name.")
+    ] = None,
     lengths: Annotated[str, typer.Option(help="Window lengths, e.g. 8192,32768. (default: 8192,16384,32768 as exported)")] = "",
     windows: Annotated[str, typer.Option(help="Windows of each length. (default: 4,2,1)")] = "",
     time_lengths: Annotated[str, typer.Option(help="Further lengths to time only.")] = "",
@@ -41,6 +44,7 @@ def command(
         folder=folder,
         model=model,
         text=text,
+        inputs=inputs,
         lengths=numbers("--lengths", lengths),
         windows=numbers("--windows", windows),
         time_lengths=numbers("--time-lengths", time_lengths),
