@@ -6,6 +6,7 @@ same thing (function_graph.py). Nothing is known of the module but what the grap
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any, Mapping
@@ -21,7 +22,7 @@ from hyperattention.export.function_export import Flat, export_program
 from hyperattention.export.function_graph import Call, find_calls
 from hyperattention.export.function_model import GraphModel, converted, replace_attention
 from hyperattention.export.plan import ExportPlan
-from hyperattention.export.source import MODULE, Input, Range, Source
+from hyperattention.export.source import MODULE, AttentionLayer, Input, Range, Source
 
 Bounds = dict[str, tuple[int, int | None]]
 _LONGEST = 32768
@@ -95,7 +96,7 @@ def open_function(model: str, task: str | None = None) -> FunctionSource:
     architecture = type(definition.module).__name__
     calls = find_calls(program, architecture)
     inputs, symbols, bounds = _inputs(program, examples, axes)
-    layers = tuple(call.layer for call in calls)
+    layers = tuple(_named(call.layer, symbols) for call in calls)
     return FunctionSource(
         model=model,
         name=definition.name,
@@ -148,6 +149,13 @@ def _inputs(program: ExportedProgram, examples: Mapping[str, Tensor], axes: Axes
             bounds.setdefault(symbols[symbol], _bounds(axis, program.range_constraints.get(size.node.expr)))
         inputs.append(Input(name, "float" if example.is_floating_point() else str(example.dtype).removeprefix("torch."), tuple(shape)))
     return tuple(inputs), symbols, bounds
+
+
+def _named(layer: AttentionLayer, symbols: Mapping[str, str]) -> AttentionLayer:
+    """The layer with the dimensions of its problem by name."""
+    if layer.problem is None:
+        return layer
+    return replace(layer, problem=re.sub(r"\bs\d+\b", lambda symbol: symbols.get(symbol[0], symbol[0]), layer.problem))
 
 
 def _bounds(axis: Axis, found: Any) -> tuple[int, int | None]:

@@ -96,19 +96,16 @@ def arguments(node: Node) -> dict[str, Any]:
 
 
 def _nodes(graph: GraphModule, region: str | None) -> Iterator[tuple[Node, str | None]]:
-    """Calls of the graph and of the graphs inside it, with the region that holds them."""
+    """Calls in calling order, with the region that holds them: those of a graph inside come where that graph is called."""
+    inner = dict(graph.named_modules())
     for node in graph.graph.nodes:
-        inner = graph.get_submodule(node.target) if node.op == "get_attr" and _is_module(graph, node.target) else None
-        if isinstance(inner, GraphModule):
-            users = {getattr(user.target, "__name__", str(user.target)) for user in node.users}
-            name = next(iter(sorted(users)), "another graph")
-            yield from _nodes(inner, region or _REGIONS.get(name, name))
-        elif node.op == "call_function":
-            yield node, region
-
-
-def _is_module(graph: GraphModule, target: str) -> bool:
-    return target in dict(graph.named_modules())
+        if node.op != "call_function":
+            continue
+        yield node, region
+        for argument in node.all_input_nodes:
+            if argument.op == "get_attr" and isinstance(inner.get(str(argument.target)), GraphModule):
+                name = getattr(node.target, "__name__", str(node.target))
+                yield from _nodes(inner[str(argument.target)], region or _REGIONS.get(name, name))
 
 
 def _call(node: Node, region: str | None) -> Call:
