@@ -121,7 +121,7 @@ def _readme(bundle: Bundle, models: list[str], batch: int, inputs: list[Tensor])
         command=f"tritonserver --model-repository=.{plugin}",
         models=", ".join(f"`{name}`" for name in models),
         engine=_about_engine(bundle) if engines else "There is no engine in this output, and so no model for the TensorRT backend.",
-        rows="\n".join(f"| {name} | {kind} | {_request(dims, batch)} |" for name, kind, dims in inputs),
+        rows="\n".join(f"| {name} | {kind.removeprefix('TYPE_')} | {_request(dims, batch)} |" for name, kind, dims in inputs),
         batching=_batching(batch),
         seq=bundle.plan.seq,
     )
