@@ -1,0 +1,204 @@
+"""The operator on inputs that hurt: one approximate layer's config on made Q, K, V and on the text's own, under three seeds.
+
+Ours and window + sinks at equal keys per query are held against exact attention on a few hundred query rows, each computed in
+float64 from all keys, so that the longest lengths cost memory linear in them. Each distribution has one number to pass by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import mean
+
+import torch
+from torch import Tensor
+
+from hyperattention.config import Config
+from hyperattention.export.patch import Captured
+from hyperattention.validate.compare import tensor_error
+from hyperattention.validate.distributions import DISTRIBUTIONS, Problem, Sizes, approximates, some_rows
+from hyperattention.validate.layers import SEEDS, seeds_of
+from hyperattention.validate.operators import Operator
+from hyperattention.validate.window import window_operator
+
+TEXT = "text"
+RECALLED = 0.9  # cosine with the planted value from which a needle counts as found
+TEXT_LAYERS = 8
+CPU_LENGTH, CPU_HEADS = 16384, 4  # what the processor is given at most
+_TILE = 2**25  # float64 logits held at once
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """What a distribution is judged by: `value(ours, window)` of the summaries over seeds, on the right side of `limit`."""
+
+    value: Callable[[dict, dict], float]
+    limit: float
+    sense: str
+    meaning: str
+
+    def passed(self, value: float) -> bool:
+        """NaN never passes."""
+        return value <= self.limit if self.sense == "<=" else value >= self.limit
+
+
+def _against_window(ours: dict, window: dict) -> float:
+    """Relative L2 over the window's; 1 where both are exact."""
+    a, b = ours["relative_l2"]["mean"], window["relative_l2"]["mean"]
+    return 1.0 if a == b else a / b if b else float("inf")
+
+
+CRITERIA: dict[str, Criterion] = {
+    TEXT: Criterion(
+        _against_window, 1.0, "<=", "relative L2 over that of window + sinks at equal keys, mean over layers, on their own Q, K, V"
+    ),
+    "needle": Criterion(
+        lambda ours, window: ours["recall"],
+        0.9,
+        ">=",
+        f"share of rows that answer the value of a far key which holds 98% of their attention (cosine at least {RECALLED})",
+    ),
+    "clustered": Criterion(
+        _against_window, 1.0, "<=", "relative L2 over that of window + sinks at equal keys, where a topic's keys lie in scattered runs"
+    ),
+    "heavy columns": Criterion(
+        lambda ours, window: ours["relative_l2"]["mean"],
+        0.5,
+        "<=",
+        "relative L2 where a few far keys hold 80% of every row's attention; missing them gives about 1",
+    ),
+    "gaussian": Criterion(
+        lambda ours, window: abs(ours["lse_bias"]),
+        0.05,
+        "<=",
+        "mean error of the log-sum-exp, by its size. Attention is flat here and its output cancels to near zero, so the relative L2 of "
+        "whatever reads few keys is large and says little; whether the mass of attention is right does",
+    ),
+}
+
+
+def hard_rows(operator: Operator, captured: Sequence[Captured], step: Callable[[str], None]) -> list[dict]:
+    """Rows of report.json's `hard_inputs`, at the length of the captured calls, from those that approximate there.
+
+    The text's numbers are means over at most TEXT_LAYERS layers, first to last; the made inputs have the heads, sizes, dtype
+    and config of the first of them. On the processor the first heads and tokens stand for all (CPU_HEADS, CPU_LENGTH). Where every
+    row meets every key there is nothing to judge, and there are no rows.
+    """
+    layers = [smaller(c) if c.q.device.type == "cpu" else c for c in captured]
+    layers = [c for c in layers if not c.config.is_exact(c.q.shape[2], c.k.shape[2]) and approximates(c.config, c.k.shape[2])]
+    if not layers:
+        return []
+    chosen = [layers[i * (len(layers) - 1) // max(1, TEXT_LAYERS - 1)] for i in range(TEXT_LAYERS)]
+    chosen = list({c.layer: c for c in chosen}.values())
+    first = chosen[0]
+    sizes = Sizes(first.q.shape[1], first.k.shape[1], first.k.shape[2], first.q.shape[3], first.v.shape[3])
+    rows = []
+    for name in (TEXT, *DISTRIBUTIONS):
+        step(f"{sizes.length:,} tokens, hard input: {name}")
+        found = []
+        for number in range(SEEDS):
+            posed = [_text(c, number) for c in chosen] if name == TEXT else [_made(name, first, sizes, number)]
+            found.append(_mean_pair([_measure(operator, problem, config) for problem, config in posed]))
+        rows.append(_row(name, sizes.length, [config.seed for config in seeds_of(first.config)], found))
+    return rows
+
+
+def smaller(captured: Captured) -> Captured:
+    """Whole groups of at most CPU_HEADS query heads, and at most CPU_LENGTH tokens or twice exact_below, of one captured call."""
+    c = captured
+    group = c.q.shape[1] // c.k.shape[1]
+    heads, n = min(c.k.shape[1], max(1, CPU_HEADS // group)), min(c.k.shape[2], max(CPU_LENGTH, 2 * c.config.exact_below))
+    q, k, v = c.q[:1, : heads * group, :n], c.k[:1, :heads, :n], c.v[:1, :heads, :n]
+    return replace(c, q=q, k=k, v=v, o=c.o[:1, : heads * group, :n], lengths=None)
+
+
+def _generator(layer: Captured, config: Config) -> torch.Generator:
+    return torch.Generator(device=layer.q.device).manual_seed(config.seed)
+
+
+def _text(layer: Captured, number: int) -> tuple[Problem, Config]:
+    """The layer's own Q, K, V, the same under every seed, with other rows looked at."""
+    config = seeds_of(layer.config)[number]
+    rows = some_rows(config, layer.k.shape[2], _generator(layer, config))
+    return Problem(layer.q[:1], layer.k[:1], layer.v[:1], rows), config
+
+
+def _made(name: str, layer: Captured, sizes: Sizes, number: int) -> tuple[Problem, Config]:
+    """The distribution under one seed, in the layer's dtype."""
+    config = seeds_of(layer.config)[number]
+    problem = DISTRIBUTIONS[name](config, sizes, _generator(layer, config))
+    q, k, v = (x.to(layer.q.dtype) for x in (problem.q, problem.k, problem.v))
+    return replace(problem, q=q, k=k, v=v), config
+
+
+def _measure(operator: Operator, problem: Problem, config: Config) -> tuple[dict, dict]:
+    """Numbers of ours and of the window on the problem's rows."""
+    p = problem
+    exact, exact_lse = exact_rows(p.q, p.k, p.v, p.rows, config)
+    found = []
+    for attention in (operator, window_operator(operator)):
+        o, lse = attention(p.q, p.k, p.v, config)
+        o, lse = o[0, :, p.rows].double(), lse[0, :, p.rows].double()
+        error, difference = tensor_error(o, exact), lse - exact_lse
+        numbers = {"relative_l2": error.relative_l2, "cosine": error.cosine, "norm_ratio": error.norm_ratio}
+        numbers |= {"lse_bias": float(difference.mean()), "lse_spread": float(difference.std())}
+        if p.planted is not None:
+            same = torch.cosine_similarity(o, p.planted.double(), dim=-1)
+            numbers["recall"] = float((same >= RECALLED).double().mean())
+        found.append(numbers)
+    return found[0], found[1]
+
+
+def exact_rows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """Exact attention of some query rows of a self-attention, q [1,Hq,S,D], k [1,Hkv,S,D], v [1,Hkv,S,Dv], rows int64 [R].
+
+    Returns o [Hq,R,Dv] and lse [Hq,R] in float64, computed head by head from a dense softmax over all keys.
+    """
+    keys, group, scale = k.shape[2], q.shape[1] // k.shape[1], config.resolved_scale(q.shape[3])
+    position = torch.arange(keys, device=q.device)
+    outputs, sums = [], []
+    for head in range(q.shape[1]):
+        key, value = k[0, head // group].double(), v[0, head // group].double()
+        for part in rows.split(max(1, _TILE // keys)):
+            logits = q[0, head, part].double() @ key.T * scale
+            if config.causal:
+                logits = logits.masked_fill(position > part[:, None], -torch.inf)
+            sums.append(torch.logsumexp(logits, -1))
+            outputs.append(torch.softmax(logits, -1) @ value)
+    shape = (q.shape[1], len(rows))
+    return torch.cat(outputs).unflatten(0, shape), torch.cat(sums).unflatten(0, shape)
+
+
+def _mean_pair(pairs: list[tuple[dict, dict]]) -> tuple[dict, dict]:
+    ours, window = ({name: mean(pair[i][name] for pair in pairs) for name in pairs[0][i]} for i in (0, 1))
+    return ours, window
+
+
+def _row(name: str, length: int, seeds: list[int], found: list[tuple[dict, dict]]) -> dict:
+    criterion = CRITERIA[name]
+    ours, window = (_summary([pair[i] for pair in found]) for i in (0, 1))
+    value = criterion.value(ours, window)
+    return {
+        "distribution": name,
+        "length": length,
+        "seeds": seeds,
+        "ours": ours,
+        "window": window,
+        "value": value,
+        "limit": criterion.limit,
+        "sense": criterion.sense,
+        "passed": criterion.passed(value),
+        "meaning": criterion.meaning,
+    }
+
+
+def _summary(runs: list[dict]) -> dict:
+    """Each number's mean over the seeds; relative L2 with its range."""
+    errors = [run["relative_l2"] for run in runs]
+    band = {"mean": mean(errors), "min": min(errors), "max": max(errors)}
+    return {**{name: mean(run[name] for run in runs) for name in runs[0]}, "relative_l2": band}
+
+
+def hard_steps() -> int:
+    """Steps that `hard_rows` reports."""
+    return 1 + len(DISTRIBUTIONS)

@@ -1,0 +1,57 @@
+"""The two regimes in which a language model is held against exact attention.
+
+All positions: every position attends approximately, as in scoring. Prefill, exact decode: the prompt is read approximately and
+the last positions attend exactly over the keys and values that this left behind, as a deployed model runs. The second carries
+the gates; the first shows the selector looking ahead, which can make it better than exact.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hyperattention.validate.feeds import Feed, feed
+from hyperattention.validate.inputs import Window
+from hyperattention.validate.operators import Operator
+from hyperattention.validate.signature import batch_rows
+from hyperattention.validate.workbench import Bench
+
+TAIL_BLOCK = 64  # neighbouring tokens of the exact tail that count as one observation
+ALL_BLOCK = 256
+
+
+def token_feed(bench: Bench, ids: Tensor) -> Feed:
+    """The feed of ids int [1, S], in as many equal rows as the export takes at least."""
+    return feed(ids, rows=batch_rows(bench.plan))
+
+
+def prefill_exact_decode(bench: Bench, window: Window, operator: Operator | None = None) -> Tensor:
+    """Logits [tail, vocabulary] of the last positions, which attend exactly over the approximate prefill's keys and values.
+
+    The prompt is read by the backend where it answers a cache, else in PyTorch; in PyTorch by `operator` where one is given.
+    """
+    ids = window.inputs.to(bench.device)
+    split = ids.shape[1] - bench.tail
+    with torch.inference_mode():
+        if bench.plan.task == "prefill" and operator is None:
+            cache = _cache(bench.backend.infer(token_feed(bench, window.inputs[:, :split])), bench.device)
+        else:
+            with bench.patched.mode("plan", attention=operator or bench.operator):
+                cache = bench.patched.forward(ids[:, :split], use_cache=True).past_key_values
+        with bench.patched.mode("exact"):
+            return bench.patched.forward(ids[:, split:], past_key_values=cache, use_cache=True).logits[0]
+
+
+def _cache(answer: dict, device: torch.device):
+    """transformers' cache out of a backend's present.{i}.key and present.{i}.value."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for i in range(sum(name.endswith(".key") for name in answer)):
+        cache.update(answer[f"present.{i}.key"][:1].to(device), answer[f"present.{i}.value"][:1].to(device), i)
+    return cache
+
+
+def prefill_backend(bench: Bench) -> str:
+    """Who reads the prompt in the regime prefill, exact decode."""
+    return bench.backend.backend if bench.plan.task == "prefill" else f"PyTorch, op by {bench.operator.name}"
