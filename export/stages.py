@@ -156,12 +156,12 @@ def _obstacle(folder: Path, record: Record, parts: dict[str, str]) -> str | None
     """Why a record does not fit the inputs of now, or the files no longer fit the record; None when all do."""
     other = sorted(part for part in parts.keys() | record.inputs.keys() if parts.get(part) != record.inputs.get(part))
     if other:
-        return f"{' and '.join(other)} {'has' if len(other) == 1 else 'have'} changed"
+        return f"{' and '.join(other)} changed"
     for name, value in record.files.items():
         if not (folder / name).is_file():
-            return f"{name} has gone"
+            return f"{name} went missing"
         if file_digest(folder / name) != value:
-            return f"{name} has changed"
+            return f"{name} changed"
     return None
 
 

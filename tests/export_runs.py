@@ -61,10 +61,11 @@ def stand_ins(scratch: Path, pause: str | None = None, full: str | None = None) 
 
     def export(source: Any, plan: Any, folder: Path, reporter: Any) -> None:
         wait("load")
-        weights = (Path(source.model) / "model.safetensors").read_bytes()
-        (folder / "model.onnx").write_text(f"seed {plan.seed} of {hashlib.sha256(weights).hexdigest()}")
+        graph = f"{[(layer.name, layer.config) for layer in plan.layers]} {plan.seq[0] if plan.seq[0] == plan.seq[2] else 'any'}"
+        read = b"".join((Path(source.model) / name).read_bytes() for name in ("model.safetensors", "config.json"))
+        (folder / "model.onnx").write_text(f"{graph} {hashlib.sha256(read).hexdigest()}")
         wait("ONNX")
-        write("ONNX", folder / "model.trt.onnx", f"twin {plan.seed}")
+        write("ONNX", folder / "model.trt.onnx", "twin " + (folder / "model.onnx").read_text())
 
     def build(folder: Path, plan: Any, library: Path, progress: Any) -> Any:
         (folder / "build.log").write_text("building")
