@@ -13,8 +13,9 @@ from typing import Any, Iterator
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx import Node
 
-from hyperattention.errors import ExportFailed, UsageError
+from hyperattention.errors import ExportFailed, UnsupportedModel, UsageError
 from hyperattention.export.function_call import code_place, one_line
 from hyperattention.export.function_dims import Axes, traced_examples
 
@@ -84,18 +85,50 @@ def _leaves(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str
 def export_program(name: str, flat: Flat, examples: dict[str, Tensor], axes: Axes) -> ExportedProgram:
     """The graph of `flat` by torch.export, its attention calls whole.
 
-    Raises UsageError where the module fails on its own examples, by file and line, and ExportFailed where only torch.export does.
+    Raises UsageError where the module fails on its own examples, by file and line, ExportFailed where only torch.export does, and
+    UnsupportedModel for a module that writes to its buffers.
     """
     tensors = tuple(traced_examples(examples, axes).values())
     shapes = tuple({number: axis.spec for number, axis in axes[key].items()} for key in examples)
     try:
         with torch.no_grad(), _plain_attention(), _quiet():
-            return torch.export.export(flat, tensors, dynamic_shapes=(shapes,), strict=False)
+            program = torch.export.export(flat, tensors, dynamic_shapes=(shapes,), strict=False)
     except UsageError:
         raise
     except Exception as error:  # torch.export passes on whatever the module and the tracer raise
         _check_runs(name, flat, tuple(examples.values()))
         raise ExportFailed(_words(name, error)) from error
+    _check_pure(name, program, examples)
+    return program
+
+
+def _check_pure(name: str, program: ExportedProgram, examples: dict[str, Tensor]) -> None:
+    """Raises UnsupportedModel for a module that writes to its buffers or inputs: a graph would forget it, a second run would differ."""
+    signature = program.graph_signature
+    given = dict(zip(map(str, signature.user_inputs), examples, strict=True))
+    for node in program.graph.nodes:
+        for argument, value in zip(getattr(getattr(node.target, "_schema", None), "arguments", ()), node.args, strict=False):
+            if argument.alias_info is None or not argument.alias_info.is_write or not isinstance(value, Node):
+                continue
+            source = _viewed(value)
+            if source.op == "placeholder":
+                tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+                kept = tensors.get(source.name, source.name).removeprefix("module.")
+                what = f"its input {given[source.name]!r}" if source.name in given else f"its tensor {kept!r}"
+                raise UnsupportedModel(
+                    f"the module of {name} writes to {what} while it runs ({node.target}), which no exported graph does; copy it first, or "
+                    f"return what it computes"
+                )
+
+
+def _viewed(node: Node) -> Node:
+    """The tensor whose memory a chain of views shows."""
+    while node.op == "call_function":
+        first = next(iter(getattr(getattr(node.target, "_schema", None), "arguments", ())), None)
+        if first is None or first.alias_info is None or not node.args or not isinstance(node.args[0], Node):
+            break
+        node = node.args[0]
+    return node
 
 
 def _check_runs(name: str, flat: Flat, tensors: tuple[Tensor, ...]) -> None:

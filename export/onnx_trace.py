@@ -32,10 +32,8 @@ def trace_program(program: ExportedProgram, plan: ExportPlan, name: str) -> Mode
     """The same for a graph that torch.export made, whose dimensions get the plan's names here."""
     proto = _to_onnx(plan, name, program)
     if len(proto.graph.output) != len(plan.outputs) or len(proto.graph.input) != len(plan.inputs):
-        raise ExportFailed(
-            f"the graph of {name} has {len(proto.graph.input)} inputs and {len(proto.graph.output)} outputs for {len(plan.inputs)} and "
-            f"{len(plan.outputs)}: a module that writes to its buffers or its inputs cannot be exported; return what it computes"
-        )
+        found = f"{len(proto.graph.input)} inputs and {len(proto.graph.output)} outputs"
+        raise ExportFailed(f"the graph of {name} has {found}, the plan {len(plan.inputs)} and {len(plan.outputs)}; please report the model")
     names = {}
     for value, entry in zip(proto.graph.input, plan.inputs, strict=True):
         for dim, size in zip(value.type.tensor_type.shape.dim, entry.shape, strict=True):
