@@ -77,7 +77,6 @@ def export_model(
     from hyperattention.export import memory, pipeline
     from hyperattention.export import plan as planning
     from hyperattention.export.console import Reporter
-    from hyperattention.export.function_call import is_function
     from hyperattention.export.source import default_dtype, open_source
 
     reporter = Reporter(quiet, as_json)
@@ -86,10 +85,8 @@ def export_model(
         stratified=stratified, local_size=local_size, local_overlap=local_overlap, sinks=sinks, exact_below=exact_below,
         num_projections=num_projections,
     )  # fmt: skip
-    if is_function(model):
-        reporter.say(escape(f"{model} is code: it is run now, with all that you may do on this machine"))
     ranges = planning.named_ranges(dim or [], batch)
-    source = open_source(model, task=task).ranged(ranges, (min_seq, opt_seq, max_seq))
+    source = open_source(model, task=task, say=lambda text: reporter.say(escape(text))).ranged(ranges, (min_seq, opt_seq, max_seq))
     plan = planning.make_plan(
         source,
         layers=layers,
@@ -112,7 +109,7 @@ def export_model(
     if validate and input_ids == "bytes" and text is None:
         raise UsageError("--input-ids bytes: the validation needs held-out text; give --text FILE, or --no-validate")
     if text is not None and not text.is_file():
-        raise UsageError(f"--text: there is no file {text}")
+        raise UsageError(f"--text: there is no file {text}; give held-out plain text")
     gate_options.parse_gates(gate or [], gate_options.kind_of(plan.task))
     _check_validation(lengths, device, plan.seq)
     if validate and device == "cuda":

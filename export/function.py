@@ -9,14 +9,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from hyperattention.errors import ExportFailed, UsageError
-from hyperattention.export.function_call import Definition, define
+from hyperattention.export.function_call import Definition, define, split
 from hyperattention.export.function_dims import Axes, Axis, axis_names, fit, ranges, read_axes
 from hyperattention.export.function_export import Flat, export_program
 from hyperattention.export.function_graph import Call, find_calls
@@ -76,14 +76,16 @@ class FunctionSource(Source):
         return min(values), values[1], max(values)
 
 
-def open_function(model: str, task: str | None = None) -> FunctionSource:
-    """Runs the user's function and searches the graph of its module.
+def open_function(model: str, task: str | None = None, say: Callable[[str], None] = lambda text: None) -> FunctionSource:
+    """Runs the user's function and searches the graph of its module. `say` gets one sentence before.
 
     Raises UsageError for code that fails or returns something else, UnsupportedModel for a module without attention, ExportFailed
     where torch.export cannot trace it.
     """
     if task not in (None, MODULE):
         raise UsageError(f"--task {task}: {model} decides itself what its module returns; leave --task out")
+    split(model)
+    say(f"{model} is code: it is run now, with all that you may do on this machine")
     definition = define(model)
     dtype = _main_dtype(definition)
     if dtype == torch.float64:  # no plan has it

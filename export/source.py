@@ -196,8 +196,10 @@ def open_source(
 
     if task is not None and task not in TASKS:
         raise UsageError(f"--task is {task!r}; it takes one of {', '.join(TASKS)}")
+    if not model.strip():
+        raise UsageError(f"MODEL is {model!r}; it is a directory as transformers saves it, or FILE.py:FUNCTION")
     if is_function(model):
         from hyperattention.export.function import open_function
 
-        return open_function(model, task)
+        return open_function(model, task, say)
     return inspect_source(Path(model), task, image_size=image_size, trust=trust, say=say)
