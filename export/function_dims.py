@@ -41,8 +41,8 @@ def read_axes(name: str, shapes: Any, examples: Mapping[str, Tensor]) -> Axes:
     for key, given in _by_input(name, shapes, examples).items():
         axes[key] = {}
         for axis, spec in _by_axis(f"{name}: the dynamic shape of {key!r}", given, examples[key].dim()).items():
-            found = _axis(f"{name}: axis {axis} of {key!r}", spec, f"{key}_dim{axis}", dims)
             size = examples[key].shape[axis]
+            found = _axis(f"{name}: axis {axis} of {key!r}", spec, size, f"{key}_dim{axis}", dims)
             if found is None or found.low == found.high:
                 continue
             if not found.low <= size <= (found.high or size):
@@ -151,10 +151,14 @@ def _by_axis(what: str, given: Any, rank: int) -> dict[int, Any]:
     return dict(given)
 
 
-def _axis(what: str, spec: Any, default: str, dims: dict[str, Any]) -> Axis | None:
-    """The axis of one entry, None for a fixed one. `dims` collects the dimensions by name, which several axes may share."""
+def _axis(what: str, spec: Any, size: int, default: str, dims: dict[str, Any]) -> Axis | None:
+    """The axis of one entry, `size` long in the example; None for a fixed one. `dims` collects the dimensions by name, which axes may
+    share.
+    """
     kind = getattr(getattr(spec, "type", None), "name", "")  # of Dim.AUTO, Dim.DYNAMIC and Dim.STATIC
-    if spec is None or kind == "STATIC" or (isinstance(spec, int) and not isinstance(spec, bool)):
+    if isinstance(spec, int) and not isinstance(spec, bool) and spec != size:
+        raise UsageError(f"{what} is fixed to {spec}, and {size} in the example; change one of them")
+    if spec is None or kind == "STATIC" or type(spec) is int:
         return None
     if kind in ("AUTO", "DYNAMIC"):
         return Axis(default, max(spec.min or 1, 1), spec.max, spec)
