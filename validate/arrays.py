@@ -39,14 +39,14 @@ def load_arrays(path: Path, plan: ExportPlan, vocabulary: int = 0) -> ArrayMater
             f"--inputs {path.name} holds {', '.join(tensors) or 'no array'}; the exported model takes {', '.join(wanted)}: "
             + _HOW.format(", ".join(f"{name}=..." for name in wanted))
         )
-    _check_sizes(path, plan, tensors)
+    count = _check_sizes(path, plan, tensors)
     for name, entry in wanted.items():
         tensors[name] = _carried(path, plan, entry, tensors[name])
     if vocabulary and IDS in tensors:
         low, high = int(tensors[IDS].min()), int(tensors[IDS].max())
         if low < 0 or high >= vocabulary:
             raise UsageError(f"--inputs {path.name}: {IDS} holds {low} to {high}; the model knows the tokens 0 to {vocabulary - 1}")
-    return ArrayMaterial(tensors, path.name, "arrays", _longest(plan, tensors))
+    return ArrayMaterial(tensors, path.name, "arrays", _longest(plan, tensors), count)
 
 
 def load_examples(plan: ExportPlan, examples: Mapping[str, Tensor], name: str) -> ArrayMaterial:
@@ -57,7 +57,7 @@ def load_examples(plan: ExportPlan, examples: Mapping[str, Tensor], name: str) -
         if not bool(torch.isfinite(value).all()):
             raise UsageError(f"the example input {entry.name} holds NaN or infinity; return examples that are numbers")
         tensors[entry.name] = value.to(input_dtype(plan, entry))
-    return ArrayMaterial(tensors, name, "examples", _longest(plan, tensors), EXAMPLE_NOTE)
+    return ArrayMaterial(tensors, name, "examples", _longest(plan, tensors), batch_rows(plan), EXAMPLE_NOTE)
 
 
 def _read(path: Path, plan: ExportPlan) -> dict[str, np.ndarray]:
@@ -80,8 +80,8 @@ def _tensor(name: str, array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="))).reshape(array.shape))
 
 
-def _check_sizes(path: Path, plan: ExportPlan, tensors: dict[str, Tensor]) -> None:
-    """Fixed sizes are the model's; rows come in whole feeds; one dimension has one size; nothing is empty."""
+def _check_sizes(path: Path, plan: ExportPlan, tensors: dict[str, Tensor]) -> int:
+    """The rows. Fixed sizes are the model's; rows come in whole feeds; one dimension has one size; nothing is empty."""
     sizes: dict[int | str, tuple[int, str]] = {}
     for entry in plan.inputs:
         shape = tuple(tensors[entry.name].shape)
@@ -102,6 +102,7 @@ def _check_sizes(path: Path, plan: ExportPlan, tensors: dict[str, Tensor]) -> No
     rows, _ = sizes.get("rows", (batch_rows(plan), ""))
     if rows % batch_rows(plan) and rows > batch_rows(plan):
         raise UsageError(f"--inputs {path.name} has {rows} rows; the exported model reads {batch_rows(plan)} at a time: give a multiple")
+    return rows
 
 
 def _carried(path: Path, plan: ExportPlan, entry: Input, value: Tensor) -> Tensor:

@@ -115,29 +115,25 @@ class ArrayMaterial:
     name: str
     kind: str  # "arrays" or "examples"
     longest: int | None
+    rows: int
     note: str = ""
 
     def describe(self) -> dict:
         digest = hashlib.sha256()
         for tensor in self.tensors.values():
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        rows = max((len(tensor) for tensor in self.tensors.values() if tensor.dim()), default=1)
-        return {"name": self.name, "kind": self.kind, "tokens": None, "sha256": digest.hexdigest(), "size": rows, "note": self.note}
+        return {"name": self.name, "kind": self.kind, "tokens": None, "sha256": digest.hexdigest(), "size": self.rows, "note": self.note}
 
     def feeds(self, plan: ExportPlan, length: int, count: int) -> list[Feed]:
         """Neighbouring rows make a feed; where there are no more rows, other parts of a longer input do."""
-        rows, total = batch_rows(plan), self._rows(plan)
-        sizes = sizes_at(plan, length)
-        groups = max(1, total // rows)
+        rows, sizes = batch_rows(plan), sizes_at(plan, length)
+        groups = max(1, self.rows // rows)
         shifts = max(1, (self.longest or length) // length)
         places = [(group, shift) for shift in range(shifts) for group in range(groups)][:count]
         return [self._feed(plan, sizes, group * rows, shift * length) for group, shift in places]
 
     def stretched(self, plan: ExportPlan, length: int) -> Feed:
         return self._feed(plan, sizes_at(plan, length), 0, 0)
-
-    def _rows(self, plan: ExportPlan) -> int:
-        return min((len(self.tensors[entry.name]) for entry in plan.inputs if entry.shape), default=1)
 
     def _feed(self, plan: ExportPlan, sizes: dict[str, int], first: int, shift: int) -> Feed:
         made, moving = Feed(), length_dimension(plan)

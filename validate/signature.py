@@ -41,18 +41,25 @@ def length_range(plan: ExportPlan) -> tuple[int, int]:
 
 
 def is_batch(plan: ExportPlan, axis: int, dim: int | str) -> bool:
-    """Whether this dimension of an input counts rows: "batch", or a first size that is fixed and the same in all inputs."""
+    """Whether this dimension of an input counts rows: "batch", or a fixed first size that `batch_rows` takes for it."""
     if isinstance(dim, str):
         return dim == BATCH
-    return axis == 0 and BATCH not in plan.dims and all(entry.shape[:1] == (dim,) for entry in plan.inputs)
+    return axis == 0 and BATCH not in plan.dims and dim == batch_rows(plan)
 
 
 def batch_rows(plan: ExportPlan) -> int:
-    """Rows of one feed, the fewest that the export takes; 1 for inputs that have no rows."""
+    """Rows of one feed, the fewest that the export takes.
+
+    Without a dimension "batch" it is the attention's fixed batch where an input begins with it, else a first size that all inputs
+    share, else 1: then inputs have no rows.
+    """
     if BATCH in plan.dims:
         return plan.dims[BATCH][0]
-    first = plan.inputs[0].shape[:1]
-    return first[0] if first and isinstance(first[0], int) and is_batch(plan, 0, first[0]) else 1
+    first = {entry.shape[0] for entry in plan.inputs if entry.shape}
+    if plan.batch[0] == plan.batch[2] and plan.batch[0] in first:
+        return plan.batch[0]
+    shared = first.pop() if len(first) == 1 else 1
+    return shared if isinstance(shared, int) else 1
 
 
 def sizes_at(plan: ExportPlan, length: int) -> dict[str, int]:
