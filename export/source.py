@@ -192,7 +192,6 @@ def open_source(
     UsageError for a model that is missing or broken or a task it does not have, UnsupportedModel for one that no front end takes.
     """
     from hyperattention.export.function_call import is_function
-    from hyperattention.export.load import inspect_source
 
     if task is not None and task not in TASKS:
         raise UsageError(f"--task is {task!r}; it takes one of {', '.join(TASKS)}")
@@ -202,4 +201,6 @@ def open_source(
         from hyperattention.export.function import open_function
 
         return open_function(model, task, say)
+    from hyperattention.export.load import inspect_source
+
     return inspect_source(Path(model), task, image_size=image_size, trust=trust, say=say)
