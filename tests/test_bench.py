@@ -27,6 +27,8 @@ TUNED = ["--exact-below", "32", "--block-size", "16", "--num-blocks", "1", "--sa
 class FakeRun:
     """Takes the seconds it is told to, and notes when it was its turn."""
 
+    reserved: int | None = None
+
     def __init__(self, name: str, seconds: float, log: list[str], fails_at: int | None = None) -> None:
         self.name, self.seconds, self.log, self.fails_at, self.output, self.runs = name, seconds, log, fails_at, None, 0
 

@@ -17,7 +17,7 @@ from hyperattention.errors import EnvironmentFault, UsageError
 from hyperattention.export.bundle import finish, write_draft
 from hyperattention.export.onnx_graph import export_onnx
 from hyperattention.export.plan import make_plan
-from hyperattention.export.source import open_source
+from hyperattention.export.source import Trust, open_source
 from hyperattention.library import ort_library_path
 from hyperattention.validate import cli
 from hyperattention.validate.bench_outcome import default_lengths, vocabulary
@@ -49,7 +49,7 @@ def mixer():
 def export(model: str, folder: Path, dtype: str = "fp32") -> Path:
     """The output folder as the export makes it, up to the engine and the validation."""
     source = open_source(model).ranged({}, (None, None, None))
-    plan = make_plan(source, layers="all", attributes=tiny.SMALL, seq=(1, 128, 300), dtype=dtype)
+    plan = make_plan(source, layers="all", attributes={**tiny.SMALL}, seq=(1, 128, 300), dtype=dtype)
     export_onnx(source.load(plan), plan, folder, lambda text: None)
     shutil.copy(ort_library_path(), folder)
     about = {"name": source.name, "architecture": source.architecture, "parameters": source.num_parameters}
@@ -200,7 +200,7 @@ def test_what_is_timed_is_what_torch_computes(exported: Path, model: Path) -> No
     from hyperattention.validate.bench_outcome import contenders, open_subject
 
     with contextlib.ExitStack() as stack:
-        found, missing = contenders(open_subject(exported, "cpu", "ort"), str(model), None, 3, 1, stack, lambda text: None)
+        found, missing = contenders(open_subject(exported, "cpu", "ort"), str(model), Trust(), None, 3, 1, stack, lambda text: None)
         outputs = {}
         for contender in found:
             run = contender.prepare(129)

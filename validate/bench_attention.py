@@ -118,7 +118,7 @@ class Ours:
             self.engine = EngineNode(op_model(self.config, q.dtype, problem.sizes, lengths=False), profile)
         node = self.engine
         node.bind({"q": q, "k": k, "v": v})
-        return Call(self.clock, lambda: (node.launch(), node.runner.outputs["o"])[1], node.stream)
+        return Call(self.clock, lambda: (node.launch(), node.runner.outputs["o"])[1], node.stream, int(node.engine.device_memory_size_v2))
 
 
 @dataclass

@@ -17,13 +17,14 @@ import torch
 from hyperattention.errors import UsageError
 from hyperattention.export.bundle import Bundle
 from hyperattention.export.plan import ExportPlan
-from hyperattention.export.source import open_source
+from hyperattention.export.source import Trust, reopen
 from hyperattention.validate import environment
 from hyperattention.validate.backends import BACKENDS, check_engines, choose, make_runners, prove
 from hyperattention.validate.bench_timing import LeftOut, Run, l2_scratch
 from hyperattention.validate.feeds import RandomMaterial
 from hyperattention.validate.provenance import Proof
 from hyperattention.validate.run import check_files, check_model_fits
+from hyperattention.validate.runner_trt import TensorRTRunner
 from hyperattention.validate.runners import ModelRunner, TorchRunner
 from hyperattention.validate.signature import length_range
 
@@ -62,6 +63,7 @@ class RunnerRun:
 
     def __init__(self, runner: ModelRunner, feed: dict[str, torch.Tensor], scratch: torch.Tensor | None) -> None:
         self.runner, self.feed, self.scratch, self.output = runner, feed, scratch, None
+        self.reserved = int(runner.engine.device_memory_size_v2) if isinstance(runner, TensorRTRunner) else None
 
     def time(self) -> float:
         if self.scratch is not None:
@@ -134,6 +136,7 @@ def default_lengths(plan: ExportPlan) -> tuple[int, ...]:
 def contenders(
     subject: Subject,
     model: str | None,
+    trust: Trust,
     exact_engine: Path | None,
     seed: int,
     threads: int,
@@ -149,7 +152,7 @@ def contenders(
     torch_runner = None
     if model is not None:
         step("loading the model")
-        source = open_source(model, task=plan.task)
+        source = reopen(model, plan, trust=trust, say=step)
         check_model_fits(bundle, source)
         torch_runner = TorchRunner(source.load(plan, device), None, "PyTorch", device=device)
     reasons = {

@@ -15,6 +15,7 @@ import torch
 from hyperattention.config import Config
 from hyperattention.errors import EnvironmentFault, UsageError
 from hyperattention.export.plan import DEVICES, DTYPES, MAX_SEQUENCE, choice
+from hyperattention.export.source import Trust
 from hyperattention.library import ort_library_path, trt_library_path
 from hyperattention.validate import bench_attention, environment
 from hyperattention.validate.bench_attention import Problem
@@ -57,6 +58,7 @@ class OutcomeOptions:
 
     folder: Path
     model: str | None = None
+    trust: Trust = Trust()
     exact_engine: Path | None = None
     lengths: tuple[int, ...] = ()
     device: str = "auto"
@@ -137,7 +139,7 @@ def bench_outcome_run(options: OutcomeOptions, step: Step, stopped: Stopped) -> 
     lengths = tuple(sorted(set(check_exported(subject.plan, wanted))))
     with _torch_threads(options.threads), contextlib.ExitStack() as stack:
         contenders, missing = bench_outcome.contenders(
-            subject, options.model, options.exact_engine, options.seed, options.threads, stack, step
+            subject, options.model, options.trust, options.exact_engine, options.seed, options.threads, stack, step
         )
         _check_against(options.against, contenders, missing)
         found = measure(contenders, lengths, options.settings, step, stopped)

@@ -24,7 +24,10 @@ SECOND_WARM_UP_BELOW = 1.0  # seconds of the first
 
 
 class Run(Protocol):
-    """A contender at one length, inputs in place. `time` runs it once and gives seconds; `output` is what that run computed."""
+    """A contender at one length, inputs in place. `time` runs it once and gives seconds; `output` is what that run computed.
+    `reserved`: device memory in bytes that its runtime took before any run, None where a run takes it."""
+
+    reserved: int | None
 
     def time(self) -> float: ...
     @property
@@ -120,8 +123,8 @@ def clock_for(device: str) -> WallClock | CudaClock:
 class Call:
     """A Run out of a function: `call` does or enqueues one run on `stream` and returns its output."""
 
-    def __init__(self, clock: WallClock | CudaClock, call: Callable[[], Any], stream: Any = None) -> None:
-        self.clock, self.call, self.stream, self.output = clock, call, stream, None
+    def __init__(self, clock: WallClock | CudaClock, call: Callable[[], Any], stream: Any = None, reserved: int | None = None) -> None:
+        self.clock, self.call, self.stream, self.reserved, self.output = clock, call, stream, reserved, None
 
     def time(self) -> float:
         self.output = None  # before the next is made: two outputs at once are not what a user has
@@ -238,7 +241,9 @@ def _warm_up(
             try:
                 run = contender.prepare(length)
                 first: list[float] = []
-                memory[contender.name] = measured(contender.memory, lambda: first.append(run.time()))
+                taken = measured(contender.memory, lambda: first.append(run.time()))
+                reserved = {"bytes": run.reserved, "how": "device memory of the engine's context, for its longest input"}
+                memory[contender.name] = taken if run.reserved is None else reserved
                 if first[0] < SECOND_WARM_UP_BELOW:
                     run.time()
                 runs[contender.name], outputs[contender.name] = run, run.output

@@ -36,6 +36,8 @@ def command(
     seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("hyperattention-bench"),
     model: Annotated[Optional[str], typer.Option(help="The model OUT was made from: adds PyTorch's exact attention.", **_MODEL)] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Load pickled weights of --model (.bin).", **_MODEL)] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of --model's directory.", **_MODEL)] = False,
     exact_engine: Annotated[Optional[Path], typer.Option(help="model.engine of an export with --preset exact.", **_MODEL)] = None,
     preset: Annotated[Optional[str], typer.Option(help="One or more of blocks, paper. (default: blocks)", **_ALONE)] = None,
     batch: Annotated[Optional[int], typer.Option(help="Rows. (default: 1)", **_ALONE)] = None,
@@ -65,6 +67,7 @@ def command(
     reason. Ctrl-C ends after the run in progress and keeps what was measured (exit 130).
     """
     from hyperattention.export.console import Reporter
+    from hyperattention.export.source import Trust
     from hyperattention.validate import bench_run
     from hyperattention.validate.bench_record import write
     from hyperattention.validate.bench_timing import Settings, stoppable
@@ -77,7 +80,8 @@ def command(
     shape = dict(batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, causal=causal)
     if attention == (folder is not None):
         raise UsageError("bench takes either an OUT or --attention; " + ("both were given" if attention else "neither was given"))
-    _refuse(attention, {"preset": preset, "rivals": rivals, **shape, **tuned}, {"model": model, "exact_engine": exact_engine})
+    trusted = {"allow_pickle": allow_pickle or None, "trust_remote_code": trust_remote_code or None}
+    _refuse(attention, {"preset": preset, "rivals": rivals, **shape, **tuned}, {"model": model, "exact_engine": exact_engine, **trusted})
     chosen = numbers("--lengths", lengths)
     common: dict[str, Any] = dict(
         lengths=chosen, device=device, against=against, seed=seed, threads=threads, settings=Settings(repeats, max_seconds)
@@ -89,7 +93,8 @@ def command(
         )
         run, contenders = functools.partial(bench_run.bench_attention_run, alone), len(alone.rivals) + len(alone.presets) + 1
     else:
-        outcome = bench_run.OutcomeOptions(folder=folder, model=model, exact_engine=exact_engine, backend=backend or "auto", **common)
+        trust = Trust(pickle=allow_pickle, code=trust_remote_code)
+        outcome = bench_run.OutcomeOptions(folder, model, trust, exact_engine, backend=backend or "auto", **common)
         run, contenders = functools.partial(bench_run.bench_outcome_run, outcome), 3
     reporter = Reporter(quiet, as_json)
     with stoppable() as stopped:
