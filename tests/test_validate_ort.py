@@ -226,7 +226,7 @@ def test_report_keeps_the_manifest_in_step(exported: Callable[[Case], Path], mod
     first = Bundle.open(folder)
     assert first.manifest["validation"]["verdict"]["safe"] is True and first.changed_files() == []
     with pytest.raises(SystemExit):
-        cli.main(["report", str(folder), "--gate", "kl=0"])
+        cli.main(["report", str(folder), "--recheck", "--gate", "kl=0"])
     again = Bundle.open(folder)
     assert again.manifest["validation"]["verdict"]["safe"] is False and again.changed_files() == []
     assert "report/report.json" in again.manifest["files"] and not list(folder.glob("*.tmp"))

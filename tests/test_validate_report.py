@@ -1,4 +1,4 @@
-"""The report in its three forms, the verdict, and the command line."""
+"""report.json: its schema, what is refused, the verdict, and the commands that write and judge it."""
 
 from __future__ import annotations
 
@@ -6,95 +6,113 @@ import copy
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import jsonschema
 import pytest
+import report_samples as samples
 import validation_bench as vb
+from report_page import Page
 
 from hyperattention.errors import AccuracyFailed, UsageError
+from hyperattention.export.gate_options import Limits
 from hyperattention.validate import cli
-from hyperattention.validate.gates import Limits, fastest_exact, judge
-from hyperattention.validate.plots import Series, bar_chart, line_chart
+from hyperattention.validate.gates import fastest_exact, judge
 from hyperattention.validate.report import SCHEMA, read, render, write
 
-
-@pytest.fixture(scope="module")
-def healthy() -> dict:
-    """Numbers of an operator that is right: fp32 PyTorch in the place of the kernels."""
-    return vb.measured(vb.ReferenceKernels())
+KINDS = ("language", "features")
+SCHEMA_FILE = vb.ROOT / "docs" / "report.schema.json"
 
 
-# --- report ------------------------------------------------------------------------------------------------------------
+# --- JSON --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def report(healthy: dict) -> dict:
-    """A whole report around the measured numbers."""
-    plan = vb.model().plan
-    filled = {
-        "schema": SCHEMA,
-        "created": "2026-01-01T00:00:00+00:00",
-        "seconds": 1.0,
-        "model": {"name": "byte-lm-4m", "architecture": "LlamaForCausalLM", "parameters": 4558080, "layers": 6, "max_positions": 32768},
-        "plan": plan.to_json(),
-        "target_dtype": "bf16",
-        "inputs": {**vb.corpus().describe(), "seed": 0, "lengths": [vb.LENGTH], "windows": [1], "tail": vb.TAIL},
-        "backend": "PyTorch",
-        "provenance": [{"runner": "r", "source": "s", "planned": 6, "found": ["n"] * 6, "runs": 2}],
-        "environment": {
-            "machine": {"processor": "p", "cores": 2, "memory_gb": 1.0, "gpu": None, "cuda": None},
-            "versions": {"torch": "2"},
-            "libraries": [],
-        },
-        "notes": ["<note>"],
-    }
-    return judge({**healthy, **filled}, Limits())
+def schema() -> jsonschema.Draft202012Validator:
+    data = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator.check_schema(data)
+    return jsonschema.Draft202012Validator(data)
 
 
-def test_report_round_trip_and_files(report: dict, tmp_path: Path) -> None:
-    broken = copy.deepcopy(report)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_written_report_follows_the_schema(kind: str, schema: jsonschema.Draft202012Validator, tmp_path: Path) -> None:
+    broken = samples.report(kind)
+    broken["implementation"]["per_op"][0]["ratio"] = math.nan
+    for report in (samples.report(kind), samples.report(kind, time=[], layers=[], baseline=[], hard_inputs=[]), judge(broken, Limits())):
+        written = write(report, tmp_path / "report")
+        schema.validate(json.loads(written[0].read_text(encoding="utf-8")))
+
+
+def test_a_measured_report_follows_the_schema(schema: jsonschema.Draft202012Validator) -> None:
+    measured, sample = vb.measured(vb.ReferenceKernels()), samples.report()
+    measured["inputs"] = {**sample["inputs"], **measured["inputs"]}
+    report = judge({**sample, **measured, "plan": vb.model().plan.to_json()}, Limits())
+    schema.validate(json.loads(json.dumps(report)))
+    assert Page(render(report, "report.html.jinja")).table("Gate")
+
+
+def parts(report: dict, path: tuple = ()) -> Iterator[tuple]:
+    for name, value in report.items():
+        yield (*path, name)
+        if isinstance(value, dict) and name in ("model", "plan_summary", "verdict", "limits", "implementation"):
+            yield from parts(value, (*path, name))
+
+
+@pytest.mark.parametrize("path", [p for p in parts(samples.report()) if p != ("needle",)], ids=".".join)
+def test_the_schema_wants_every_part(path: tuple[str, ...], schema: jsonschema.Draft202012Validator) -> None:
+    report = copy.deepcopy(samples.report())
+    owner = report
+    for name in path[:-1]:
+        owner = owner[name]
+    del owner[path[-1]]
+    assert not schema.is_valid(report)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_of_the_other_kind_is_not_in_the_schema(kind: str, schema: jsonschema.Draft202012Validator) -> None:
+    other = samples.report("features" if kind == "language" else "language")["approximation"]
+    assert not schema.is_valid({**samples.report(kind), "approximation": other})
+
+
+def test_round_trip_keeps_what_is_no_number(tmp_path: Path) -> None:
+    broken = samples.report()
     broken["implementation"]["per_op"][0]["ratio"] = math.nan
     written = write(judge(broken, Limits()), tmp_path / "report")
     assert [p.name for p in written] == ["report.json", "report.md", "report.html"]
     again = read(written[0])
     assert math.isnan(again["implementation"]["per_op"][0]["ratio"]) and again["verdict"]["failed"] == ["op error"]
-    assert judge(again, Limits())["gates"] == judge(broken, Limits())["gates"] or math.isnan(again["gates"][1]["value"])
+    assert read(write(samples.report(), tmp_path / "good")[0]) == samples.report()
 
 
-def test_html_stands_alone(report: dict) -> None:
-    html = render(report, "report.html.jinja")
-    assert not re.search(r"""(src|href)\s*=|url\(|@import|https?://""", html)
-    assert html.count("<svg") == 4 and "&lt;note&gt;" in html and "<note>" not in html
-    order = [report["verdict"]["headline"], "Gates", "Error against length", "Time against length", "Layer by layer", "What ran"]
-    assert sorted(order, key=html.index) == order
-    for said in ("fp32 twin of the bf16 target", "sha256", "Seeds", "held-out text", "± one standard error"):
-        assert said in html
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "not a report"),
+        ("{", "not a report"),
+        ("[]", "schema None"),
+        ('{"schema": 1}', "run `hyperattention validate` again"),
+        ('{"schema": 99}', "version of hyperattention that wrote it"),
+        (f'{{"schema": {SCHEMA}}}', "incomplete: it lacks plan"),
+        (json.dumps({**samples.report(), "kind": "poem"}), "lacks kind"),
+        (json.dumps({**samples.report(), "verdict": {}}), "lacks verdict.headline"),
+    ],
+    ids=["empty", "cut", "list", "older", "newer", "bare", "kind", "verdict"],
+)
+def test_foreign_report_refused(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=re.escape(says)):
+        read(path)
 
 
-def test_markdown_says_the_same(report: dict) -> None:
-    text = render(report, "report.md.jinja")
-    assert text.startswith(f"# {report['verdict']['headline']}")
-    for gate in report["gates"]:
-        assert f"| {gate['name']} |" in text
+# --- verdict -----------------------------------------------------------------------------------------------------------
 
 
-def test_random_tokens_leave_the_verdict_open(report: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    judged = judge({**report, "inputs": {**report["inputs"], "kind": "random"}}, Limits())
-    assert judged["verdict"]["safe"] is None and all(gate["passed"] for gate in judged["gates"])
-    html = render(judged, "report.html.jinja")
-    assert 'class="verdict open"' in html and "Not judged on text" in html
-    assert 'class="verdict good"' in render(report, "report.html.jinja")
-    assert render(judged, "report.md.jinja").startswith("# Not judged on text")
-    assert judge(judged, Limits(kl=0.0))["verdict"]["safe"] is False  # a gate that fails even on random tokens has failed
-    write(judged, tmp_path / "report")
-    code, out, _ = _run(["report", str(tmp_path)], capsys)
-    assert code == 0 and out.startswith("Not judged on text")
-
-
-def test_verdict_speaks_of_speed_and_length(report: dict) -> None:
+def test_verdict_speaks_of_speed_and_length() -> None:
     def judged(times: list[tuple[int, float, float]]) -> dict:
         rows = [{"length": n, "backend": "b", "ours_s": ours, "exact_s": exact, "time_only": n > 2048} for n, ours, exact in times]
-        return judge({**report, "time": rows}, Limits())["verdict"]
+        return samples.report(time=rows)["verdict"]
 
     faster = judged([(512, 1.0, 0.5), (1024, 1.0, 1.5), (2048, 1.0, 3.0)])
     assert (faster["speedup"], faster["faster_from"]) == (3.0, 1024) and "3.00x" in faster["speed"]
@@ -110,22 +128,7 @@ def test_the_rival_is_the_fastest_exact_attention() -> None:
     assert fastest_exact({"exact_s": None}) is None
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"schema": 99}', '{"schema": 2}', "{"], ids=["empty", "list", "other", "bare", "cut"])
-def test_foreign_report_refused(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "report.json"
-    path.write_text(text)
-    with pytest.raises(UsageError, match="report"):
-        read(path)
-
-
-def test_charts_hold_one_point_none_and_negative_values() -> None:
-    one = line_chart("t", [Series("s", [(8192, -0.001)], 1, [0.0005])], "nats", limit=0.01)
-    assert one.count("<circle") == 1 and "gate 0.01" in one and "nan" not in one
-    assert line_chart("t", [Series("s", [(8192, 0.0)], 1)], "nats", log_y=True) == ""
-    assert bar_chart("t", [], "nats") == "" and "<rect" in bar_chart("t", [("0", 0.0), ("8k", 0.0)], "nats")
-
-
-# --- command line --------------------------------------------------------------------------------------------------------
+# --- command line ------------------------------------------------------------------------------------------------------
 
 
 def _run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -135,22 +138,64 @@ def _run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int,
     return int(stop.value.code or 0), out.out, out.err
 
 
-def test_report_command_judges_again(report: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(report, tmp_path / "report")
-    code, out, _ = _run(["report", str(tmp_path)], capsys)
+@pytest.mark.parametrize("kind", KINDS)
+def test_recheck_judges_again(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gate = {"language": "kl", "features": "cosine"}[kind]
+    limit, name = ("0", "KL") if kind == "language" else ("1", "cosine")
+    write(samples.report(kind), tmp_path / "report")
+    code, out, _ = _run(["report", str(tmp_path), "--recheck"], capsys)
     assert code == 0 and "every gate holds" in out
-    code, out, err = _run(["report", str(tmp_path), "--gate", "kl=0"], capsys)
-    assert code == AccuracyFailed.exit_code and "FAIL  KL" in out and "gates not met: KL" in err
-    assert read(tmp_path / "report" / "report.json")["verdict"]["failed"] == ["KL"]
+    code, out, err = _run(["report", str(tmp_path), "--recheck", "--gate", f"{gate}={limit}"], capsys)
+    assert code == AccuracyFailed.exit_code and f"FAIL  {name}" in out and f"gates not met: {name}" in err
+    assert read(tmp_path / "report" / "report.json")["verdict"]["failed"] == [name]
+    # The limits given stay until others are given; without --recheck the saved verdict is said.
+    for more in ([], ["--recheck"]):
+        code, out, _ = _run(["report", str(tmp_path), *more], capsys)
+        assert code == AccuracyFailed.exit_code and "Not safe" in out
+    wide = f"{gate}={'1' if kind == 'language' else '0'}"
+    code, out, _ = _run(["report", str(tmp_path), "--recheck", "--gate", wide, "--json"], capsys)
+    assert code == 0 and json.loads(out)["verdict"]["failed"] == []
 
 
-def test_an_incomplete_report_is_exit_2(report: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_writes_lost_pages_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = write(samples.report(), tmp_path / "report")
+    texts = [file.read_text() for file in files]
+    for file in files[1:]:
+        file.unlink()
+    assert _run(["report", str(files[0])], capsys)[0] == 0
+    assert [file.read_text() for file in files] == texts
+
+
+def test_hard_inputs_fail_a_run_only_where_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{**row, "passed": row["distribution"] != "gaussian"} for row in samples.report()["hard_inputs"]]
+    write(samples.report(hard_inputs=rows), tmp_path / "report")
+    code, out, _ = _run(["report", str(tmp_path), "--recheck"], capsys)
+    assert code == 0 and "note  hard" in out and "gaussian at 32,768 tokens" in out
+    assert "Advice, not a gate" in (tmp_path / "report" / "report.html").read_text()
+    assert _run(["report", str(tmp_path), "--recheck", "--gate", "hard=0.8"], capsys)[0] == 0
+    code, out, err = _run(["report", str(tmp_path), "--recheck", "--gate", "hard=1"], capsys)
+    assert code == AccuracyFailed.exit_code and "gates not met: hard" in err and "fewer of the hard inputs pass" in out
+
+
+def test_random_inputs_leave_the_verdict_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in KINDS:
+        inputs = {**samples.report(kind)["inputs"], "kind": "random"}
+        report = samples.report(kind, inputs=inputs)
+        assert report["verdict"]["safe"] is None and all(gate["passed"] for gate in report["gates"])
+        assert samples.report(kind, Limits(op_error=0.0), inputs=inputs)["verdict"]["safe"] is False  # what fails even there has failed
+        write(report, tmp_path / kind / "report")
+        code, out, _ = _run(["report", str(tmp_path / kind)], capsys)
+        assert code == 0 and out.startswith("Not judged on")
+
+
+def test_an_incomplete_report_is_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "report" / "report.json"
     path.parent.mkdir()
-    for text in ('{"schema": 2}', json.dumps({**report, "implementation": {}}, default=str)):
+    for text in (f'{{"schema": {SCHEMA}}}', json.dumps({**samples.report(), "implementation": {}})):
         path.write_text(text)
-        code, _, err = _run(["report", str(tmp_path)], capsys)
-        assert code == 2 and "incomplete" in err and "Traceback" not in err
+        for more in ([], ["--recheck"]):
+            code, _, err = _run(["report", str(tmp_path), *more], capsys)
+            assert code == 2 and "incomplete" in err and "Traceback" not in err
 
 
 def test_a_bug_is_exit_70_with_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,6 +212,7 @@ def test_a_bug_is_exit_70_with_its_traceback(monkeypatch: pytest.MonkeyPatch, ca
     [
         (["validate", "missing", "--model", "m"], 2, "missing"),
         (["report", "missing"], 2, "report.json"),
+        (["report", "missing", "--gate", "kl=1"], 2, "add --recheck"),
         (["inspect", "missing"], 2, "missing"),
         (["validate", "out", "--model", "m", "--lengths", "8k"], 2, "--lengths"),
         (["validate", "out", "--model", "m", "--lengths", "1"], 2, "--lengths"),
@@ -176,7 +222,6 @@ def test_a_bug_is_exit_70_with_its_traceback(monkeypatch: pytest.MonkeyPatch, ca
         (["validate", "out", "--model", "m", "--gate", "kl=nan"], 2, "--gate kl"),
         (["validate", "out", "--model", "m", "--threads", "-1"], 2, "--threads"),
         (["validate", "out", "--model", "m", "--seed", "-1"], 2, "--seed"),
-        (["validate", "out"], 2, "--model"),
         (["nonsense"], 2, "nonsense"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

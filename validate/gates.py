@@ -104,7 +104,7 @@ def _hard_gate(report: dict, limits: Limits) -> list[Gate]:
         if not advisory and report["plan_summary"]["approximate_layers"]:
             raise UsageError("--gate hard: the report holds no hard inputs; run the validation again at a length where layers approximate")
         return []
-    failed = [f"{row['distribution']} at {row['length']:,}" for row in rows if not row["passed"]]
+    failed = [f"{row['distribution']} at {row['length']:,} tokens" for row in rows if not row["passed"]]
     share, limit = 1 - len(failed) / len(rows), 1.0 if limits.hard is None else limits.hard
     where, meaning = ", ".join(failed) or f"all {len(rows)} pass", "share of the hard inputs that pass"
     return [Gate("hard", "hard inputs", share, limit, ">=", where, share >= limit, meaning, advisory)]
@@ -135,7 +135,7 @@ def verdict(report: dict, gates: list[Gate]) -> dict:
         "safe": (True if real else None) if not failed else False,  # None: random inputs can condemn, but not clear
         "failed": [g.name for g in failed],
         "headline": _headline(failed, bool(approximate), report),
-        "small_print": [f"Advisory: {g.name} inputs, {g.where} fail." for g in gates if g.advisory and not g.passed],
+        "small_print": [f"Advice, not a gate: of the hard inputs, {g.where} fails." for g in gates if g.advisory and not g.passed],
         "speed": _speed(longest, speedup, from_length, [row for row in time if row["time_only"]], report),
         "speedup": speedup,
         "speedup_length": longest["length"] if longest else None,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 WIDTH, HEIGHT = 420, 268
-LEFT, RIGHT, TOP, BOTTOM = 68, 14, 14, 46
+LEFT, RIGHT, TOP, BOTTOM = 74, 14, 14, 46
 _LABEL_GAP = 46  # least distance between two labels under the axis
 
 
@@ -29,12 +29,11 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """An SVG and the names, colours and dashes of its legend."""
+    """An SVG, and its legend: the name of each series with a small SVG of its line."""
 
     svg: str
-    legend: list[tuple[str, int, bool]]
+    legend: list[tuple[str, str]]
     gate: bool = False
-    band: bool = False
 
 
 def short(length: int) -> str:
@@ -111,13 +110,13 @@ def line_chart(
     x_axis, y_axis = Axis(xs, LEFT, WIDTH - RIGHT, True), Axis(ys, HEIGHT - BOTTOM, TOP, log_y)
     said = "; ".join(f"{s.name}: " + ", ".join(f"{y:.3g} at {x:,}" for x, y in s.points) for s in shown)
     parts = [_open(title, said), *_rules(y_axis, tick), *_labels([(x_axis(x), short(x)) for x in xs]), *_names("tokens", unit)]
+    parts += [part for s in shown for part in _band(s, x_axis, y_axis)]
+    parts += [part for s in shown for part in _line(s, x_axis, y_axis)]
     if limit is not None:
         y = y_axis(limit)
         parts.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="limit-text" x="{WIDTH - RIGHT}" y="{y - 5:.1f}" text-anchor="end">gate {tick(limit)}</text>')
-    parts += [part for s in shown for part in _band(s, x_axis, y_axis)]
-    parts += [part for s in shown for part in _line(s, x_axis, y_axis)]
-    return Chart("".join(parts) + "</svg>", [(s.name, s.colour, s.dashed) for s in shown], limit is not None, any(s.band for s in shown))
+    return Chart("".join(parts) + "</svg>", [(s.name, _swatch(s.colour, s.dashed)) for s in shown], limit is not None)
 
 
 def _finite(s: Series, log_y: bool) -> Series:
@@ -154,7 +153,7 @@ def _names(below: str, beside: str) -> list[str]:
     middle = (TOP + HEIGHT - BOTTOM) / 2
     return [
         f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 6}" text-anchor="middle">{escape(below)}</text>',
-        f'<text class="axis" transform="translate(12 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(beside)}</text>',
+        f'<text class="axis" transform="translate(17 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(beside)}</text>',
     ]
 
 
@@ -177,15 +176,22 @@ def _line(s: Series, x_axis: Axis, y_axis: Axis) -> list[str]:
     parts = [f'<polyline class="line" points="{path}" style="stroke:{colour}"{dash}/>'] if len(s.points) > 1 else []
     for i, (x, y) in enumerate(s.points):
         tip = f"{s.name}, {x:,} tokens: {y:.4g}" + (f" ({s.band[i][0]:.3g} to {s.band[i][1]:.3g})" if s.band else "")
-        parts.append(marker(s.colour, x_axis(x), y_axis(y), tip))
+        parts.append(_marker(s.colour, x_axis(x), y_axis(y), tip))
     return parts
 
 
-def marker(colour: int, x: float, y: float, tip: str) -> str:
+def _swatch(colour: int, dashed: bool = False) -> str:
+    """A piece of a line with its mark, for a legend."""
+    dash = ' stroke-dasharray="6 5"' if dashed else ""
+    line = f'<line x1="1" x2="29" y1="6" y2="6" style="stroke:var(--series-{colour})" stroke-width="2.2"{dash}/>'
+    return f'<svg class="swatch" viewBox="0 0 30 12" aria-hidden="true">{line}{_marker(colour, 15, 6, "")}</svg>'
+
+
+def _marker(colour: int, x: float, y: float, tip: str) -> str:
     """A dot, square, diamond or triangle by the colour's number, so that print and any eye can tell the series apart."""
     paths = {2: "M-4-4h8v8h-8z", 3: "M0-5.4L5.4 0 0 5.4-5.4 0z", 4: "M0-5L4.8 4h-9.6z"}
     style = f'style="fill:var(--series-{colour})"'
-    text = f"<title>{escape(tip)}</title>"
+    text = f"<title>{escape(tip)}</title>" if tip else ""
     if colour not in paths:
         return f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="4.4" {style}>{text}</circle>'
     return f'<path class="dot" transform="translate({x:.1f} {y:.1f})" d="{paths[colour]}" {style}>{text}</path>'
@@ -231,7 +237,7 @@ def range_chart(title: str, rows: list[tuple[str, list[Span]]], below: str) -> C
     spans = [s for _, row in rows for s in row if all(math.isfinite(v) and v > 0 for v in (s.mean, s.low, s.high))]
     if not spans:
         return None
-    left, step = 112, 34
+    left, step = 126, 34
     bottom = TOP + step * len(rows)
     axis = Axis([v for s in spans for v in (s.low, s.high)], left, WIDTH - RIGHT - 6, True)
     said = "; ".join(f"{label}: " + ", ".join(f"{s.name} {s.mean:.3g}" for s in row) for label, row in rows)
@@ -247,6 +253,5 @@ def range_chart(title: str, rows: list[tuple[str, list[Span]]], below: str) -> C
             y = middle + 9 * (j - (len(row) - 1) / 2)
             ends = f'x1="{axis(s.low):.1f}" x2="{axis(s.high):.1f}" y1="{y:.1f}" y2="{y:.1f}"'
             parts.append(f'<line {ends} style="stroke:var(--series-{s.colour})" stroke-width="2.5"/>')
-            parts.append(marker(s.colour, axis(s.mean), y, f"{label}, {s.name}: {s.mean:.4g} ({s.low:.3g} to {s.high:.3g})"))
-    legend = list(dict.fromkeys((s.name, s.colour, False) for s in spans))
-    return Chart("".join(parts) + "</svg>", legend)
+            parts.append(_marker(s.colour, axis(s.mean), y, f"{label}, {s.name}: {s.mean:.4g} ({s.low:.3g} to {s.high:.3g})"))
+    return Chart("".join(parts) + "</svg>", [(name, _swatch(colour)) for name, colour in dict.fromkeys((s.name, s.colour) for s in spans)])

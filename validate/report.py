@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
@@ -50,7 +51,7 @@ def read(path: Path) -> dict:
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror}); give a folder with report/report.json, or the file") from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not a report: {error}") from error
+        raise UsageError(f"{path} is not a report: {error}; run `hyperattention validate` again") from error
     found = report.get("schema") if isinstance(report, dict) else None
     if found != SCHEMA:
         newer = isinstance(found, int) and found > SCHEMA
@@ -68,6 +69,13 @@ def read(path: Path) -> dict:
 def render(report: dict, template: str) -> str:
     """The report through one of the templates."""
     html = template.endswith(".html.jinja")
+    parts = {"charts": charts(report) if html else {}, "histogram": row_histogram(report), "bin_text": bin_text}
+    return _environment(html).get_template(template).render(r=report, **parts)
+
+
+@lru_cache(maxsize=None)
+def _environment(html: bool) -> Environment:
+    """Templates that escape every text: as HTML, or so that it stays within its line of Markdown."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=html,
@@ -77,8 +85,7 @@ def render(report: dict, template: str) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(FILTERS)
-    parts = {"charts": charts(report) if html else {}, "histogram": row_histogram(report), "bin_text": bin_text}
-    return environment.get_template(template).render(r=report, **parts)
+    return environment
 
 
 def _one_line(value: object) -> object:

@@ -35,18 +35,25 @@ def small(value: dict | None) -> str:
     return number(value["mean"], 2) + (f" ± {number(value['se'], 2)}" if value["se"] is not None else "")
 
 
-def percent(value: dict | None) -> str:
-    """A share's mean ± standard error."""
+def percent(value: dict | float | None) -> str:
+    """A share, or an estimate of one ± standard error."""
     if value is None:
         return NOTHING
+    if not isinstance(value, dict):
+        return f"{100 * value:.2f} %"
     return f"{100 * value['mean']:.2f} %" + (f" ± {100 * value['se']:.2f}" if value["se"] is not None else "")
+
+
+def ends(value: dict | None, digits: int = 3) -> str:
+    """Lowest to highest."""
+    return NOTHING if value is None else f"{number(value['min'], digits)} to {number(value['max'], digits)}"
 
 
 def span(value: dict | None, digits: int = 3) -> str:
     """mean (lowest to highest)."""
     if value is None:
         return NOTHING
-    return f"{number(value['mean'], digits)} ({number(value['min'], digits)} to {number(value['max'], digits)})"
+    return f"{number(value['mean'], digits)} ({ends(value, digits)})"
 
 
 def estimate(value: dict | float | None, digits: int = 3) -> str:
@@ -82,6 +89,7 @@ FILTERS = {
     "small": small,
     "percent": percent,
     "num": number,
+    "ends": ends,
     "span": span,
     "estimate": estimate,
     "seconds": seconds,

@@ -1,32 +1,43 @@
-"""`hyperattention report OUT`: judge a saved report again and write it anew."""
+"""`hyperattention report OUT`: render a saved report anew, or judge it again."""
 
 from __future__ import annotations
+
+from typing import Annotated
+
+import typer
 
 from hyperattention.errors import UsageError
 from hyperattention.export.gate_options import parse_gates, with_gates
 from hyperattention.validate.commands.options import AsJson, Folder, Gates, Quiet, save, say
 
-EXAMPLE = "hyperattention report out --gate kl=0.01 --gate top1=0.95"
+EXAMPLE = "hyperattention report out --recheck --gate kl=0.01 --gate top1=0.95"
+Recheck = Annotated[bool, typer.Option("--recheck", help="Judge the saved numbers again, under the saved limits and every --gate.")]
 
 
 def command(
     folder: Folder,
+    recheck: Recheck = False,
     gate: Gates = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Judge a saved report again, under other limits if given, and write it anew. Needs neither model nor device."""
+    """Write a saved report's pages anew and say its verdict; with --recheck judge its numbers again. Needs neither model nor device.
+
+    Exit 1: a gate is not met.
+    """
     from hyperattention.export.bundle import REPORT
     from hyperattention.export.console import Reporter
     from hyperattention.validate.gates import judge
     from hyperattention.validate.report import INCOMPLETE, read
 
-    path = folder if folder.is_file() else folder / "report" / "report.json"
-    saved = read(path)
-    limits = with_gates(parse_gates(gate or [], saved["kind"]), saved["limits"])
+    if gate and not recheck:
+        raise UsageError("--gate changes what a report is judged by; add --recheck to judge it again, or leave --gate out")
+    path = folder if folder.is_file() else folder / REPORT
+    report = read(path)
+    limits = with_gates(parse_gates(gate or [], report["kind"]), report["limits"])
     out = path.parent.parent  # a report.json copied elsewhere has no manifest to keep in step
     try:
-        report = judge(saved, limits)
+        report = judge(report, limits) if recheck else report
         written = save(report, path.parent, out if path == out / REPORT else None)
     except UsageError:
         raise

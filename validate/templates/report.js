@@ -21,3 +21,5 @@ for (const table of document.querySelectorAll("table")) {
     });
   });
 }
+// Paper shows what the screen folds away.
+addEventListener("beforeprint", () => document.querySelectorAll("details").forEach(part => { part.open = true; }));

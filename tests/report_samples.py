@@ -1,0 +1,234 @@
+"""Whole reports made by hand, of both kinds, for tests of what is done with a report: judged, rendered, checked, compared."""
+
+from __future__ import annotations
+
+from hyperattention.config import Config
+from hyperattention.export.gate_options import Limits
+from hyperattention.validate.gates import judge
+from hyperattention.validate.report import SCHEMA
+
+LENGTHS = (8192, 12345, 32768)
+EDGES = [10.0 ** (n / 4) for n in range(-16, 5)]
+
+
+def estimate(mean: float, se: float | None = 0.00021) -> dict:
+    return {"mean": mean, "se": se, "blocks": 7 if se is not None else 1}
+
+
+def span(mean: float) -> dict:
+    return {"mean": mean, "min": mean * 0.75, "max": mean * 1.5}
+
+
+def _tokens(delta: float, kl: float) -> dict:
+    tokens = dict(exact_nats=estimate(0.7571), delta_nats=estimate(delta), kl=estimate(kl, kl / 9), top1=estimate(0.9961))
+    return {"tokens": 2048, "windows": 2, **tokens, "kl_p99": 10 * kl, "kl_max": 100 * kl}
+
+
+def _language_row(i: int, length: int) -> dict:
+    half = length // 2
+    return {
+        "length": length,
+        "exact": False,
+        "tail": 512,
+        "starts": [0, 7],
+        "all_positions": _tokens(0.00123 * (i + 1), 0.00097),
+        "all_positions_backend": "ONNX Runtime, CPU",
+        "by_position": [
+            {"from": 0, "to": half, "delta_nats": -0.0001, "kl": 1e-9},
+            {"from": half, "to": length, "delta_nats": 0.0031, "kl": 0.002},
+        ],
+        "prefill_exact_decode": _tokens(0.00031 * (i + 1), 0.00017 * (i + 1)),
+        "prefill_backend": "PyTorch, op by native CPU kernels",
+        "exact_twin": None,
+    }
+
+
+def _features_row(i: int, length: int) -> dict:
+    outputs = [
+        {
+            "name": name,
+            "relative_l2": estimate(0.011 * (i + 1) * scale),
+            "cosine": estimate(0.9983 - 0.0004 * i),
+            "norm_ratio": estimate(1.0021 + 0.001 * i),
+            "cosine_worst": 0.9712,
+        }
+        for name, scale in (("features", 1.0), ("pooled", 0.3))
+    ]
+    return {"length": length, "exact": False, "windows": 2, "outputs": outputs, "not_finite": {}, "exact_twin": None}
+
+
+def _layer_row(layer: int, length: int) -> dict:
+    error = 0.0137 * layer * length / LENGTHS[0]
+    return {
+        "layer": layer,
+        "length": length,
+        "plan_differences": 0 if layer == 1 else None,
+        "relative_l2": error,
+        "cosine": 0.99917,
+        "norm_ratio": 1.0023,
+        "max_abs": 0.3,
+        "worst_head": 3,
+        "worst_head_relative_l2": 2 * error,
+        "worst_position": 7680,
+        "worst_position_relative_l2": 3 * error,
+        "row_p99": 4 * error,
+        "lse_bias": -0.00061,
+        "lse_std": 0.0129,
+        "mass": 0.9125,
+        "mass_worst_head": 0.8668,
+        "seeds": {"relative_l2": [error, 0.9 * error, 1.2 * error]},
+        "row_errors": {"edges": EDGES, "counts": [(i * i * layer) % 37 for i in range(len(EDGES) - 1)]},
+    }
+
+
+def _hard_row(distribution: str, ours: float, window: float, limit: float) -> dict:
+    def numbers(error: float) -> dict:
+        return {"relative_l2": span(error), "cosine": 0.981, "norm_ratio": 1.013, "lse_bias": 0.0021, "lse_spread": 0.034}
+
+    return {
+        "distribution": distribution,
+        "length": LENGTHS[-1],
+        "seeds": [0, 1, 2],
+        "ours": numbers(ours),
+        "window": numbers(window),
+        "value": ours,
+        "limit": limit,
+        "sense": "<=",
+        "passed": ours <= limit,
+        "meaning": "relative L2 of what was made to hurt",
+    }
+
+
+def _layers_of_plan() -> list[dict]:
+    config = Config.from_attributes({"causal": 1}).attributes()
+    return [
+        {
+            "index": i,
+            "name": f"model.layers.{i}.self_attn",
+            "mode": "approximate" if i % 2 else "exact",
+            "reason": "chosen by --layers odd" if i % 2 else "not chosen by --layers odd",
+            "config": config,
+        }
+        for i in range(4)
+    ]
+
+
+def report(kind: str = "language", limits: Limits | None = None, **changes: object) -> dict:
+    """A judged report in which every part is present and every gate passes; `changes` replace parts before it is judged."""
+    language = kind == "language"
+    baseline = [
+        {
+            "length": n,
+            "name": "window + sinks",
+            "keys_per_query": 1903.5 + n / 100,
+            "keys_per_query_ours": 1898.25 + n / 100,
+            "attributes": {"local_size": 1839, "sinks": 64},
+            "layers_relative_l2": span(0.31),
+            "ours_layers_relative_l2": span(0.0411),
+            "delta_nats": 0.0057 if language else None,
+            "kl": 0.0043 if language else None,
+            "top1": 0.9871 if language else None,
+        }
+        for n in LENGTHS
+    ]
+    whole = {
+        "schema": SCHEMA,
+        "kind": kind,
+        "created": "2026-01-01T00:00:00+00:00",
+        "seconds": 101.5,
+        "model": {"name": "byte-lm-4m", "architecture": "LlamaForCausalLM", "parameters": 4558080, "layers": 4, "max_positions": 32768},
+        "plan": {
+            "task": "logits" if language else "features",
+            "dtype": "fp32",
+            "seq": [1, 8192, 32768],
+            "batch": [1, 1, 1],
+            "seed": 5,
+            "preset": "blocks",
+            "layers": _layers_of_plan(),
+        },
+        "target_dtype": "bf16",
+        "plan_summary": {
+            "layers": 4,
+            "op_layers": [0, 1, 2, 3],
+            "approximate_layers": [1, 3],
+            "native_layers": [],
+            "exact_below": 4096,
+            "look_ahead": 63,
+            "attributes": {"causal": 1, "selector": "blocks", "block_size": 64, "seed": 6},
+            "seeds": {"1": 6, "3": 8},
+        },
+        "inputs": {
+            "name": "heldout.txt",
+            "kind": "text" if language else "examples",
+            "tokens": "bytes" if language else "",
+            "sha256": "0123456789abcdef" * 4,
+            "size": 786430,
+            "note": "",
+            "seed": 0,
+            "lengths": list(LENGTHS),
+            "windows": [4, 2, 1],
+            "tail": 512 if language else 0,
+        },
+        "backend": "ONNX Runtime, CPU",
+        "provenance": [{"runner": "ONNX Runtime", "source": "profile", "planned": 4, "found": ["a", "b", "c", "d"], "runs": 9}],
+        "implementation": {
+            "length": 5123,
+            "per_op": [
+                {
+                    "case": "layer 1, whole window",
+                    "layer": 1,
+                    "kind": "whole window",
+                    "plan_differences": 0,
+                    "o_max": 9.1e-06,
+                    "o_naive_max": 9.6e-06,
+                    "lse_max": 8.7e-06,
+                    "lse_naive_max": 9.2e-06,
+                    "ratio": 0.9479,
+                }
+            ],
+            "seeds": [{"layer": 1, "seeds": [1, 2], "relative_l2": [0.0097, 0.0094]}],
+            "whole_model": [
+                {
+                    "case": "whole window",
+                    "relative_l2": 4.7e-07,
+                    "cosine": 0.9999999,
+                    "norm_ratio": 1.0,
+                    "max_abs": 5e-05,
+                    "noise": 3.4e-07,
+                    "ratio": 1.3703,
+                    "polygraphy": True,
+                }
+            ],
+        },
+        "approximation": [(_language_row if language else _features_row)(i, n) for i, n in enumerate(LENGTHS)],
+        "time": [
+            {
+                "length": n,
+                "backend": "ONNX Runtime, CPU",
+                "ours_s": 0.0013 * n / 8192,
+                "exact_s": 2e-11 * n**2,
+                "torch_exact_s": 4e-11 * n**2,
+                "runs": 3,
+                "time_only": False,
+            }
+            for n in LENGTHS
+        ],  # fmt: skip
+        "layers": [_layer_row(layer, n) for n in LENGTHS for layer in (1, 3)],
+        "baseline": baseline,
+        "hard_inputs": [
+            _hard_row("text", 0.021, 0.052, 0.1),
+            _hard_row("needle", 0.043, 0.91, 0.1),
+            _hard_row("clustered", 0.031, 0.32, 0.1),
+            _hard_row("heavy columns", 0.083, 0.22, 0.1),
+            _hard_row("gaussian", 0.099, 0.61, 0.1),
+        ],
+        "needle": None,
+        "environment": {
+            "machine": {"processor": "processor", "cores": 2, "memory_gb": 23.5, "gpu": None, "cuda": None},
+            "versions": {"torch": "2.15.0", "onnx": "1.23.2"},
+            "libraries": [{"file": "libhyperattention_ort.so", "version": "0.1.0", "build_id": "a871ef9c7649ad01"}],
+        },
+        "notes": ["A note."],
+        **changes,
+    }
+    return judge(whole, limits or Limits())

@@ -1,0 +1,313 @@
+"""The report's page, figures and Markdown: well-formed, readable, nothing fetched, and every number that of the JSON."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import report_samples as samples
+from report_page import Page, numbers, page
+
+from hyperattention.export.gate_options import Limits
+from hyperattention.validate import report as report_module
+from hyperattention.validate.charts import charts, row_histogram
+from hyperattention.validate.plots import Series, Span, bar_chart, line_chart, range_chart
+from hyperattention.validate.report import render
+
+KINDS = ("language", "features")
+CSS = (report_module.TEMPLATES / "report.css").read_text(encoding="utf-8")
+NASTY = "<script>alert(1)</script> \"'& |\n# <b>x"
+FOREIGN = ("name", "case", "notes", "found", "reason", "backend", "source", "processor")
+
+
+def close(texts: str, values: list[float]) -> None:
+    """The numbers of a cell are the values, as far as its digits go."""
+    assert numbers(texts) == pytest.approx(values, rel=0.06, abs=6e-6), texts
+
+
+def replaced(
+    value: object, found: tuple[str, ...] = ("name", "case", "notes", "found", "reason", "backend", "source", "processor")
+) -> object:
+    """The report with every text that comes from a user's model, file or machine made hostile."""
+    if isinstance(value, dict):
+        return {k: NASTY if k in found and isinstance(v, str) else replaced([NASTY] if k in found else v, found) for k, v in value.items()}
+    return [replaced(v, found) for v in value] if isinstance(value, list) else value
+
+
+# --- the page ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_page_is_well_formed_and_fetches_nothing(kind: str) -> None:
+    html = render(samples.report(kind), "report.html.jinja")
+    found = Page(html)
+    assert not re.search(r"""\b(src|href|action|srcset)\s*=|url\(|@import|https?:|//[a-z]""", html.replace("// ", ""))
+    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    assert ("meta", {"http-equiv": "Content-Security-Policy", "content": policy}) in found.tags
+    figures = [svg for svg in found.svgs if svg.get("class") != "swatch"]
+    assert len(figures) == sum(chart is not None for chart in charts(samples.report(kind)).values()) == (7 if kind == "language" else 6)
+    for svg in figures:
+        title, description = svg.find("title"), svg.find("desc")
+        assert svg.get("role") == "img" and title is not None and svg.get("aria-label") == title.text
+        assert description is not None and re.search(r"\d", description.text or "")
+    assert found.text.count("Safe?") == found.text.count("How much faster?") == found.text.count("From which length?") == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_screen_answers(kind: str) -> None:
+    good = samples.report(kind)
+    html = render(good, "report.html.jinja")
+    above = html[: html.index("<h2>")]
+    for said in (
+        good["verdict"]["headline"],
+        good["verdict"]["speed"],
+        "<strong>Yes</strong>",
+        "<strong>4.13×</strong>",
+        "<strong>8,192</strong>",
+    ):
+        assert said in above
+    bad = samples.report(kind, Limits(op_error=0.0), time=[])
+    above = render(bad, "report.html.jinja").split("<h2>")[0]
+    for said in ("<strong>No</strong>", "failed: op error", "<strong>Not measured</strong>", 'class="verdict bad"'):
+        assert said in above
+    open_ = samples.report(kind, inputs={**good["inputs"], "kind": "random"})
+    above = render(open_, "report.html.jinja").split("<h2>")[0]
+    assert 'class="verdict open"' in above and "<strong>Not judged</strong>" in above and "Not judged on" in above
+
+
+def test_the_order_is_that_of_interest() -> None:
+    text = page(samples.report()).text
+    order = [
+        "Safe at",
+        "Gates",
+        "Error against length",
+        "Time against length",
+        "Layer by layer",
+        "Beside a window",
+        "Inputs that hurt",
+        "What ran",
+    ]
+    assert sorted(order, key=text.index) == order
+    for said in ("fp32 twin of the bf16 target", "sha256", "Seeds", "held-out text", "standard error", "A note."):
+        assert said in text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tables_say_what_the_json_says(kind: str) -> None:
+    report = samples.report(kind)
+    found = page(report)
+    for row, gate in zip(found.table("Gate", "Worst value"), report["gates"], strict=True):
+        assert row[0].startswith(gate["name"]) and row[4] == gate["where"] and ("pass" in row[1]) == gate["passed"]
+        close(row[2], [gate["value"]])
+        close(row[3], [gate["limit"]])
+    for row, time in zip(found.table("Tokens", "PyTorch exact"), report["time"], strict=True):
+        assert numbers(row[0]) == [time["length"]]
+        for cell, key in zip(row[2:5], ("ours_s", "exact_s", "torch_exact_s"), strict=True):
+            close(cell, [time[key]])
+        close(row[5], [min(time["exact_s"], time["torch_exact_s"]) / time["ours_s"]])
+    for row, hard in zip(found.table("Input", "Judged"), report["hard_inputs"], strict=True):
+        assert row[0].startswith(hard["distribution"]) and ("pass" in row[1]) == hard["passed"]
+        close(row[3], [hard["value"], hard["limit"]])
+        close(row[4], list(hard["ours"]["relative_l2"].values()))
+    baseline = found.table("Attention", "Keys a query")
+    for ours, window, row in zip(baseline[::2], baseline[1::2], report["baseline"], strict=True):
+        close(ours[2] + " " + ours[3], [row["keys_per_query_ours"], row["ours_layers_relative_l2"]["mean"]])
+        close(window[2] + " " + window[3], [row["keys_per_query"], row["layers_relative_l2"]["mean"]])
+
+
+def test_token_tables_say_what_the_json_says() -> None:
+    report = samples.report()
+    tables = [t for t in page(report).tables if t[0] == ["Tokens", "Delta nats", "KL", "Same first choice", "Exact nats", "Windows"]]
+    for table, regime in zip(tables, ("prefill_exact_decode", "all_positions"), strict=True):
+        for row, length in zip(table[1:], report["approximation"], strict=True):
+            told = length[regime]
+            assert numbers(row[0]) == [length["length"]]
+            for cell, key in zip(row[1:5], ("delta_nats", "kl", "top1", "exact_nats"), strict=True):
+                close(cell, [told[key]["mean"], told[key]["se"]])
+
+
+def test_feature_tables_say_what_the_json_says() -> None:
+    report = samples.report("features")
+    told = [(row["length"], output) for row in report["approximation"] for output in row["outputs"]]
+    for row, (length, output) in zip(page(report).table("Output", "Worst cosine"), told, strict=True):
+        assert numbers(row[0]) == [length] and row[1] == output["name"]
+        for cell, key in ((row[2], "relative_l2"), (row[3], "cosine"), (row[5], "norm_ratio")):
+            close(cell, [output[key]["mean"], output[key]["se"]])
+        close(row[4], [output["cosine_worst"]])
+
+
+def test_the_layer_table_holds_every_layer_and_every_length() -> None:
+    report = samples.report()
+    tables = [t for t in page(report).tables if "LSE bias" in t[0] and t[0][0] == "Layer"]
+    assert [[row[0] for row in t[1:]] for t in tables] == [["0", "1", "2", "3"], ["1", "3"], ["1", "3"]]
+    for table, length in zip(tables, (32768, 8192, 12345), strict=True):
+        for row in table[1:]:
+            found = [x for x in report["layers"] if (str(x["layer"]), x["length"]) == (row[0], length)]
+            if not found:
+                assert row[1] == "exact" and row[2] == "not chosen by --layers odd"
+                continue
+            (layer,) = found
+            close(row[2], [layer["relative_l2"]])
+            close(row[3].replace("–", " "), [min(layer["seeds"]["relative_l2"]), max(layer["seeds"]["relative_l2"])])
+            keys = ("cosine", "norm_ratio", "lse_bias", "lse_std", "mass")
+            for cell, key in zip(row[4:9], keys, strict=True):
+                close(cell, [layer[key]])
+            close(row[9], [layer["worst_head"], layer["worst_head_relative_l2"]])
+
+
+def test_the_histogram_counts_every_row_of_the_longest_length() -> None:
+    report = samples.report()
+    histogram = row_histogram(report)
+    assert histogram is not None
+    counts = [row["row_errors"]["counts"] for row in report["layers"] if row["length"] == 32768]
+    assert histogram["counts"] == [a + b for a, b in zip(*counts, strict=True)] and histogram["rows"] == sum(map(sum, counts))
+    below = [edge for edge in samples.EDGES[1:] if sum(histogram["counts"][: samples.EDGES.index(edge)]) >= histogram["rows"] / 2]
+    assert histogram["median"] == below[0]
+    table = page(report).table("Relative L2 of a row", "Rows")
+    assert [numbers(row[1]) for row in table] == [[n] for n in histogram["counts"]]
+    other = copy.deepcopy(report)
+    other["layers"][-1]["row_errors"] = {"edges": [0.1, 1.0], "counts": [4]}
+    assert row_histogram(other) is None and "No row errors were measured" in page(other).text
+
+
+def test_figures_draw_what_the_json_says() -> None:
+    report = samples.report()
+    drawn = {name: " ".join(title.text or "" for title in ElementTree.fromstring(chart.svg).iter("title"))
+             for name, chart in charts(report).items() if chart}  # fmt: skip
+    for row in report["approximation"]:
+        tail, everywhere = row["prefill_exact_decode"], row["all_positions"]
+        assert f"prefill, exact decode, {row['length']:,} tokens: {tail['delta_nats']['mean']:.4g}" in drawn["nats"]
+        assert f"all positions, {row['length']:,} tokens: {everywhere['kl']['mean']:.4g}" in drawn["kl"]
+    for row in report["time"]:
+        assert f"PyTorch exact, {row['length']:,} tokens: {row['torch_exact_s']:.4g}" in drawn["time"]
+    for row in report["baseline"]:
+        assert f"window + sinks, {row['length']:,} tokens: {row['layers_relative_l2']['mean']:.4g}" in drawn["layers"]
+        errors = [x["seeds"]["relative_l2"] for x in report["layers"] if x["length"] == row["length"]]
+        seeds = [sum(draw) / len(errors) for draw in zip(*errors, strict=True)]
+        told = f"ours, {row['length']:,} tokens: {sum(seeds) / 3:.4g} ({min(seeds):.3g} to {max(seeds):.3g})"
+        assert told in drawn["layers"]
+    for row in report["hard_inputs"]:
+        assert f"{row['distribution']}, ours: {row['ours']['relative_l2']['mean']:.4g}" in drawn["hard"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        ("time", "Time was not measured."),
+        ("layers", "No layer approximates at the lengths measured"),
+        ("baseline", "No baseline was measured."),
+        ("hard_inputs", "Hard inputs were not measured."),
+        ("provenance", "No runner left a record of what ran."),
+    ],
+)
+def test_a_missing_part_is_a_sentence(kind: str, part: str, says: str) -> None:
+    report = samples.report(kind, **{part: []})
+    assert says in page(report).text
+    text = render(report, "report.md.jinja")
+    assert part == "provenance" or "not measured" in text.lower() or "No " in text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_that_are_none_break_no_figure(kind: str) -> None:
+    def spoiled(value: object, bad: float) -> object:
+        if isinstance(value, dict):
+            return {k: v if k in ("edges", "length", "from", "to", "limits") else spoiled(v, bad) for k, v in value.items()}
+        return [spoiled(v, bad) for v in value] if isinstance(value, list) else bad if isinstance(value, float) else value
+
+    report = samples.report(kind)
+    for bad in (math.nan, math.inf, 0.0, -1.0):
+        parts = {name: spoiled(report[name], bad) for name in ("approximation", "layers", "baseline", "hard_inputs", "time")}
+        for svg in page(samples.report(kind, **parts)).svgs:
+            drawn = [
+                v for e in svg.iter() for k, v in e.attrib.items() if k in ("x", "y", "x1", "x2", "y1", "y2", "cx", "cy", "points", "width")
+            ]
+            assert not re.search("nan|inf", " ".join(drawn))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_from_outside_stay_text(kind: str) -> None:
+    hostile = replaced(samples.report(kind))
+    assert isinstance(hostile, dict)
+    html = render(hostile, "report.html.jinja")
+    assert html.count("<script>") == 1 and "<b>x" not in html
+    assert "<script>alert(1)</script>" in Page(html).text
+    lines = render(hostile, "report.md.jinja").splitlines()
+    assert not any(line.startswith("# <b>") for line in lines) and "<script>" not in "".join(lines)
+    tables = [line for line in lines if line.startswith("| ")]
+    assert all(line.endswith(("|", "| ")) for line in tables)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_stands_out_from_its_ground(scheme: str) -> None:
+    """WCAG's contrast of at least 4.5 for text and 3 for lines, from the style's own colours."""
+    blocks = re.findall(r":root \{(.*?)\}", CSS, re.S)
+    colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", blocks[0] if scheme == "light" else blocks[1]))
+
+    def luminance(name: str) -> float:
+        channels = [int(colours[name][i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def contrast(a: str, b: str) -> float:
+        high, low = sorted((luminance(a), luminance(b)), reverse=True)
+        return (high + 0.05) / (low + 0.05)
+
+    grounds = ("ground", "card", "head", "good-ground", "bad-ground", "open-ground")
+    pairs = [(ink, ground) for ink in ("ink", "quiet") for ground in grounds]
+    pairs += [(name, f"{name}-ground") for name in ("good", "bad", "open")] + [("bad", "card"), ("ink", "tint")]
+    assert [(pair, contrast(*pair)) for pair in pairs if contrast(*pair) < 4.5] == []
+    assert [n for n in range(1, 5) if contrast(f"series-{n}", "card") < 3] == []
+
+
+# --- figures -----------------------------------------------------------------------------------------------------------
+
+
+def test_charts_hold_one_point_none_and_negative_values() -> None:
+    one = line_chart("t", [Series("s", [(8192, -0.001)], 1, [(-0.0015, -0.0005)])], "nats", limit=0.01)
+    assert one is not None and one.svg.count("<circle") == 1 and "gate 0.01" in one.svg
+    assert line_chart("t", [Series("s", [(8192, 0.0)], 1)], "nats", log_y=True) is None
+    assert line_chart("t", [], "nats") is None and bar_chart("t", [], "nats", "b") is None
+    flat = bar_chart("t", [("0", 0.0), ("8k", 0.0)], "nats", "position")
+    assert flat is not None and "<rect" in flat.svg
+    assert range_chart("t", [("x", [Span("s", 0.0, 0.0, 0.0, 1)])], "b") is None
+
+
+def test_bands_run_around_their_line_and_labels_keep_apart() -> None:
+    points = [(2**n, 0.1 * n) for n in range(8, 20)]
+    band = [(y * 0.5, y * 2) for _, y in points]
+    chart = line_chart("t", [Series("s", points, 2, band)], "nats", log_y=True)
+    assert chart is not None
+    root = ElementTree.fromstring(chart.svg)
+    polygon, line = root.find("polygon"), root.find("polyline")
+    assert polygon is not None and line is not None
+    around = [tuple(map(float, p.split(","))) for p in polygon.attrib["points"].split()]
+    middle = [tuple(map(float, p.split(","))) for p in line.attrib["points"].split()]
+    assert [x for x, _ in around] == [x for x, _ in middle] + [x for x, _ in reversed(middle)]
+    assert all(high < y < low for (_, y), (_, low), (_, high) in zip(middle, around[:12], reversed(around[12:]), strict=True))
+    below = [t for t in root.iter("text") if re.fullmatch(r"\d+k?", t.text or "") and t.get("text-anchor") == "middle"]
+    places = [float(t.attrib["x"]) for t in below]
+    assert below[-1].text == "512k" and 2 < len(places) < 12 and all(b - a >= 46 for a, b in zip(places, places[1:], strict=False))
+
+
+# --- Markdown ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_markdown_says_the_same(kind: str) -> None:
+    report = samples.report(kind)
+    text = render(report, "report.md.jinja")
+    assert text.startswith(f"# {report['verdict']['headline']}") and report["verdict"]["speed"] in text
+    tables = [[cell.strip() for cell in line.strip().strip("|").split(" | ")] for line in text.splitlines() if line.startswith("| ")]
+    seen = {tuple(numbers(" ".join(row))) for t in page(report).tables for row in t[1:] if row[0] in ("8,192", "12,345", "32,768")}
+    rows = [row for row in tables if row[0] in ("8,192", "12,345", "32,768") and "ours" not in row and "window + sinks" not in row]
+    assert len(rows) == (9 if kind == "language" else 9)
+    for row in rows:
+        assert any(sorted(numbers(" ".join(row))) == sorted(values) or set(numbers(" ".join(row))) <= set(values) for values in seen), row
+    for gate in report["gates"]:
+        assert any(row[0] == gate["name"] for row in tables)
+    for hard in report["hard_inputs"]:
+        assert f"| {hard['distribution']}: " in text
