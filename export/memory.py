@@ -10,7 +10,7 @@ import torch
 from hyperattention.config import Config
 from hyperattention.errors import EnvironmentFault, UsageError
 from hyperattention.export.plan import ExportPlan
-from hyperattention.export.source import AttentionLayer, Source
+from hyperattention.export.source import FEATURES, LANGUAGE_TASKS, AttentionLayer, Source
 from hyperattention.library import HaAttributes, HaParams, open_library, ort_library_path, trt_library_path
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -35,13 +35,12 @@ def predict(source: Source, plan: ExportPlan) -> list[Item]:
     cached = [layer.heads_kv * (layer.head_dim + layer.head_dim_v) for layer in source.layers]
     widest = max((layer.heads_q * layer.head_dim + keys for layer, keys in zip(source.layers, cached, strict=True)), default=0)
     attention = tokens * (source.hidden_size + widest) * size
-    outputs = (tokens if plan.task == "logits" else batch) * source.vocab_size * size
     planned = {layer.name for layer in plan.planned}
     heads = max((layer.heads_q for layer in source.layers if layer.name in planned), default=0)
     items = [
         Item("weights", source.num_parameters * size, f"{source.num_parameters:,} parameters in {plan.dtype}"),
         Item("activations", max(activations, attention), f"{batch} x {rows} tokens, one layer at a time"),
-        Item("logits", outputs, "every position" if plan.task == "logits" else "last position of each row"),
+        _outputs(source, plan, tokens, size),
         *([Item("keys and values", tokens * sum(cached) * size, "outputs of the task prefill")] if plan.task == "prefill" else []),
         _workspace(source, plan),
     ]
@@ -53,6 +52,16 @@ def predict(source: Source, plan: ExportPlan) -> list[Item]:
     if native:
         items.append(Item("masks", batch * rows * rows, f"{len(native)} layers keep the model's own attention, which takes n x n masks"))
     return items
+
+
+def _outputs(source: Source, plan: ExportPlan, tokens: int, size: int) -> Item:
+    if plan.task in LANGUAGE_TASKS:
+        every = plan.task == "logits"
+        note = "every position" if every else "last position of each row"
+        return Item("logits", (tokens if every else plan.batch[2]) * source.vocab_size * size, note)
+    if plan.task == FEATURES:
+        return Item("features", tokens * source.hidden_size * size, "every position")
+    return Item("outputs", None, "the module alone says how large they are")
 
 
 def _workspace(source: Source, plan: ExportPlan) -> Item:

@@ -61,11 +61,6 @@ def probe(model: PreTrainedModel, feed: Mapping[str, Any]) -> Probed:
     AttentionInterface.register(_PROBE, look)
     AttentionMaskInterface.register(_PROBE, attention_mask_function)
     architecture = type(model).__name__
-    if not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedModel(
-            f"{architecture} does not go through transformers' AttentionInterface, so its attention cannot be replaced; "
-            f"see the models with _supports_attention_backend in transformers"
-        )
     try:
         model.set_attn_implementation(_PROBE)
         with quiet(), torch.no_grad():
@@ -73,10 +68,13 @@ def probe(model: PreTrainedModel, feed: Mapping[str, Any]) -> Probed:
     except _REFUSALS as error:
         reason = one_line(error)
         raise UnsupportedModel(f"{architecture} does not run on the meta device ({reason}), so its layers cannot be planned") from error
-    if not found:
+    if not found and _unseen(model, found):
         raise UnsupportedModel(
-            f"{architecture} has no attention layer that goes through transformers' AttentionInterface; is its number of layers 0?"
+            f"{architecture} does not go through transformers' AttentionInterface, so its attention cannot be replaced; "
+            f"write FILE.py:FUNCTION, which finds attention in the graph"
         )
+    if not found:
+        raise UnsupportedModel(f"{architecture} has no attention layer; is its number of layers 0?")
     return Probed((*found.values(), *_unseen(model, found)), max(keys), _learned_positions(model))
 
 

@@ -315,7 +315,7 @@ BROKEN = {
     "not-a-number": (lambda p: _spoil(p, float("nan")), r"layers.1.mlp.up_proj.weight hold values that are NaN or infinite in float32"),
     "infinite": (lambda p: _spoil(p, float("-inf")), "layers.1.mlp.up_proj.weight hold values that are NaN or infinite in float32"),
     "code-of-its-own": (lambda p: _edit(p, model_type="hyperion", auto_map={"AutoConfig": "h.H"}), "give --trust-remote-code"),
-    "no-layers": (lambda p: _edit(p, num_hidden_layers=0), "is its number of layers 0"),
+    "no-layers": (lambda p: _edit(p, num_hidden_layers=0), "has no attention layer; is its number of layers 0"),
     "no-heads": (lambda p: _edit(p, num_attention_heads=0, head_dim=None), "cannot"),
     "quantised": (lambda p: _edit(p, quantization_config={"quant_method": "gptq", "bits": 4}), "quantised weights .*gptq"),
     "generation-config-broken": (lambda p: (p / "generation_config.json").write_text("{"), "generation_config.json is not valid JSON"),
