@@ -35,7 +35,7 @@ def write_repository(folder: Path, name: str) -> list[str]:
     Files are hard links where the disk has them. Raises ExportFailed for a tensor that Triton cannot describe.
     """
     bundle = Bundle.open(folder)
-    root, base = folder / FOLDER, re.sub(r"[^A-Za-z0-9_.-]+", "_", name) or "model"
+    root, base = folder / FOLDER, re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip("_") or "model"
     batch = max_batch_size(bundle.plan)
     inputs, outputs = _inputs(bundle.plan, batch), _outputs(bundle.model_onnx, batch)
     models = []
