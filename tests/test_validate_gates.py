@@ -8,13 +8,14 @@ import math
 from pathlib import Path
 
 import pytest
+import report_samples as samples
 import torch
 import validation_bench as vb
 
 from hyperattention.errors import EnvironmentFault, UsageError
 from hyperattention.export import gate_options
 from hyperattention.validate.feeds import feed
-from hyperattention.validate.gates import Limits, evaluate, verdict
+from hyperattention.validate.gates import Limits, evaluate, judge, verdict
 from hyperattention.validate.implementation import check_length, one_ulp_off, op_cases
 from hyperattention.validate.inputs import windows
 from hyperattention.validate.provenance import engine_proof, ort_proof
@@ -119,6 +120,62 @@ def test_given_gates_stand_on_those_saved() -> None:
     assert (limits.op_error, limits.top1, limits.kl, limits.hard, limits.delta_nats) == (3.0, 0.5, 0.25, None, Limits().delta_nats)
     with pytest.raises(UsageError, match="recall"):
         gate_options.with_gates({}, {"recall": 1.0})
+
+
+def fails(report: dict) -> set[str]:
+    return {gate["name"] for gate in report["gates"] if not gate["passed"]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "gate"),
+    [(kind, name) for kind in ("language", "features") for name in gate_options.names(kind)],
+)
+def test_every_gate_of_a_kind_can_pass_and_fail(kind: str, gate: str) -> None:
+    told = {"delta-nats": "delta nats", "kl": "KL", "top1": "top-1", "norm-ratio": "norm ratio"}.get(gate, gate.replace("-", " "))
+    rows = samples.report(kind)["hard_inputs"]
+    report = samples.report(kind, hard_inputs=[*rows[1:], {**rows[0], "passed": False}])
+    assert told in {g["name"] for g in report["gates"]} and report["verdict"]["safe"] is True
+    (value,) = (g["value"] for g in report["gates"] if g["name"] == told)
+    sense = -1 if gate in ("top1", "cosine", "hard") else 1
+    for slack, failed in ((1e-9, set()), (-1e-9, {told})):
+        limits = gate_options.with_gates(gate_options.parse_gates([f"{gate}={value + sense * slack!r}"], kind), report["limits"])
+        judged = judge(report, limits)
+        assert fails(judged) - {"hard"} == failed - {"hard"} and set(judged["verdict"]["failed"]) == failed
+        assert judged["verdict"]["safe"] is (not failed) and judged["limits"][gate.replace("-", "_")] == pytest.approx(value, abs=1e-8)
+
+
+def test_the_worst_output_at_the_worst_length_counts() -> None:
+    report = samples.report("features")
+    report["approximation"][1]["outputs"][1]["cosine"]["mean"] = 0.98
+    report["approximation"][2]["outputs"][0]["norm_ratio"]["mean"] = 0.97
+    found = {gate["name"]: gate for gate in judge(report, Limits())["gates"]}
+    assert (found["cosine"]["value"], found["cosine"]["where"], found["cosine"]["passed"]) == (0.98, "pooled at 12,345 tokens", False)
+    assert found["norm ratio"]["value"] == pytest.approx(0.03) and found["norm ratio"]["where"] == "features at 32,768 tokens"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("key", ["cosine", "norm_ratio"])
+def test_no_gate_of_features_passes_on_a_number_that_is_none(key: str, bad: float) -> None:
+    report = samples.report("features")
+    report["approximation"][0]["outputs"][0][key]["mean"] = bad if key == "norm_ratio" or math.isnan(bad) else -math.inf
+    assert judge(report, Limits())["verdict"]["failed"] == [key.replace("_", " ")]
+
+
+def test_hard_inputs_are_advice_until_asked_for() -> None:
+    rows = [{**row, "passed": row["distribution"] not in ("needle", "gaussian")} for row in samples.report()["hard_inputs"]]
+    report = samples.report(hard_inputs=rows)
+    gate = report["gates"][-1]
+    assert gate["name"] == "hard" and gate["advisory"] and not gate["passed"] and gate["value"] == pytest.approx(0.6)
+    assert "needle" in gate["where"] and "gaussian" in gate["where"] and "clustered" not in gate["where"]
+    assert report["verdict"]["safe"] is True and "needle" in report["verdict"]["small_print"][0]
+    assert judge(report, Limits(hard=0.6))["verdict"]["safe"] is True
+    judged = judge(report, Limits(hard=0.61))
+    assert judged["verdict"]["failed"] == ["hard"] and judged["verdict"]["small_print"] == []
+    assert "hard inputs" in judged["verdict"]["headline"]
+    with pytest.raises(UsageError, match="--gate hard"):
+        samples.report(limits=Limits(hard=1.0), hard_inputs=[])
+    nothing = {**samples.report()["plan_summary"], "approximate_layers": []}
+    assert samples.report(limits=Limits(hard=1.0), hard_inputs=[], plan_summary=nothing)["verdict"]["safe"] is True
 
 
 def test_op_cases_cover_padding_chunks_and_the_exact_path() -> None:

@@ -85,7 +85,7 @@ def _token_gates(approximation: list[dict], limits: Limits) -> list[Gate]:
 
 def _feature_gates(approximation: list[dict], limits: Limits) -> list[Gate]:
     """A model without a vocabulary by its output vectors, the worst output at the worst length."""
-    found = [(output, f"{output['name']} at {row['length']:,}") for row in approximation for output in row["outputs"]]
+    found = [(output, f"{output['name']} at {row['length']:,} tokens") for row in approximation for output in row["outputs"]]
     if not found:
         raise UsageError("the report compares no output with exact attention; run the validation again")
     cosines = [(output["cosine"]["mean"], where) for output, where in found]
