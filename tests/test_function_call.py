@@ -77,7 +77,7 @@ CODE = [
     Wrong("another name", "def other():\n    pass\n", "has no 'build'; it defines other"),
     Wrong("no function", "build = 3\n", "build of .* is an int; it must be a function without arguments"),
     Wrong("arguments", "def build(path):\n    pass\n", "cannot be called without arguments .*'path'.*; give its parameters defaults"),
-    Wrong("raises", "def f():\n    return {}['weights']\ndef build():\n    return f()\n", "build failed at wrong.py, line 2, in f: KeyError"),
+    Wrong("raises", "def f():\n    return {}['w']\ndef build():\n    return f()\n", "build failed at wrong.py, line 2, in f: KeyError"),
 ]
 
 
