@@ -34,6 +34,11 @@ def export_model(
     task: Annotated[
         Optional[str], typer.Option(help="logits, last-logits, prefill (last logits, keys and values), or features. (default: by model)")
     ] = None,
+    image_size: Annotated[
+        Optional[str], typer.Option("--image-size", help="Pixels of an image model, N or HEIGHTxWIDTH. (default: its configuration's)")
+    ] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Load pickled weights (.bin), which can run code.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that lies in the model's directory.")] = False,
     input_ids: Annotated[str, typer.Option("--input-ids", help="tokens, or bytes for a model that reads bytes.")] = "tokens",
     seed: Annotated[int, typer.Option(help="Base seed; layer i samples with seed + i.")] = 0,
     min_seq: Annotated[Optional[int], typer.Option(help="Shortest sequence. (default: 1)", **_SHAPES)] = None,
@@ -77,7 +82,7 @@ def export_model(
     from hyperattention.export import memory, pipeline
     from hyperattention.export import plan as planning
     from hyperattention.export.console import Reporter
-    from hyperattention.export.source import default_dtype, open_source
+    from hyperattention.export.source import Trust, default_dtype, open_source, parse_image_size
 
     reporter = Reporter(quiet, as_json)
     attributes = dict(
@@ -86,7 +91,13 @@ def export_model(
         num_projections=num_projections,
     )  # fmt: skip
     ranges = planning.named_ranges(dim or [], batch)
-    source = open_source(model, task=task, say=lambda text: reporter.say(escape(text))).ranged(ranges, (min_seq, opt_seq, max_seq))
+    source = open_source(
+        model,
+        task=task,
+        image_size=parse_image_size(image_size) if image_size is not None else None,
+        trust=Trust(pickle=allow_pickle, code=trust_remote_code),
+        say=lambda text: reporter.say(escape(text)),
+    ).ranged(ranges, (min_seq, opt_seq, max_seq))
     plan = planning.make_plan(
         source,
         layers=layers,
@@ -132,7 +143,9 @@ def export_model(
             )
             if value is not None
             for part in (option, str(value))
-        ),
+        )
+        + ("--allow-pickle",) * allow_pickle
+        + ("--trust-remote-code",) * trust_remote_code,
     )
     if dry_run:
         for name, reason in missing.items():

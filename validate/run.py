@@ -14,7 +14,7 @@ from hyperattention.errors import UsageError
 from hyperattention.export.bundle import REPORT, Bundle
 from hyperattention.export.gate_options import LANGUAGE, kind_of
 from hyperattention.export.plan import DEVICES, choice
-from hyperattention.export.source import Source, reopen
+from hyperattention.export.source import Source, Trust, reopen
 from hyperattention.validate import environment
 from hyperattention.validate.approximation import every_position
 from hyperattention.validate.backends import BACKENDS, check_engines, choose, make_runners, prove, prove_first
@@ -51,6 +51,7 @@ class Options:
     seed: int = 0
     threads: int = 0
     limits: Limits = field(default_factory=Limits)
+    trust: Trust = Trust()
 
     def __post_init__(self) -> None:
         choice("--device", self.device, DEVICES)
@@ -81,7 +82,7 @@ def validate(options: Options, step: Callable[[str], None]) -> dict:
             f"The {plan.dtype} target was validated through its fp32 twin: ONNX Runtime's CPU provider has no {plan.dtype} arithmetic."
         )
         plan = replace(plan, dtype="fp32")
-    source = reopen(_model(options, bundle), plan)
+    source = reopen(_model(options, bundle), plan, trust=options.trust)
     check_model_fits(bundle, source)
     material, lengths = choose_material(source, plan, options.text, options.inputs, options.lengths, options.seed)
     extent = _extent(options, lengths)

@@ -30,6 +30,8 @@ def command(
     needle: Annotated[Optional[bool], typer.Option(help="Recall of planted keys. (default: on with CUDA, off without)")] = None,
     seed: Annotated[int, typer.Option(help="Seed of prompts, perturbations and extra draws.")] = 0,
     threads: Annotated[int, typer.Option(help="Threads of ONNX Runtime; 0 = all.")] = 0,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Load pickled weights of --model (.bin).")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of --model's directory.")] = False,
     gate: Gates = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -37,6 +39,7 @@ def command(
     """Measure OUT against exact attention, prove what ran, and write OUT/report. Exit 1: a gate was not met."""
     from hyperattention.export.bundle import Bundle
     from hyperattention.export.console import Reporter
+    from hyperattention.export.source import Trust
     from hyperattention.validate.run import Options, count_steps, validate
 
     gates = parse_gates(gate or [])
@@ -56,6 +59,7 @@ def command(
         seed=seed,
         threads=threads,
         limits=with_gates(gates),
+        trust=Trust(pickle=allow_pickle, code=trust_remote_code),
     )
     check_kind(gates, kind_of(Bundle.open(folder).plan.task))
     reporter = Reporter(quiet, as_json)
