@@ -73,7 +73,7 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None) -> NoRetur
     except SystemExit as status:  # typer's own ways out: completion, and a reader that went away
         code, message = _READER_GONE if isinstance(status.__context__, BrokenPipeError) else int(status.code or 0), ""
     except Exception as error:
-        code, message = _judge(error)
+        code, message = _judge(error, arguments)
     if code == _READER_GONE:
         sys.stdout = None  # the interpreter would try to flush it on its way out
     if message:
@@ -85,12 +85,14 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None) -> NoRetur
     sys.exit(code)
 
 
-def _judge(error: Exception) -> tuple[int, str]:
+def _judge(error: Exception, arguments: Sequence[str]) -> tuple[int, str]:
     """Exit code and message of what is not an error of ours; a bug has its traceback printed first."""
     if hasattr(error, "format_message"):  # typer's usage errors; its versions do not share a public class
         path = getattr(getattr(error, "ctx", None), "command_path", None)
         hint = f"; `{path} --help` says what it takes" if path else ""
-        return UsageError.exit_code, " ".join(error.format_message().split()).rstrip(".") + hint
+        return UsageError.exit_code, _with_value(" ".join(error.format_message().split()).rstrip("."), arguments) + hint
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return UsageError.exit_code, f"{error.filename} is too long for the file system; give a shorter name"
     if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
         where = f" ({error.filename})" if error.filename else ""
         return EnvironmentFault.exit_code, f"the system refused: {error.strerror}{where}; make room or permit it, then run it again"
@@ -99,3 +101,12 @@ def _judge(error: Exception) -> tuple[int, str]:
         return EnvironmentFault.exit_code, f"out of memory: {asked}; give shorter lengths or a smaller batch"
     traceback.print_exc()
     return INTERNAL_ERROR, f"internal error, a bug: {type(error).__name__}: {error}; please report it with the traceback above"
+
+
+def _with_value(message: str, arguments: Sequence[str]) -> str:
+    """typer names the option of a wrong value, and what it takes, but not the value."""
+    option = re.match("Invalid value for '(--[a-z-]+)'", message)
+    if option is None or option[1] not in arguments[:-1]:
+        return message
+    given = arguments[len(arguments) - list(reversed(arguments)).index(option[1])]  # of several the last one counts
+    return f"{option[0]} (given: {given!r}){message[option.end() :]}"

@@ -62,10 +62,7 @@ def _read(path: Path, trust: Trust, say: Callable[[str], None]) -> Any:
     if not file.is_file():
         found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
         raise UsageError(f"{path} holds no config.json (found: {found}); MODEL is a directory as transformers saves it")
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} is not valid JSON ({one_line(error)}); copy the model's directory again") from error
+    data = _json(file)
     if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
         raise UsageError(f"{file} names no model_type; it must be the config.json that transformers saved")
     code = isinstance(data.get("auto_map"), dict)
@@ -78,16 +75,25 @@ def _read(path: Path, trust: Trust, say: Callable[[str], None]) -> Any:
     if code and trust.code:
         names = ", ".join(sorted({str(name).partition(".")[0] + ".py" for name in data["auto_map"].values()}))
         say(f"--trust-remote-code: code of the model's own runs ({names} in {path.name})")
+    problem = f"{file} cannot be read as a {data['model_type']} configuration"
     try:
         with quiet():
             return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust.code)
     except (ValueError, TypeError, AttributeError, KeyError, OSError, ArithmeticError) as error:
-        raise UsageError(f"{file} cannot be read as a {data['model_type']} configuration: {one_line(error)}") from error
+        raise UsageError(f"{problem}: {one_line(error)}; check its values") from error
     except Exception as error:
         # huggingface_hub's strict dataclasses raise classes of their own for a field of the wrong type.
         if type(error).__module__.startswith("huggingface_hub"):
-            raise UsageError(f"{file} cannot be read as a {data['model_type']} configuration: {one_line(error)}") from error
+            raise UsageError(f"{problem}: {one_line(error)}; check its values") from error
         raise
+
+
+def _json(file: Path) -> Any:
+    """A JSON file's values. Raises UsageError."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{file} is not valid JSON ({one_line(error)}); copy the model's directory again") from error
 
 
 def _check_unquantised(path: Path, config: Any) -> None:
@@ -107,11 +113,7 @@ def _check_side_files(path: Path) -> None:
         file = path / name
         if not file.is_file():
             continue
-        try:
-            whole = isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
-        except ValueError as error:
-            raise UsageError(f"{file} is not valid JSON ({one_line(error)}); copy the model's directory again") from error
-        if not whole:
+        if not isinstance(_json(file), dict):
             raise UsageError(f"{file} holds no JSON object; copy the model's directory again")
 
 
@@ -130,9 +132,9 @@ def _check_weights(path: Path, trust: Trust) -> None:
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(_json(index)["weight_map"].values()))
             files = [path / name for name in names]
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (KeyError, AttributeError, TypeError) as error:
             raise UsageError(f"{index} is broken ({one_line(error)}); copy the model's directory again") from error
     else:
         files = sorted(path.glob("*.safetensors"))

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from hyperattention.errors import UsageError
 from hyperattention.export.gate_options import LANGUAGE, kind_of
+from hyperattention.export.plan import ExportPlan
 from hyperattention.validate.approximation import measure_length, measure_needle, needle_steps
 from hyperattention.validate.features import measure_features
 from hyperattention.validate.feeds import Material, TextMaterial
 from hyperattention.validate.implementation import broken_output, check_length, check_model, check_op, op_cases, seeds_spread
+from hyperattention.validate.inputs import DEPTHS, Corpus, needle
 from hyperattention.validate.runners import TorchRunner
 from hyperattention.validate.signature import keys_follow, length_range
 from hyperattention.validate.workbench import Bench, is_exact, measure_time
@@ -90,13 +92,24 @@ def _implementation(bench: Bench, definition: TorchRunner, material: Material, l
     }
 
 
-def _needle(bench: Bench, material: Material, length: int, extent: Extent) -> dict | None:
-    cuda = bench.device.type == "cuda"
-    corpus = material.corpus if isinstance(material, TextMaterial) and kind_of(bench.plan.task) == LANGUAGE else None
-    readable = corpus is not None and corpus.tokens == "bytes"
-    wanted = extent.needle if extent.needle is not None else cuda and readable
-    if not wanted:
-        return None
-    if corpus is None or not readable:
+def check_needle(plan: ExportPlan, material: Material, extent: Extent) -> None:
+    """Before any work: raises UsageError where --needle asks for prompts that the model cannot read or the lengths cannot hold."""
+    if not extent.needle:
+        return
+    corpus = _needle_corpus(plan, material)
+    if corpus is None:
         raise UsageError("--needle plants a prompt of bytes; it needs a language model exported with --input-ids bytes")
+    needle(corpus, max(extent.windows), DEPTHS[0], extent.seed)
+
+
+def _needle_corpus(plan: ExportPlan, material: Material) -> Corpus | None:
+    corpus = material.corpus if isinstance(material, TextMaterial) and kind_of(plan.task) == LANGUAGE else None
+    return corpus if corpus is not None and corpus.tokens == "bytes" else None
+
+
+def _needle(bench: Bench, material: Material, length: int, extent: Extent) -> dict | None:
+    cuda, corpus = bench.device.type == "cuda", _needle_corpus(bench.plan, material)
+    wanted = extent.needle if extent.needle is not None else cuda
+    if corpus is None or not wanted:
+        return None
     return measure_needle(bench, corpus, length, extent.seed, NEEDLE_PROMPTS if cuda else 1)

@@ -21,7 +21,7 @@ from hyperattention.validate.backends import BACKENDS, check_engines, choose, ma
 from hyperattention.validate.describe import plan_notes, plan_summary, result_notes
 from hyperattention.validate.gates import Limits, judge
 from hyperattention.validate.material import LENGTHS, check_lengths, choose_material
-from hyperattention.validate.measure import EXTRA_SEEDS, Extent, measure, steps_of
+from hyperattention.validate.measure import EXTRA_SEEDS, Extent, check_needle, measure, steps_of
 from hyperattention.validate.operators import native_library, native_operator, reference_operator
 from hyperattention.validate.report import SCHEMA
 from hyperattention.validate.runners import TorchRunner
@@ -59,8 +59,9 @@ class Options:
         for name, value, top in (("--threads", self.threads, 1024), ("--seed", self.seed, INT32_MAX - EXTRA_SEEDS)):
             if not 0 <= value <= top:
                 raise UsageError(f"{name} is {value}; it takes 0 to {top}")
-        if any(n < 2 for n in self.lengths) or any(n < 1 for n in self.windows) or self.tail < 1:
-            raise UsageError("--lengths takes numbers of at least 2, --windows and --tail of at least 1")
+        for name, values, least in (("--lengths", self.lengths, 2), ("--windows", self.windows, 1), ("--tail", (self.tail,), 1)):
+            if min(values, default=least) < least:
+                raise UsageError(f"{name} holds {min(values)}; it takes numbers of at least {least}")
         if self.windows and len(self.windows) not in (1, len(self.lengths or LENGTHS)):
             raise UsageError(
                 f"--windows has {len(self.windows)} numbers; give one, or one for each of the {len(self.lengths or LENGTHS)} lengths"
@@ -87,6 +88,7 @@ def validate(options: Options, step: Callable[[str], None]) -> dict:
     material, lengths = choose_material(source, plan, options.text, options.inputs, options.lengths, options.seed)
     extent = _extent(options, lengths)
     check_lengths(plan, extent.time_lengths)
+    check_needle(plan, material, extent)
     notes += plan_notes(plan, material.note)
     beyond = [n for n in extent.time_lengths if source.max_positions and n > source.max_positions]
     if beyond:

@@ -1,0 +1,54 @@
+"""Bad input of both commands: the message, the exit code, no traceback, and nothing left behind or changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+from bad_inputs import BAD
+from commands import MAIN, SMALL, contents, run
+from mistakes import Bad, Place
+
+ROOT = Path(__file__).resolve().parents[1]
+# A message ends with what to do: after a semicolon, or as a whole clause of its own.
+ADVICE = ("; ", "give ", "takes ", "run ", "export again", "read it", "use ")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("bad") / "whole")
+
+
+@pytest.fixture(scope="module")
+def finished(whole: Path) -> Path:
+    out = whole.parent / "finished"
+    with pytest.raises(SystemExit) as status:
+        MAIN["export-model"]([str(whole), str(out), "--no-validate", "--quiet", *SMALL])
+    assert status.value.code == 0
+    return out
+
+
+def test_each_case_has_a_name_of_its_own() -> None:
+    names = [case.name for case in BAD]
+    assert len(set(names)) == len(names) >= 60
+
+
+@pytest.mark.parametrize("case", BAD, ids=str)
+def test_bad_input(
+    case: Bad, whole: Path, finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(tmp_path, whole, finished)
+    arguments = [argument if isinstance(argument, str) else argument(place) for argument in case.arguments]
+    if case.patch is not None:
+        case.patch(monkeypatch, place)
+    before = contents(tmp_path), contents(whole.parent)
+    result = run(capfd, case.command, *arguments, "--json")
+    assert result.code == case.code, result.err
+    message = json.loads(result.out)["error"]
+    assert json.loads(result.out)["exit_code"] == case.code
+    assert case.words in message
+    assert any(words in message for words in ADVICE), f"what to do next? {message}"
+    assert "Traceback" not in result.err and " ".join(message.split()) in result.said
+    assert (contents(tmp_path), contents(whole.parent)) == before, "something was left behind, or changed"
