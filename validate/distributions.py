@@ -14,7 +14,6 @@ from torch import Tensor
 
 from hyperattention.config import Config
 
-ROWS = 256  # query rows that are compared with exact attention
 NEEDLES = 16
 NEEDLE_ODDS = 4.0  # log of the needle's mass over all other keys' together: 98%
 HEAVY = 4
@@ -26,13 +25,14 @@ CLUSTER_ODDS = 3.0
 
 @dataclass(frozen=True)
 class Sizes:
-    """One batch row of a self-attention: heads, tokens and head sizes of the model."""
+    """One batch row of a self-attention: heads, tokens and head sizes of the model, and how many query rows are compared."""
 
     heads_q: int
     heads_kv: int
     length: int
     head_dim: int
     head_dim_v: int
+    rows: int
 
     @property
     def group(self) -> int:
@@ -65,10 +65,10 @@ def approximate_rows(config: Config, length: int, start: int = 0) -> Tensor:
     return torch.tensor([row for row in range(start, length) if far_of(config, row, length) > config.sinks])
 
 
-def some_rows(config: Config, length: int, generator: torch.Generator, start: int = 0) -> Tensor:
-    """At most ROWS of the `approximate_rows`, drawn without replacement, ascending."""
+def some_rows(config: Config, length: int, count: int, generator: torch.Generator, start: int = 0) -> Tensor:
+    """At most `count` of the `approximate_rows`, drawn without replacement, ascending."""
     rows = approximate_rows(config, length, start).to(generator.device)
-    return rows[torch.randperm(len(rows), generator=generator, device=generator.device)[:ROWS]].sort().values
+    return rows[torch.randperm(len(rows), generator=generator, device=generator.device)[:count]].sort().values
 
 
 def _noise(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,7 +107,7 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, config: Config, rows: Tensor, plan
 
 def gaussian(config: Config, sizes: Sizes, generator: torch.Generator) -> Problem:
     """Independent normal entries: attention is nearly flat and its output nearly cancels."""
-    return _problem(*_noise(sizes, generator), config, some_rows(config, sizes.length, generator))
+    return _problem(*_noise(sizes, generator), config, some_rows(config, sizes.length, sizes.rows, generator))
 
 
 def needle(config: Config, sizes: Sizes, generator: torch.Generator) -> Problem:
@@ -132,7 +132,7 @@ def needle(config: Config, sizes: Sizes, generator: torch.Generator) -> Problem:
         k[:, at] = _point(k[:, at, None], direction, amount)[:, 0]
         block = slice(start, stop)
         q[:, block] = _point(q[:, block], direction.repeat_interleave(sizes.group, 0), amount)
-        kept = torch.arange(start, stop, max(1, size * len(picks) // ROWS), device=device)
+        kept = torch.arange(start, stop, max(1, size * len(picks) // sizes.rows), device=device)
         rows.append(kept)
         planted.append(v[:, at].repeat_interleave(sizes.group, 0)[:, None].expand(-1, len(kept), -1))
     return _problem(q, k, v, config, torch.cat(rows), torch.cat(planted, 1))
@@ -151,7 +151,7 @@ def clustered(config: Config, sizes: Sizes, generator: torch.Generator) -> Probl
             meanings = torch.randn(sizes.heads_kv, clusters, sizes.head_dim_v, generator=generator, device=device)
             v.mul_(0.5).add_(meanings[:, topics])
         x += amount * centres[:, topics].repeat_interleave(group, 0)
-    return _problem(q, k, v, config, some_rows(config, sizes.length, generator))
+    return _problem(q, k, v, config, some_rows(config, sizes.length, sizes.rows, generator))
 
 
 def heavy_columns(config: Config, sizes: Sizes, generator: torch.Generator) -> Problem:
@@ -164,7 +164,7 @@ def heavy_columns(config: Config, sizes: Sizes, generator: torch.Generator) -> P
     amount = _amount(sizes.head_dim, sizes.length / len(at), HEAVY_ODDS)
     q = _point(q, direction.repeat_interleave(sizes.group, 0), amount)
     k[:, at] = _point(k[:, at], direction, amount)
-    return _problem(q, k, v, config, some_rows(config, sizes.length, generator, late))
+    return _problem(q, k, v, config, some_rows(config, sizes.length, sizes.rows, generator, late))
 
 
 DISTRIBUTIONS: dict[str, Callable[[Config, Sizes, torch.Generator], Problem]] = {

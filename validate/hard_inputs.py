@@ -23,9 +23,21 @@ from hyperattention.validate.window import window_operator
 
 TEXT = "text"
 RECALLED = 0.9  # cosine with the planted value from which a needle counts as found
-TEXT_LAYERS = 8
-CPU_LENGTH, CPU_HEADS = 16384, 4  # what the processor is given at most
+OWN_LAYERS, ROWS = 8, 256
 _TILE = 2**25  # float64 logits held at once
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What the processor is given at most: tokens (or twice exact_below), query heads, layers, and rows compared."""
+
+    length: int = 8192
+    heads: int = 4
+    layers: int = 3
+    rows: int = 128
+
+
+CPU = Bounds()
 
 
 @dataclass(frozen=True)
@@ -77,50 +89,52 @@ CRITERIA: dict[str, Criterion] = {
 }
 
 
-def hard_rows(operator: Operator, captured: Sequence[Captured], step: Callable[[str], None]) -> list[dict]:
+def hard_rows(operator: Operator, captured: Sequence[Captured], step: Callable[[str], None], own: str = TEXT) -> list[dict]:
     """Rows of report.json's `hard_inputs`, at the length of the captured calls, from those that approximate there.
 
-    The text's numbers are means over at most TEXT_LAYERS layers, first to last; the made inputs have the heads, sizes, dtype
-    and config of the first of them. On the processor the first heads and tokens stand for all (CPU_HEADS, CPU_LENGTH). Where every
-    row meets every key there is nothing to judge, and there are no rows.
+    The first row is `own`, the inputs that Q, K, V were captured from, as the mean over some layers, first to last; the made inputs
+    have the heads, sizes, dtype and config of the first of these. On the processor fewer layers are taken, and the first heads
+    and tokens stand for all (CPU). Where every row meets every key there is nothing to judge, and there are no rows.
     """
-    layers = [smaller(c) if c.q.device.type == "cpu" else c for c in captured]
-    layers = [c for c in layers if not c.config.is_exact(c.q.shape[2], c.k.shape[2]) and approximates(c.config, c.k.shape[2])]
-    if not layers:
+    on_cpu = bool(captured) and captured[0].q.device.type == "cpu"
+    calls = [first_row(c, CPU if on_cpu else None) for c in captured if c.q.shape[2] == c.k.shape[2]]
+    calls = [c for c in calls if not c.config.is_exact(c.q.shape[2], c.k.shape[2]) and approximates(c.config, c.k.shape[2])]
+    if not calls:
         return []
-    chosen = [layers[i * (len(layers) - 1) // max(1, TEXT_LAYERS - 1)] for i in range(TEXT_LAYERS)]
-    chosen = list({c.layer: c for c in chosen}.values())
-    first = chosen[0]
-    sizes = Sizes(first.q.shape[1], first.k.shape[1], first.k.shape[2], first.q.shape[3], first.v.shape[3])
+    count = min(len(calls), CPU.layers if on_cpu else OWN_LAYERS)
+    chosen = [calls[i * (len(calls) - 1) // max(1, count - 1)] for i in range(count)]
+    first, size = chosen[0], CPU.rows if on_cpu else ROWS
+    sizes = Sizes(first.q.shape[1], first.k.shape[1], first.k.shape[2], first.q.shape[3], first.v.shape[3], size)
     rows = []
-    for name in (TEXT, *DISTRIBUTIONS):
+    for name in (own, *DISTRIBUTIONS):
         step(f"{sizes.length:,} tokens, hard input: {name}")
         found = []
         for number in range(SEEDS):
-            posed = [_text(c, number) for c in chosen] if name == TEXT else [_made(name, first, sizes, number)]
+            posed = [_own(c, number, size) for c in chosen] if name == own else [_made(name, first, sizes, number)]
             found.append(_mean_pair([_measure(operator, problem, config) for problem, config in posed]))
         rows.append(_row(name, sizes.length, [config.seed for config in seeds_of(first.config)], found))
     return rows
 
 
-def smaller(captured: Captured) -> Captured:
-    """Whole groups of at most CPU_HEADS query heads, and at most CPU_LENGTH tokens or twice exact_below, of one captured call."""
-    c = captured
-    group = c.q.shape[1] // c.k.shape[1]
-    heads, n = min(c.k.shape[1], max(1, CPU_HEADS // group)), min(c.k.shape[2], max(CPU_LENGTH, 2 * c.config.exact_below))
-    q, k, v = c.q[:1, : heads * group, :n], c.k[:1, :heads, :n], c.v[:1, :heads, :n]
-    return replace(c, q=q, k=k, v=v, o=c.o[:1, : heads * group, :n], lengths=None)
+def first_row(captured: Captured, bounds: Bounds | None) -> Captured:
+    """The first batch row of one call without its padding; within `bounds` its first whole groups of heads and its first tokens."""
+    c, group = captured, captured.q.shape[1] // captured.k.shape[1]
+    heads, n = c.k.shape[1], c.k.shape[2] if c.lengths is None else int(c.lengths[0])
+    if bounds is not None:
+        heads, n = min(heads, max(1, bounds.heads // group)), min(n, max(bounds.length, 2 * c.config.exact_below))
+    q, o = (x[:1, : heads * group, :n] for x in (c.q, c.o))
+    return replace(c, q=q, k=c.k[:1, :heads, :n], v=c.v[:1, :heads, :n], o=o, lengths=None)
 
 
 def _generator(layer: Captured, config: Config) -> torch.Generator:
     return torch.Generator(device=layer.q.device).manual_seed(config.seed)
 
 
-def _text(layer: Captured, number: int) -> tuple[Problem, Config]:
+def _own(layer: Captured, number: int, count: int) -> tuple[Problem, Config]:
     """The layer's own Q, K, V, the same under every seed, with other rows looked at."""
     config = seeds_of(layer.config)[number]
-    rows = some_rows(config, layer.k.shape[2], _generator(layer, config))
-    return Problem(layer.q[:1], layer.k[:1], layer.v[:1], rows), config
+    rows = some_rows(config, layer.k.shape[2], count, _generator(layer, config))
+    return Problem(layer.q, layer.k, layer.v, rows), config
 
 
 def _made(name: str, layer: Captured, sizes: Sizes, number: int) -> tuple[Problem, Config]:
@@ -175,7 +189,7 @@ def _mean_pair(pairs: list[tuple[dict, dict]]) -> tuple[dict, dict]:
 
 
 def _row(name: str, length: int, seeds: list[int], found: list[tuple[dict, dict]]) -> dict:
-    criterion = CRITERIA[name]
+    criterion = CRITERIA.get(name, CRITERIA[TEXT])
     ours, window = (_summary([pair[i] for pair in found]) for i in (0, 1))
     value = criterion.value(ours, window)
     return {

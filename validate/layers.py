@@ -15,6 +15,7 @@ from hyperattention.native import Library
 from hyperattention.validate.compare import attention_error, row_errors, tensor_error
 from hyperattention.validate.implementation import check_plan
 from hyperattention.validate.operators import Operator
+from hyperattention.validate.window import window_operator
 
 SEEDS = 3  # the layer's own seed and the two after it
 # Quarter decades from 1e-4 to 10, as a histogram of row errors takes them.
@@ -42,9 +43,10 @@ def layer_rows(
     """One row of report.json's `layers` for each captured layer that approximates at its own length.
 
     `kernels` (None: nothing to compare) are held against the reference's choices in the first such layer. `seeds` are whole
-    outputs under the layer's own seed and the next two; `row_errors` counts the relative L2 error of every row of every head.
+    outputs under the layer's own seed and the next two; `row_errors` counts the relative L2 error of every row of every head;
+    `window_relative_l2` is the error of window + sinks at equal keys per query.
     """
-    rows: list[dict] = []
+    rows, window = [], window_operator(operator)
     for c in captured:
         if c.config.is_exact(c.q.shape[2], c.k.shape[2]):
             continue
@@ -58,6 +60,7 @@ def layer_rows(
         del o
         spread = [tensor_error(operator(c.q, c.k, c.v, other)[0], exact_o).relative_l2 for other in others]
         row["seeds"] = {"relative_l2": [row["relative_l2"], *spread]}
+        row["window_relative_l2"] = tensor_error(window(c.q, c.k, c.v, own)[0], exact_o).relative_l2
         _, kept = operator(c.q, c.k, c.v, replace(c.config, sample_size=0))
         mass = torch.exp((kept.double() - exact_lse.double()).clamp(max=0.0))
         row["mass"], row["mass_worst_head"] = float(mass.mean()), float(mass.mean(dim=(0, 2)).min())

@@ -1,0 +1,75 @@
+"""Window + sinks at equal keys per query in the place of the operator: what a sceptic compares an approximation with first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import mean
+
+import torch
+from torch import Tensor
+
+from hyperattention.config import Config
+from hyperattention.export.patch import Captured
+from hyperattention.validate.compare import TokenMetrics, estimate, summarise, token_metrics
+from hyperattention.validate.cost import keys_per_query, window_keys
+from hyperattention.validate.inputs import Window
+from hyperattention.validate.regimes import ALL_BLOCK, TAIL_BLOCK, prefill_exact_decode
+from hyperattention.validate.window import NAME, window_config, window_operator
+from hyperattention.validate.workbench import Bench
+
+
+@dataclass
+class Rival:
+    """The baseline at one length; a language model's windows are added one by one."""
+
+    bench: Bench
+    length: int
+    everywhere: list[TokenMetrics] = field(default_factory=list)
+    tails: list[TokenMetrics] = field(default_factory=list)
+
+    def add(self, window: Window, exact: Tensor) -> None:
+        """Both regimes on one window, against the exact model's logits [S, vocabulary]."""
+        operator, tail = window_operator(self.bench.operator), self.bench.tail
+        ids = window.inputs.to(self.bench.device)
+        self.bench.step(f"{self.length:,} tokens: {operator.name}")
+        with torch.inference_mode(), self.bench.patched.mode("plan", attention=operator):
+            logits = self.bench.patched.forward(ids).logits[0]
+        self.everywhere.append(token_metrics(exact, logits, window.targets))
+        del logits
+        logits = prefill_exact_decode(self.bench, window, operator)
+        self.tails.append(token_metrics(exact[-tail:], logits, window.targets[-tail:]))
+
+    def row(self, layers: Sequence[dict], captured: Sequence[tuple[Config, int]]) -> dict:
+        """A row of report.json's `baseline`, beside the rows `layers` of the same layers.
+
+        `captured` has the config and the number of keys of each of them. Tokens' numbers are those of prefill, exact decode, as
+        in the gates; None where no window was added.
+        """
+        windows = [window_config(config, keys) for config, keys in captured]
+        costs = [window_keys(window, keys) for window, (_, keys) in zip(windows, captured, strict=True)]
+        names = ("local_size", "local_overlap", "sinks") if windows[0].causal else ("local_size", "sinks")
+        tails = self.tails
+        return {
+            "length": self.length,
+            "name": NAME,
+            "keys_per_query": mean(costs),
+            "keys_per_query_ours": mean(keys_per_query(config, keys) for config, keys in captured),
+            "attributes": {name: getattr(windows[0], name) for name in names},
+            "layers_relative_l2": _span([row["window_relative_l2"] for row in layers]),
+            "ours_layers_relative_l2": _span([row["relative_l2"] for row in layers]),
+            "windows": len(tails),
+            "delta_nats": asdict(estimate([t.delta for t in tails], TAIL_BLOCK)) if tails else None,
+            "kl": asdict(estimate([t.kl for t in tails], TAIL_BLOCK)) if tails else None,
+            "top1": asdict(estimate([t.top1 for t in tails], TAIL_BLOCK)) if tails else None,
+            "all_positions": summarise(self.everywhere, ALL_BLOCK) if self.everywhere else None,
+        }
+
+
+def approximating(captured: Sequence[Captured]) -> list[tuple[Config, int]]:
+    """Config and number of keys of the captured calls that approximate, in order: those of `layer_rows`."""
+    return [(c.config, c.k.shape[2]) for c in captured if not c.config.is_exact(c.q.shape[2], c.k.shape[2])]
+
+
+def _span(values: Sequence[float]) -> dict:
+    return {"mean": mean(values), "min": min(values), "max": max(values)}
