@@ -32,7 +32,7 @@ def healthy() -> dict:
 
 def test_a_right_operator_passes_every_gate(healthy: dict) -> None:
     assert vb.failing(healthy) == set()
-    assert {g.name for g in vb.gates(healthy)} == {"selection", "op error", "model error", "delta nats", "KL", "top-1"}
+    assert {g.name for g in vb.gates(healthy)} == {"selection", "op error", "model error", "delta nats", "KL", "top-1", "hard"}
     assert not healthy["approximation"][0]["exact"] and healthy["approximation"][0]["all_positions"]["kl"]["mean"] > 0
     assert all(row["polygraphy"] for row in healthy["implementation"]["whole_model"])
 

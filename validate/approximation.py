@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hyperattention.export.patch import Patched
+from hyperattention.validate.baseline import Rival, approximating
 from hyperattention.validate.compare import (
     TokenMetrics,
     by_position,
@@ -19,11 +20,12 @@ from hyperattention.validate.compare import (
     token_metrics,
 )
 from hyperattention.validate.feeds import IDS, LENGTHS
+from hyperattention.validate.hard_inputs import hard_rows
 from hyperattention.validate.inputs import DEPTHS, Corpus, needle, recalled, windows
 from hyperattention.validate.layers import layer_rows
 from hyperattention.validate.regimes import ALL_BLOCK, TAIL_BLOCK, prefill_backend, prefill_exact_decode, token_feed
 from hyperattention.validate.runners import Forward
-from hyperattention.validate.workbench import Bench, check_finite, is_exact, not_finite, time_row, timed
+from hyperattention.validate.workbench import Bench, Measured, check_finite, is_exact, not_finite, time_row, timed
 
 
 def every_position(patched: Patched) -> Forward:
@@ -37,13 +39,18 @@ def every_position(patched: Patched) -> Forward:
     return forward
 
 
-def measure_length(bench: Bench, corpus: Corpus, length: int, count: int) -> tuple[dict, dict, list]:
-    """One length over `count` windows: its row of `approximation`, its row of `time`, and its rows of `layers`."""
+def measure_length(bench: Bench, corpus: Corpus, length: int, count: int, hard: bool) -> Measured:
+    """One length over `count` windows; with `hard` also what inputs that hurt do to its layers. The baseline reads the first window.
+
+    Raises UsageError where exact attention itself answers NaN or infinity.
+    """
     everywhere: list[TokenMetrics] = []
     tails: list[TokenMetrics] = []
     seconds: list[float] = []
     torch_seconds: list[float] = []
     layers: list[dict] = []
+    baseline: list[dict] = []
+    hard_inputs: list[dict] = []
     exact_twin: dict | None = None
     exact_seconds = None
     broken = 0
@@ -58,8 +65,14 @@ def measure_length(bench: Bench, corpus: Corpus, length: int, count: int) -> tup
         exact = answer["logits"][0]
         torch_seconds += timed(bench.exact, given, bench.repeats)
         if number == 0:
-            layers = layer_rows(bench.operator, bench.kernels, list(captured), length, bench.step)
+            layers = layer_rows(bench.operator, bench.kernels, captured, length, bench.step)
+            hard_inputs = hard_rows(bench.operator, captured, bench.step) if hard else []
+            approximated = approximating(captured)
         captured.clear()
+        if number == 0 and approximated:
+            rival = Rival(bench, length)
+            rival.add(window, exact)
+            baseline = [rival.row(layers, approximated)]
         bench.step(f"{at}: ours ({bench.backend.backend})")
         ours = bench.backend.infer(given)["logits"][0]
         broken += not_finite({"logits": ours}).get("logits", 0)
@@ -89,7 +102,7 @@ def measure_length(bench: Bench, corpus: Corpus, length: int, count: int) -> tup
         "exact_twin": exact_twin,
         "not_finite": {"logits": broken} if broken else {},
     }
-    return row, time_row(bench, length, seconds, exact_seconds, torch_seconds), layers
+    return Measured(row, time_row(bench, length, seconds, exact_seconds, torch_seconds), layers, baseline, hard_inputs)
 
 
 def measure_needle(bench: Bench, corpus: Corpus, length: int, seed: int, prompts: int) -> dict:

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from hyperattention.errors import UsageError
+from hyperattention.validate.baseline import Rival, approximating
 from hyperattention.validate.compare import estimate, tensor_error
 from hyperattention.validate.feeds import Feed, Material, without_padding
+from hyperattention.validate.hard_inputs import hard_rows
 from hyperattention.validate.layers import layer_rows
-from hyperattention.validate.workbench import Bench, check_finite, not_finite, nothing_approximates, time_row, timed
+from hyperattention.validate.workbench import Bench, Measured, check_finite, not_finite, nothing_approximates, time_row, timed
 
 ROW_BLOCK = 64  # neighbouring rows that count as one observation
 
@@ -78,12 +80,12 @@ def judged(answer: Mapping[str, Tensor], given: Feed) -> dict[str, Tensor]:
     return {name: without_padding(value, given) for name, value in answer.items() if value.is_floating_point()}
 
 
-def measure_features(bench: Bench, material: Material, length: int, count: int) -> tuple[dict, dict, list[dict]]:
-    """One length over at most `count` feeds: its row of `approximation`, its row of `time`, and its rows of `layers`.
+def measure_features(bench: Bench, material: Material, length: int, count: int, hard: bool) -> Measured:
+    """One length over at most `count` feeds; with `hard` also what inputs that hurt do to its layers.
 
     Raises UsageError where exact attention itself answers NaN or infinity, and where no output is floating.
     """
-    found, layers, exact_twin, exact_s, takes_exact_path = _Found(), [], None, None, True
+    found, layers, baseline, hard_inputs, exact_twin, exact_s, takes_exact_path = _Found(), [], [], [], None, None, True
     feeds = material.feeds(bench.plan, length, count)
     for number, given in enumerate(feeds):
         at = f"{length:,} tokens, input {number + 1} of {len(feeds)}"
@@ -94,7 +96,10 @@ def measure_features(bench: Bench, material: Material, length: int, count: int) 
         found.torch_s += timed(bench.exact, given, bench.repeats)
         takes_exact_path &= nothing_approximates(bench.plan, captured)
         if number == 0:
-            layers = layer_rows(bench.operator, bench.kernels, list(captured), length, bench.step)
+            layers = layer_rows(bench.operator, bench.kernels, captured, length, bench.step)
+            hard_inputs = hard_rows(bench.operator, captured, bench.step) if hard else []
+            approximated = approximating(captured)
+            baseline = [Rival(bench, length).row(layers, approximated)] if approximated else []
         captured.clear()
         bench.step(f"{at}: ours ({bench.backend.backend})")
         found.add(judged(bench.backend.infer(given), given), exact)
@@ -114,7 +119,7 @@ def measure_features(bench: Bench, material: Material, length: int, count: int) 
         "not_finite": found.broken,
         "exact_twin": exact_twin,
     }
-    return row, time_row(bench, length, found.ours_s, exact_s, found.torch_s), layers
+    return Measured(row, time_row(bench, length, found.ours_s, exact_s, found.torch_s), layers, baseline, hard_inputs)
 
 
 def _summary(name: str, metrics: list[RowMetrics]) -> dict:

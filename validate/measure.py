@@ -11,11 +11,12 @@ from hyperattention.export.plan import ExportPlan
 from hyperattention.validate.approximation import measure_length, measure_needle, needle_steps
 from hyperattention.validate.features import measure_features
 from hyperattention.validate.feeds import Material, TextMaterial
+from hyperattention.validate.hard_inputs import hard_steps
 from hyperattention.validate.implementation import broken_output, check_length, check_model, check_op, op_cases, seeds_spread
 from hyperattention.validate.inputs import DEPTHS, Corpus, needle
 from hyperattention.validate.runners import TorchRunner
 from hyperattention.validate.signature import keys_follow, length_range
-from hyperattention.validate.workbench import Bench, is_exact, measure_time
+from hyperattention.validate.workbench import Bench, Measured, is_exact, measure_time
 
 EXTRA_SEEDS = 4
 NEEDLE_PROMPTS = 4
@@ -40,10 +41,13 @@ def measure(bench: Bench, definition: TorchRunner, material: Material, extent: E
     report: dict = {"implementation": _implementation(bench, definition, material, lengths, extent.seed)}
     report |= {"approximation": [], "time": [], "layers": [], "baseline": [], "hard_inputs": []}
     for length, count in extent.windows.items():
-        row, seconds, table = _at_length(bench, material, length, count)
+        found = _at_length(bench, material, length, count, hard=length == max(lengths))
+        row = found.approximation
         report["approximation"].append(row)
-        report["time"].append(seconds)
-        report["layers"] += table
+        report["time"].append(found.time)
+        report["layers"] += found.layers
+        report["baseline"] += found.baseline
+        report["hard_inputs"] += found.hard_inputs
         broken = [broken_output(name, number, f"{length:,} tokens") for name, number in row["not_finite"].items()]
         report["implementation"]["whole_model"] += broken
     report["time"] += [measure_time(bench, material.stretched(bench.plan, length), length) for length in extent.time_lengths]
@@ -54,14 +58,14 @@ def measure(bench: Bench, definition: TorchRunner, material: Material, extent: E
 def steps_of(extent: Extent) -> int:
     """About how many steps `measure` reports, for the progress bar."""
     windows = extent.windows.values()
-    return 16 + sum(4 * n + 4 for n in windows) + 3 * len(extent.time_lengths) + (needle_steps(1) if extent.needle else 0)
+    return 16 + hard_steps() + sum(4 * n + 5 for n in windows) + 3 * len(extent.time_lengths) + (needle_steps(1) if extent.needle else 0)
 
 
-def _at_length(bench: Bench, material: Material, length: int, count: int) -> tuple[dict, dict, list[dict]]:
+def _at_length(bench: Bench, material: Material, length: int, count: int, hard: bool) -> Measured:
     if kind_of(bench.plan.task) == LANGUAGE:
         assert isinstance(material, TextMaterial)
-        return measure_length(bench, material.corpus, length, count)
-    return measure_features(bench, material, length, count)
+        return measure_length(bench, material.corpus, length, count, hard)
+    return measure_features(bench, material, length, count, hard)
 
 
 def _implementation(bench: Bench, definition: TorchRunner, material: Material, lengths: tuple[int, ...], seed: int) -> dict:

@@ -40,6 +40,17 @@ class Bench:
         return self.exact.device
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What one length gives to report.json: a row of `approximation` and of `time`, rows of `layers`, `baseline` and `hard_inputs`."""
+
+    approximation: dict
+    time: dict
+    layers: list[dict]
+    baseline: list[dict]
+    hard_inputs: list[dict]
+
+
 def is_exact(plan: ExportPlan, length: int) -> bool:
     """Whether no layer of the plan approximates where its attention has `length` keys."""
     return all(config.is_exact(length, length) for config in configs(plan.approximate))
