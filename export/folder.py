@@ -35,28 +35,30 @@ def output_folder(out: Path, resume: bool = False, say: Callable[[str], None] = 
     out = Path(os.path.abspath(out))
     if not out.name:
         raise UsageError(f"OUT is {out}, the root of the file system; give a folder that does not exist yet")
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise UsageError(f"OUT {out} is a {'link' if out.is_symlink() else 'file'}; give a folder that does not exist yet")
     # All named before anything is made, so that an interruption at any point finds it.
     work, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
     lock = Lock(out.with_name(f".{out.name}.lock"))
     made = [parent for parent in out.parents if not parent.exists()]
+    checked: list[Path] = []
 
     def undo(keep: bool = resume) -> str | None:
-        if not lock.held:  # what lies there belongs to another process
-            _remove_empty(made)
-            return None
-        _recover(out, old)
-        finished = stages.prune(work) if keep else []
-        if not finished:
-            shutil.rmtree(work, ignore_errors=True)
+        finished = []
+        if checked:  # before that, what lies there may be another process's, or the user's
+            _recover(out, old)
+            finished = stages.prune(work) if keep else []
+            if not finished:
+                shutil.rmtree(work, ignore_errors=True)
         lock.release()
         _remove_empty(made)
         return f"kept in {work}: {', '.join(finished)}; run the same command again to go on from there" if finished else None
 
     with interrupt.undoing(undo):
         try:
-            _begin(out, work, old, lock, resume)
+            _begin(out, work, old, lock, checked)
+            if not resume:
+                shutil.rmtree(work)
+                work.mkdir()
+            stages.begin(work)
             try:
                 yield work
             except AccuracyFailed:
@@ -70,18 +72,16 @@ def output_folder(out: Path, resume: bool = False, say: Callable[[str], None] = 
         undo(keep=False)
 
 
-def _begin(out: Path, work: Path, old: Path, lock: Lock, resume: bool) -> None:
-    """Takes the lock and makes `work`. Raises UsageError."""
+def _begin(out: Path, work: Path, old: Path, lock: Lock, checked: list[Path]) -> None:
+    """Takes the lock and makes `work`, once all three are known to be ours (then they are `checked`). Raises UsageError."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(f"OUT {out}")
+        for folder, what in ((out, "OUT "), (work, "the work folder "), (old, "the folder ")):
+            _check_replaceable(folder, what)
+        checked += [out, work, old]
         _recover(out, old)
-        _check_replaceable(out, "OUT ")
-        _check_replaceable(work, "the work folder ")
-        if work.exists() and not resume:
-            shutil.rmtree(work)
         work.mkdir(exist_ok=True)
-        stages.begin(work)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -89,13 +89,10 @@ def _begin(out: Path, work: Path, old: Path, lock: Lock, resume: bool) -> None:
 
 
 def _recover(out: Path, old: Path) -> None:
-    """Ends what a process that was killed inside `_exchange` had begun: `old` is the output from before."""
-    if not old.is_dir():
-        return
-    _check_replaceable(old, "the folder ")
-    if out.exists():
+    """Ends what a process that was killed between the two renames of `_move` had begun: `old` is the output from before."""
+    if old.is_dir() and out.exists():
         shutil.rmtree(old, ignore_errors=True)
-    else:
+    elif old.is_dir():
         old.rename(out)
 
 
@@ -107,7 +104,9 @@ def _remove_empty(folders: list[Path]) -> None:
 
 def _check_replaceable(folder: Path, what: str) -> None:
     """Raises UsageError where `folder` holds anything that its own records do not list: replacing it would destroy that."""
-    foreign = _foreign(folder) if folder.is_dir() else folder.name if folder.exists() else None
+    if folder.is_symlink() or folder.is_file():
+        raise UsageError(f"{what}{folder} is a {'link' if folder.is_symlink() else 'file'}; give a folder that does not exist yet")
+    foreign = _foreign(folder) if folder.is_dir() else None
     if foreign is not None:
         raise UsageError(
             f"{what}{folder} holds {foreign}, which export-model did not write; move it away, or give a folder that does not exist yet"

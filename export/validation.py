@@ -52,7 +52,7 @@ def validate(model: str, folder: Path, options: tuple[str, ...], reporter: Repor
             stop()
             raise
     found = _last_object(output)
-    message = str(found.get("error") or (said[-1] if said else f"the validation ended with status {code}"))
+    message = str(found.get("error") or (said[-1].removeprefix("error: ") if said else f"the validation ended with status {code}"))
     if code in _BY_CODE:
         raise _BY_CODE[code](message)
     # Python ends with 1 after a traceback too; only the verdict tells a failed gate from that.

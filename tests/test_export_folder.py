@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from hyperattention.config import Config
 from hyperattention.errors import AccuracyFailed, EnvironmentFault, UsageError
 from hyperattention.export.bundle import MANIFEST, Bundle, finish, write_draft
 from hyperattention.export.folder import output_folder
+from hyperattention.export.lock import Lock
 from hyperattention.export.plan import ExportPlan, LayerPlan
-from hyperattention.export.stages import RECORDS
+from hyperattention.export.stages import RECORDS, Stages
 
 
 def left_behind(folder: Path) -> list[str]:
@@ -72,6 +74,85 @@ def test_a_finished_output_with_a_newer_report_is_replaced(tmp_path: Path) -> No
     with output_folder(out) as work:
         (work / "file").write_text("x")
     assert left_behind(tmp_path) == ["out"] and left_behind(out) == ["file", RECORDS]
+
+
+@pytest.mark.parametrize("schema", [0, 1, 99])
+def test_an_output_of_another_version_is_replaced(schema: int, tmp_path: Path) -> None:
+    out = finished(tmp_path / "out", schema=schema)
+    with output_folder(out) as work:
+        (work / "file").write_text("x")
+    assert left_behind(out) == ["file", RECORDS]
+
+
+@pytest.mark.parametrize("kind", ["a-file", "a-users-folder", "a-link"])
+def test_a_users_file_with_the_name_of_the_work_folder_is_kept(kind: str, tmp_path: Path) -> None:
+    theirs, elsewhere = tmp_path / ".out.partial", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "thesis.txt").write_text("mine")
+    if kind == "a-file":
+        theirs.write_text("mine")
+    elif kind == "a-link":
+        theirs.symlink_to(elsewhere)
+    else:
+        elsewhere.rename(theirs)
+    before = left_behind(tmp_path)
+    with pytest.raises(UsageError, match="which export-model did not write|is a file|is a link"), output_folder(tmp_path / "out"):
+        pytest.fail("work was begun")
+    assert left_behind(tmp_path) == before
+    assert (theirs if kind == "a-file" else theirs / "thesis.txt").read_text() == "mine"
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:
+    """Its lock file with the number of a process that is long gone, or is another one by now; its work folder, begun or empty."""
+    for begun in (True, False):
+        (tmp_path / ".out.partial").mkdir()
+        (tmp_path / ".out.partial" / "half").write_text("half") if begun else None
+        (tmp_path / ".out.partial" / RECORDS).write_text("{") if begun else None
+        (tmp_path / ".out.lock").write_text("1\n")
+        with output_folder(tmp_path / "out") as work:
+            assert left_behind(work) == [RECORDS]
+            assert (tmp_path / ".out.lock").read_text() == f"{os.getpid()}\n"
+        assert left_behind(tmp_path) == ["out"]
+
+
+def test_resume_keeps_finished_stages_alone(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def work(folder: Path) -> None:
+        (folder / "part").mkdir()
+        (folder / "part" / "file").write_text("whole")
+
+    with pytest.raises(ZeroDivisionError), output_folder(tmp_path / "out", resume=True, say=said.append) as folder:
+        Stages(folder, None, said.append).run("one", {"a": 1}, lambda: work(folder))
+        (folder / "part" / "half").write_text("half")
+        raise ZeroDivisionError
+    kept = tmp_path / ".out.partial"
+    assert said == [f"kept in {kept}: one; run the same command again to go on from there"]
+    assert left_behind(tmp_path) == [".out.partial"] and left_behind(kept / "part") == ["file"]
+    with output_folder(tmp_path / "out", resume=True) as folder:
+        Stages(folder, None, said.append).run("one", {"a": 1}, lambda: pytest.fail("it was finished"))
+    assert left_behind(tmp_path) == ["out"] and (tmp_path / "out" / "part" / "file").read_text() == "whole"
+
+
+def test_resume_without_a_finished_stage_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), output_folder(tmp_path / "new" / "out", resume=True) as folder:
+        (folder / "half").write_text("half")
+        raise ZeroDivisionError
+    assert left_behind(tmp_path) == []
+
+
+def test_a_lock_is_held_once_and_by_no_dead_file(tmp_path: Path) -> None:
+    first, second = Lock(tmp_path / "lock"), Lock(tmp_path / "lock")
+    first.acquire("OUT")
+    with pytest.raises(UsageError, match=rf"another export-model \(process {os.getpid()}\) is writing OUT; wait until it is done"):
+        second.acquire("OUT")
+    second.release()
+    assert (tmp_path / "lock").is_file(), "only the holder removes it"
+    first.release()
+    assert left_behind(tmp_path) == [] and not first.held
+    second.acquire("OUT")
+    assert second.held
+    second.release()
 
 
 def _plan(**changes: Any) -> dict[str, Any]:
