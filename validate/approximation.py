@@ -66,7 +66,7 @@ def measure_length(bench: Bench, corpus: Corpus, length: int, count: int, hard: 
         torch_seconds += timed(bench.exact, given, bench.repeats)
         if number == 0:
             layers = layer_rows(bench.operator, bench.kernels, captured, length, bench.step)
-            hard_inputs = hard_rows(bench.operator, captured, bench.step) if hard else []
+            hard_inputs = hard_rows(bench.operator, captured, bench.step, corpus.kind) if hard else []
             approximated = approximating(captured)
         captured.clear()
         if number == 0 and approximated:

@@ -97,7 +97,7 @@ def measure_features(bench: Bench, material: Material, length: int, count: int, 
         takes_exact_path &= nothing_approximates(bench.plan, captured)
         if number == 0:
             layers = layer_rows(bench.operator, bench.kernels, captured, length, bench.step)
-            hard_inputs = hard_rows(bench.operator, captured, bench.step) if hard else []
+            hard_inputs = hard_rows(bench.operator, captured, bench.step, material.kind) if hard else []
             approximated = approximating(captured)
             baseline = [Rival(bench, length).row(layers, approximated)] if approximated else []
         captured.clear()
