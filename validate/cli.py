@@ -6,11 +6,12 @@ import typer
 
 from hyperattention.errors import UsageError
 from hyperattention.export import entry
-from hyperattention.validate.commands import bench, doctor, inspect, report, validate
+from hyperattention.validate.commands import bench, compare, doctor, inspect, report, validate
 
 COMMANDS = {
     "validate": validate,
     "report": report,
+    "compare": compare,
     "bench": bench,
     "inspect": inspect,
     "doctor": doctor,

@@ -70,13 +70,13 @@ def render(report: dict, template: str) -> str:
     """The report through one of the templates."""
     html = template.endswith(".html.jinja")
     parts = {"charts": charts(report) if html else {}, "histogram": row_histogram(report), "bin_text": bin_text}
-    return _environment(html).get_template(template).render(r=report, **parts)
+    return environment(html).get_template(template).render(r=report, **parts)
 
 
 @lru_cache(maxsize=None)
-def _environment(html: bool) -> Environment:
+def environment(html: bool) -> Environment:
     """Templates that escape every text: as HTML, or so that it stays within its line of Markdown."""
-    environment = Environment(
+    made = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=html,
         undefined=StrictUndefined,
@@ -84,8 +84,8 @@ def _environment(html: bool) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(FILTERS)
-    return environment
+    made.filters.update(FILTERS)
+    return made
 
 
 def _one_line(value: object) -> object:
