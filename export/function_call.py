@@ -15,7 +15,7 @@ import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import numpy as np
 import torch
@@ -66,14 +66,14 @@ def define(model: str) -> Definition:
     random.seed(_SEED)
     np.random.seed(_SEED)
     # The user's prints are no part of our answer (--json).
-    with contextlib.redirect_stdout(sys.stderr):
+    with _imports_beside(file), contextlib.redirect_stdout(sys.stderr):
         namespace = _guarded(file, f"{file} cannot be loaded", lambda: _load(file))
         found = namespace.get(function)
         if found is None:
             own = [name for name, value in namespace.items() if inspect.isfunction(value) and value.__module__ == namespace["__name__"]]
             raise UsageError(f"{file} has no {function!r}; it defines {', '.join(own) or 'no function'}")
         if not callable(found):
-            raise UsageError(f"{function} of {file} is {_kind(found)}; it must be a function without arguments: {_RETURNS}")
+            raise UsageError(f"{function} of {file} is {kind(found)}; it must be a function without arguments: {_RETURNS}")
         _check_arguments(file, function, found)
         returned = _guarded(file, f"{file}:{function} failed", found)
     return _checked(f"{file.name}:{function}", returned)
@@ -104,11 +104,21 @@ def _guarded(file: Path, what: str, call: Callable[[], Any]) -> Any:
         raise UsageError(f"{what} at {code_place(error, file)}: {one_line(error)}; it must run by itself, without arguments") from error
 
 
-def _load(file: Path) -> dict[str, Any]:
-    """The file as a module of its own name; its folder is searched for imports first, as `python FILE.py` does."""
+@contextlib.contextmanager
+def _imports_beside(file: Path) -> Iterator[None]:
+    """Inside, the file's folder is searched for imports first, as `python FILE.py` does; afterwards last, where it hides nothing."""
     folder = str(file.resolve().parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)
+
+
+def _load(file: Path) -> dict[str, Any]:
+    """The file as a module of its own name."""
     # Dataclasses and pickles look their module up by name; no installed package has this one.
     name = f"hyperattention_model_{re.sub(r'[^0-9A-Za-z_]', '_', file.stem)}"
     spec = importlib.util.spec_from_file_location(name, file)
@@ -135,7 +145,7 @@ def _checked(name: str, returned: Any) -> Definition:
         raise UsageError(f"{name} returned a module alone; {_RETURNS}")
     if not isinstance(returned, tuple) or len(returned) not in (2, 3):
         count = f" of {len(returned)}" if isinstance(returned, (tuple, list)) else ""
-        raise UsageError(f"{name} returned {_kind(returned)}{count}; {_RETURNS}")
+        raise UsageError(f"{name} returned {kind(returned)}{count}; {_RETURNS}")
     module, inputs, *rest = returned
     _check_module(name, module)
     by_name = isinstance(inputs, dict)
@@ -147,7 +157,7 @@ def _checked(name: str, returned: Any) -> Definition:
 
 def _check_module(name: str, module: Any) -> None:
     if not isinstance(module, nn.Module):
-        raise UsageError(f"the first value that {name} returned is {_kind(module)}; it takes a torch.nn.Module")
+        raise UsageError(f"the first value that {name} returned is {kind(module)}; it takes a torch.nn.Module")
     if isinstance(module, torch.jit.ScriptModule):
         raise UsageError(f"{name} returned a TorchScript module, which torch.export cannot trace; return the module it was made from")
     if hasattr(module, "_orig_mod"):
@@ -162,7 +172,7 @@ def _named(name: str, module: nn.Module, inputs: Any) -> dict[str, Any]:
     if isinstance(inputs, Tensor):
         raise UsageError(f"the example inputs of {name} are a tensor; give a tuple: (tensor,)")
     if not isinstance(inputs, (tuple, dict)) or not inputs:
-        what = "empty" if isinstance(inputs, (tuple, dict)) else _kind(inputs)
+        what = "empty" if isinstance(inputs, (tuple, dict)) else kind(inputs)
         raise UsageError(f"the example inputs of {name} are {what}; they take a tuple of tensors, or a dict of tensors by argument name")
     signature = inspect.signature(module.forward)
     try:
@@ -184,7 +194,7 @@ def _check_tensor(name: str, key: str, value: Any) -> None:
     what = f"example input {key!r} of {name}"
     if not isinstance(value, Tensor):
         raise UsageError(
-            f"{what} is {_kind(value)}; every example is a tensor: bind other arguments in the module, and take nested tensors apart"
+            f"{what} is {kind(value)}; every example is a tensor: bind other arguments in the module, and take nested tensors apart"
         )
     if value.layout != torch.strided or value.is_quantized or value.dtype not in _DTYPES:
         raise UsageError(f"{what} is a {value.layout} tensor of {value.dtype}; it takes a dense one of floats, integers or booleans")
@@ -194,7 +204,7 @@ def _check_tensor(name: str, key: str, value: Any) -> None:
         raise UsageError(f"{what} has shape {tuple(value.shape)}, which is empty; give an example with at least one element")
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
     """A value's class, with an article: "a dict", "an int", "None"."""
     if value is None:
         return "None"

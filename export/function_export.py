@@ -16,9 +16,10 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from hyperattention.errors import ExportFailed, UnsupportedModel, UsageError
-from hyperattention.export.function_call import code_place, one_line
+from hyperattention.export.function_call import code_place, kind, one_line
 from hyperattention.export.function_dims import Axes, traced_examples
 
+_SIZE = re.compile(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
 _GUARD = re.compile(r"^\s*- (.*)$", re.MULTILINE)
 
 
@@ -57,7 +58,7 @@ def name_outputs(answer: Any, inputs: tuple[str, ...]) -> dict[str, Tensor]:
     for path, value in _leaves(answer, ()):
         name = "_".join(map(str, path)) if path and isinstance(path[0], str) else "_".join(map(str, ("output", *(path or (0,)))))
         if not isinstance(value, Tensor):
-            raise UsageError(f"{name} of the module's outputs is {type(value).__name__} {value!r}; return tensors alone")
+            raise UsageError(f"{name} of the module's outputs is {kind(value)}; return tensors alone")
         found[f"{name}_out" if name in inputs else name] = value
     if not found:
         raise UsageError("the module returns no tensor; return at least one")
@@ -97,7 +98,7 @@ def export_program(name: str, flat: Flat, examples: dict[str, Tensor], axes: Axe
         raise
     except Exception as error:  # torch.export passes on whatever the module and the tracer raise
         _check_runs(name, flat, tuple(examples.values()))
-        raise ExportFailed(_words(name, error)) from error
+        raise ExportFailed(_words(name, error, tuple(examples))) from error
     _check_pure(name, program, examples)
     return program
 
@@ -141,9 +142,10 @@ def _check_runs(name: str, flat: Flat, tensors: tuple[Tensor, ...]) -> None:
         raise UsageError(f"the module of {name} fails on its example inputs at {code_place(error)}: {one_line(error)}") from error
 
 
-def _words(name: str, error: Exception) -> str:
+def _words(name: str, error: Exception, inputs: tuple[str, ...]) -> str:
     """torch.export's failure in one paragraph."""
-    text = str(error)
+    # torch knows the inputs by the place where `Flat` takes them.
+    text = _SIZE.sub(lambda place: f"(axis {place[2]} of {inputs[int(place[1])]!r})", str(error))
     if "Constraints violated" not in text:
         text = text.split("The error above occurred")[0]
         words = " ".join(text.split())[:400]
@@ -155,8 +157,8 @@ def _words(name: str, error: Exception) -> str:
     suggested = " ".join(text.partition("Suggested fixes:")[2].split("The error above")[0].split())
     more = f" (and {len(reasons) - 2} more)" if len(reasons) > 2 else ""
     return (
-        f"the module of {name} does not take the dynamic shapes given: {'; '.join(reasons[:2])}{more}. Give the axis a fixed size, "
-        f"or change the code that fixes it" + (f"; torch.export suggests: {suggested}" if suggested else "")
+        f"the module of {name} does not take the dynamic shapes given: {'; '.join(reasons[:2])}{more}. Narrow the dynamic "
+        f"shapes, give the axis a fixed size, or change the code" + (f"; torch.export suggests: {suggested}" if suggested else "")
     )
 
 

@@ -14,8 +14,8 @@ from torch.export import ExportedProgram
 from torch.fx import Interpreter, Node
 from torch.nn.functional import scaled_dot_product_attention
 
-from hyperattention.errors import UnsupportedModel
-from hyperattention.export.function_call import Definition
+from hyperattention.errors import UnsupportedModel, UsageError
+from hyperattention.export.function_call import Definition, one_line
 from hyperattention.export.function_dims import Axes
 from hyperattention.export.function_export import Flat, export_program
 from hyperattention.export.function_graph import OPERATOR, arguments, find_calls
@@ -100,7 +100,11 @@ def converted(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn
     same_dtype = not kinds or kinds.most_common(1)[0][0] == dtype
     if same_dtype and all(tensor.device.type == device.type for tensor in tensors):
         return module
-    module = copy.deepcopy(module).to(device)
+    try:
+        module = copy.deepcopy(module).to(device)
+    except Exception as error:  # the module's own code may decide how it is copied
+        name = type(module).__name__
+        raise UsageError(f"{name} cannot be copied ({one_line(error)}); return it in the dtype that --dtype names") from error
     return module if same_dtype else module._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 

@@ -142,11 +142,12 @@ _HEAD = "import torch\nfrom torch import nn\nfrom torch.nn.functional import sca
 @pytest.mark.parametrize(
     ("body", "shapes", "error", "words"),
     [
-        ("attend(x, x, x) + torch.ones(7, 6)", "{2: 'sequence'}", ExportFailed, "dimension 'sequence' is fixed to 7 by the module's code"),
+        ("attend(x, x, x) + torch.ones(7, 6)", "{2: 'sequence'}", ExportFailed, "dimension 'sequence' is fixed to 7 by the module"),
         ("attend(*[x.view(2, 4, -1, 12)] * 3)", "{2: 'even'}", ExportFailed, "torch.export suggests: .*even = 2"),
+        ("attend(x, x, x) + (0 if x.shape[2] < 9 else 1)", "{2: 'n'}", ExportFailed, "range satisfy the generated guard .*axis 2 of 'x'"),
         ("attend(x, x, x) if x.sum() > 0 else x", "{}", ExportFailed, "cannot trace .* at own.py, line 6, in forward: .*data-dependent"),
         ("attend(x, x, x) @ x", "{}", UsageError, r"fails on its example inputs at own.py, line 6, in forward: RuntimeError"),
-        ("attend(x, x, x), 3", "{}", UsageError, "output_1 of the module's outputs is int 3; return tensors alone"),
+        ("attend(x, x, x), 3", "{}", UsageError, "output_1 of the module's outputs is an int; return tensors alone"),
         ("None", "{}", UsageError, "returns no tensor"),
     ],
 )
