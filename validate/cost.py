@@ -122,11 +122,10 @@ def window_baseline(config: Config, length: int) -> Config:
     """
     base = Config() if config.selector == "sortlsh" else config
     step = base.block_size if config.causal else RANGES["local_size"][0]
-    plain = replace(
-        config, selector="blocks", block_size=base.block_size, pool_size=base.pool_size, num_blocks=0, sample_size=0, local_overlap=1
-    )
-    budget, sinks = keys_per_query(config, length), config.sinks or STREAMING_SINKS
     low = -(-RANGES["local_size"][0] // step) * step
+    shape = dict(block_size=base.block_size, pool_size=base.pool_size, local_size=low)
+    plain = replace(config, selector="blocks", num_blocks=0, sample_size=0, local_overlap=1, **shape)
+    budget, sinks = keys_per_query(config, length), config.sinks or STREAMING_SINKS
     sizes = range(low, RANGES["local_size"][1] + 1, step)
     fitting = [size for size in sizes if window_keys(replace(plain, local_size=size, sinks=sinks), length) <= budget]
     narrow = replace(plain, local_size=fitting[0] if fitting else low, sinks=sinks)
