@@ -40,10 +40,14 @@ def export_model(
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Load pickled weights (.bin), which can run code.")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that lies in the model's directory.")] = False,
     input_ids: Annotated[str, typer.Option("--input-ids", help="tokens, or bytes for a model that reads bytes.")] = "tokens",
-    seed: Annotated[int, typer.Option(help="Base seed; layer i samples with seed + i.")] = 0,
-    min_seq: Annotated[Optional[int], typer.Option(help="Shortest sequence. (default: 1)", **_SHAPES)] = None,
-    opt_seq: Annotated[Optional[int], typer.Option(help="Length to tune for. (default: a quarter of the longest)", **_SHAPES)] = None,
-    max_seq: Annotated[Optional[int], typer.Option(help="Longest sequence. (default: what the model was trained for)", **_SHAPES)] = None,
+    seed: Annotated[int, typer.Option(help="Base seed, 0 to 2147483647; layer i samples with seed + i.")] = 0,
+    min_seq: Annotated[Optional[int], typer.Option(help="Shortest sequence, 1 to 16777216. (default: 1)", **_SHAPES)] = None,
+    opt_seq: Annotated[
+        Optional[int], typer.Option(help="Length to tune for, 1 to 16777216. (default: a quarter of the longest)", **_SHAPES)
+    ] = None,
+    max_seq: Annotated[
+        Optional[int], typer.Option(help="Longest sequence, 1 to 16777216. (default: what the model was trained for)", **_SHAPES)
+    ] = None,
     batch: Annotated[Optional[str], typer.Option(help="Rows: N, or min,opt,max. (default: 1)", **_SHAPES)] = None,
     dim: Annotated[
         Optional[list[str]], typer.Option(metavar="NAME=MIN,OPT,MAX", help="Range of a dimension that FUNCTION names.", **_SHAPES)
