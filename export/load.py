@@ -171,23 +171,35 @@ def _is_finite(weights: nn.Parameter) -> bool:
 
 
 def _task(config: Any, task: str | None, name: str) -> str:
-    """The task that was asked for, checked, or what the architecture is made for: logits of a language model, else features."""
+    """The task that was asked for, checked, or the architecture's own."""
     allowed = (*LANGUAGE_TASKS, FEATURES)
-    if task is not None and task not in allowed:
+    if task is None:
+        return default_task(config)
+    if task not in allowed:
         raise UsageError(f"--task {task} is for FILE.py:FUNCTION; {name} is a directory, which takes one of {', '.join(allowed)}")
-    causal = _names(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type))
-    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
-        causal |= {config.auto_map["AutoModelForCausalLM"].rpartition(".")[2]}
+    if task in LANGUAGE_TASKS and (config.is_encoder_decoder or not _language_models(config)):
+        what = "has an encoder and a decoder" if config.is_encoder_decoder else "is no causal language model"
+        raise UsageError(f"--task {task}: {name} (model_type {config.model_type!r}) {what}; give --task features")
+    return task
+
+
+def default_task(config: Any) -> str:
+    """What an architecture is made for: logits of a language model, else features."""
+    causal = _language_models(config)
     if config.is_encoder_decoder or not causal:
-        if task in LANGUAGE_TASKS:
-            what = "has an encoder and a decoder" if config.is_encoder_decoder else "is no causal language model"
-            raise UsageError(f"--task {task}: {name} (model_type {config.model_type!r}) {what}; give --task features")
         return FEATURES
     saved = (config.architectures or [""])[0]
     bare = _names(modeling_auto.MODEL_MAPPING_NAMES.get(config.model_type))
     # An encoder that can serve as a decoder is one only where it was saved so.
     encoder = config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    return task or (FEATURES if saved not in causal and (encoder or saved in bare) else "logits")
+    return FEATURES if saved not in causal and (encoder or saved in bare) else "logits"
+
+
+def _language_models(config: Any) -> set[str]:
+    """Classes of causal language models that a configuration can be built as, its own code's included."""
+    own = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    known = _names(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type))
+    return known | ({str(own).rpartition(".")[2]} if own else set())
 
 
 def _names(found: str | tuple[str, ...] | None) -> set[str]:

@@ -7,7 +7,7 @@ AttentionInterface.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Mapping
 
 import torch
@@ -44,7 +44,11 @@ def probe(model: PreTrainedModel, feed: Mapping[str, Any]) -> Probed:
     ) -> tuple[Tensor, None]:
         name = names[id(module)]
         scale, dropout = kwargs.pop("scaling", None), kwargs.pop("dropout", 0.0)
+        output = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
         keys.append(key.shape[2])
+        if name in found:
+            found[name] = replace(found[name], problem="weights that several layers share: it is called more than once")
+            return output, None
         found[name] = AttentionLayer(
             index=len(found),
             name=name,
@@ -56,7 +60,7 @@ def probe(model: PreTrainedModel, feed: Mapping[str, Any]) -> Probed:
             problem=_size_problem(query, key, value) or find_problem(module, attention_mask, scale, dropout, kwargs),
             causal=direction(module, attention_mask, kwargs),
         )
-        return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+        return output, None
 
     AttentionInterface.register(_PROBE, look)
     AttentionMaskInterface.register(_PROBE, attention_mask_function)
@@ -75,6 +79,12 @@ def probe(model: PreTrainedModel, feed: Mapping[str, Any]) -> Probed:
         )
     if not found:
         raise UnsupportedModel(f"{architecture} has no attention layer; is its number of layers 0?")
+    for layer in found.values():
+        if layer.heads_kv == 0 or layer.heads_q % layer.heads_kv:
+            raise UnsupportedModel(
+                f"layer {layer.index} ({layer.name}) has {layer.heads_q} query heads over {layer.heads_kv} key heads; no attention can run "
+                f"that, the first must be a multiple of the second: check config.json"
+            )
     return Probed((*found.values(), *_unseen(model, found)), max(keys), _learned_positions(model))
 
 
@@ -85,11 +95,9 @@ def accepted(model: nn.Module, feed: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _size_problem(query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    heads, groups, size, size_v = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
+    size, size_v = query.shape[3], value.shape[3]
     if query.shape[2] != key.shape[2]:
         return "cross-attention"
-    if groups == 0 or heads % groups:
-        return f"{heads} query heads over {groups} key heads; the operator takes a multiple"
     if not 0 < min(size, size_v) <= max(size, size_v) <= MOST_HEAD_DIM:
         return f"heads of size {size} and {size_v}; the operator takes 1 to {MOST_HEAD_DIM}"
     return None
