@@ -116,6 +116,9 @@ def test_tables_say_what_the_json_says(kind: str) -> None:
     for ours, window, row in zip(baseline[::2], baseline[1::2], report["baseline"], strict=True):
         close(ours[2] + " " + ours[3], [row["keys_per_query_ours"], row["ours_layers_relative_l2"]["mean"]])
         close(window[2] + " " + window[3], [row["keys_per_query"], row["layers_relative_l2"]["mean"]])
+        if kind == "language":
+            for cell, key in zip(window[5:8], ("delta_nats", "kl", "top1"), strict=True):
+                close(cell, [row[key]["mean"], row[key]["se"]])
 
 
 def test_token_tables_say_what_the_json_says() -> None:
@@ -152,10 +155,10 @@ def test_the_layer_table_holds_every_layer_and_every_length() -> None:
             (layer,) = found
             close(row[2], [layer["relative_l2"]])
             close(row[3].replace("–", " "), [min(layer["seeds"]["relative_l2"]), max(layer["seeds"]["relative_l2"])])
-            keys = ("cosine", "norm_ratio", "lse_bias", "lse_std", "mass")
-            for cell, key in zip(row[4:9], keys, strict=True):
+            keys = ("window_relative_l2", "cosine", "norm_ratio", "lse_bias", "lse_std", "mass")
+            for cell, key in zip(row[4:10], keys, strict=True):
                 close(cell, [layer[key]])
-            close(row[9], [layer["worst_head"], layer["worst_head_relative_l2"]])
+            close(row[10], [layer["worst_head"], layer["worst_head_relative_l2"]])
 
 
 def test_the_histogram_counts_every_row_of_the_longest_length() -> None:

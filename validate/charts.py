@@ -19,14 +19,14 @@ def charts(report: dict) -> dict[str, Chart | None]:
 
 
 def layer_chart(report: dict) -> Chart | None:
-    """Relative L2 of the approximate layers' outputs against length, ours under three seeds and the baseline of equal keys."""
+    """Relative L2 of the approximate layers' outputs against length: ours with the range of three seeds, and the window, which draws
+    nothing, of equal keys."""
     by_length: dict[int, list[list[float]]] = {}
     for row in report["layers"]:
         by_length.setdefault(row["length"], []).append(row["seeds"]["relative_l2"])
     ours = [(n, [fmean(draw) for draw in zip(*rows, strict=True)]) for n, rows in sorted(by_length.items())]
     series = [Series(OURS, [(n, fmean(draws)) for n, draws in ours], 1, [(min(draws), max(draws)) for _, draws in ours])]
-    baseline = [(row["length"], row["layers_relative_l2"]) for row in report["baseline"]]
-    series.append(Series(WINDOW, [(n, v["mean"]) for n, v in baseline], 3, [(v["min"], v["max"]) for _, v in baseline], True))
+    series.append(Series(WINDOW, [(row["length"], row["layers_relative_l2"]["mean"]) for row in report["baseline"]], 3, dashed=True))
     return line_chart("Error of the approximate layers by length", series, "relative L2", True)
 
 
@@ -115,7 +115,8 @@ def _token_charts(report: dict) -> dict[str, Chart | None]:
             points = [(n, value["mean"]) for n, value in found]
             lines.append(Series(name, points, colour, _error_band([value for _, value in found]), regime == "all_positions"))
         beside = [(row["length"], row[key]) for row in report["baseline"] if row[key] is not None]
-        lines.append(Series(f"{WINDOW}, prefill", [(n, _mean(v)) for n, v in beside], 3, dashed=True))
+        points = [(n, value["mean"]) for n, value in beside]
+        lines.append(Series(f"{WINDOW}, prefill", points, 3, _error_band([value for _, value in beside]), True))
         return lines
 
     longest = rows[-1]
@@ -127,10 +128,6 @@ def _token_charts(report: dict) -> dict[str, Chart | None]:
             f"Loss added by position, all positions, {longest['length']:,} tokens", bars, "nats", "position in the window"
         ),
     }
-
-
-def _mean(value: dict | float) -> float:
-    return value["mean"] if isinstance(value, dict) else value
 
 
 def _feature_charts(report: dict) -> dict[str, Chart | None]:
