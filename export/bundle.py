@@ -90,7 +90,7 @@ class Bundle:
     def changed_files(self) -> list[str]:
         """Names of files that are missing or no longer have the manifest's sha256."""
         files = {self.folder / name: entry["sha256"] for name, entry in self.manifest.get("files", {}).items()}
-        return [path.relative_to(self.folder).as_posix() for path, digest in files.items() if not path.is_file() or _sha256(path) != digest]
+        return [path.relative_to(self.folder).as_posix() for path, digest in files.items() if not path.is_file() or sha256(path) != digest]
 
 
 def _files_are_whole(files: object, draft: bool) -> bool:
@@ -105,12 +105,11 @@ def _files_are_whole(files: object, draft: bool) -> bool:
 
 def copy_side_files(model: Path | None, folder: Path, libraries: list[Path]) -> None:
     """Copies the configuration and the tokenizer's files of the directory `model`, and the native libraries, beside the ONNX files."""
-    for pattern in _SIDE_FILES if model is not None else ():
-        for file in sorted(model.glob(pattern)):
-            if file.suffix == ".json":
-                _copy_json(file, folder / file.name)
-            elif file.is_file():
-                shutil.copyfile(file, folder / file.name)
+    for file in [file for pattern in _SIDE_FILES for file in sorted(model.glob(pattern))] if model is not None else ():
+        if file.suffix == ".json":
+            _copy_json(file, folder / file.name)
+        elif file.is_file():
+            shutil.copyfile(file, folder / file.name)
     for library in libraries:
         shutil.copyfile(library, folder / library.name)
 
@@ -177,7 +176,16 @@ def _validation(folder: Path) -> dict[str, Any] | None:
 
 
 def _entries(folder: Path, files: list[Path]) -> dict[str, dict[str, Any]]:
-    return {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+    """What the manifest says of `files`, by name; one of several names (OUT/triton) is read once."""
+    found: dict[tuple[int, int], str] = {}
+    entries = {}
+    for path in files:
+        stat = path.stat()
+        place = (stat.st_dev, stat.st_ino)
+        if place not in found:
+            found[place] = sha256(path)
+        entries[path.relative_to(folder).as_posix()] = {"bytes": stat.st_size, "sha256": found[place]}
+    return entries
 
 
 def versions() -> dict[str, str]:
@@ -196,7 +204,8 @@ def package_versions(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The sha256 of a file, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

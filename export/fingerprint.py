@@ -12,7 +12,7 @@ import hyperattention
 from hyperattention.export import bundle
 from hyperattention.export.engine_check import EngineHost
 from hyperattention.export.plan import ExportPlan
-from hyperattention.export.stages import digests, file_digest
+from hyperattention.export.stages import digests
 
 if TYPE_CHECKING:
     from hyperattention.export.source import Source
@@ -52,7 +52,7 @@ def side_files(weights: dict[str, str], libraries: list[Path]) -> dict[str, Any]
     """Of the stage that copies the model's side files and the libraries."""
     return {
         "the model": weights,
-        "a library": {path.name: file_digest(path) for path in libraries},
+        "a library": {path.name: bundle.sha256(path) for path in libraries},
         "hyperattention itself": _code("export"),
     }
 
@@ -63,7 +63,7 @@ def engine(graph: Mapping[str, str], plan: ExportPlan, library: Path) -> dict[st
     return {
         "the ONNX file": dict(graph),
         "the shapes": {name: data.get(name) for name in ("inputs", "dims", "seq", "batch")},
-        "the plugin": file_digest(library),
+        "the plugin": bundle.sha256(library),
         "the machine": asdict(EngineHost.here(library)),
         "a package's version": _versions("polygraphy"),
         "hyperattention itself": _code("export"),
@@ -72,7 +72,7 @@ def engine(graph: Mapping[str, str], plan: ExportPlan, library: Path) -> dict[st
 
 def validation(files: Mapping[str, str], plan: ExportPlan, weights: dict[str, str], options: tuple[str, ...]) -> dict[str, Any]:
     """Of the stage validation, for the `files` of OUT by name. A file that an option names counts by its content."""
-    values = [file_digest(Path(option)) if Path(option).is_file() else option for option in options]
+    values = [bundle.sha256(Path(option)) if Path(option).is_file() else option for option in options]
     return {
         "the files of OUT": dict(files),
         "the plan": plan.to_json(),

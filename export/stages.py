@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Callable, Mapping
 
-from hyperattention.export.bundle import MANIFEST
+from hyperattention.export.bundle import MANIFEST, sha256
 
 RECORDS = "stages.json"
 _FORMAT = 1
@@ -134,13 +134,7 @@ def digest(value: Any) -> str:
 
 def digests(folder: Path, names: list[str]) -> dict[str, str]:
     """The sha256 of files by name."""
-    return {name: file_digest(folder / name) for name in names}
-
-
-def file_digest(path: Path) -> str:
-    """The sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {name: sha256(folder / name) for name in names}
 
 
 def link(source: Path, target: Path) -> None:
@@ -160,7 +154,7 @@ def _obstacle(folder: Path, record: Record, parts: dict[str, str]) -> str | None
     for name, value in record.files.items():
         if not (folder / name).is_file():
             return f"{name} went missing"
-        if file_digest(folder / name) != value:
+        if sha256(folder / name) != value:
             return f"{name} changed"
     return None
 

@@ -98,10 +98,11 @@ def test_the_repository_of_an_export(exported: Path, schema: ModuleType) -> None
     root = exported / "triton"
     models = sorted(path.name for path in root.iterdir() if path.is_dir())  # each of them Triton takes for a model
     assert models == ["tiny_model_v1_onnxruntime", "tiny_model_v1_tensorrt"]
+    names = ["logits", *(f"present.{i}.{part}" for i in (0, 1) for part in ("key", "value"))]
     for name, file in zip(models, ("model.onnx", "model.trt.onnx")):
         config = check(schema, root / name, onnx.load(exported / file).graph)
         assert config.max_batch_size == 4 and config.HasField("dynamic_batching")
-    assert [tensor.name for tensor in config.output] == ["logits", *(f"present.{i}.{part}" for i in (0, 1) for part in ("key", "value"))]
+        assert [tensor.name for tensor in config.output] == names
     assert read(schema, root / models[0]).instance_group[0].kind == schema.ModelInstanceGroup.KIND_AUTO
     assert read(schema, root / models[1]).instance_group[0].kind == schema.ModelInstanceGroup.KIND_GPU
     pairs = {f"{models[0]}/1/model.onnx": "model.onnx", f"{models[0]}/1/{ORT_LIBRARY}": ORT_LIBRARY}
