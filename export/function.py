@@ -63,17 +63,18 @@ class FunctionSource(Source):
 
     def _span(self, dims: Mapping[str, Range], what: str) -> Range:
         """Smallest, usual and largest key length ("keys") or rows ("batch") of the attention over the ranges of the dimensions."""
-        low, opt, high = zip(*(self._at(getattr(call, what), dims) for call in self.calls if getattr(call, what) is not None), strict=True)
+        sizes = (getattr(call, what) for call in self.calls)
+        low, opt, high = zip(*(self._at(size, dims) for size in sizes if size is not None), strict=True)
         return min(low), max(opt), max(high)
 
-    def _at(self, size: Any, dims: Mapping[str, Range]) -> Range:
-        if not isinstance(size, torch.SymInt):
-            return (int(size),) * 3
-        expression = size.node.expr
-        values = [
+    def _at(self, size: int | torch.SymInt, dims: Mapping[str, Range]) -> Range:
+        if isinstance(size, int):
+            return size, size, size
+        expression: Any = size.node.expr
+        low, opt, high = (
             int(expression.subs({symbol: dims[self.symbols[str(symbol)]][i] for symbol in expression.free_symbols})) for i in range(3)
-        ]
-        return min(values), values[1], max(values)
+        )
+        return min(low, opt, high), opt, max(low, opt, high)
 
 
 def open_function(model: str, task: str | None = None, say: Callable[[str], None] = lambda text: None) -> FunctionSource:
@@ -143,12 +144,13 @@ def _inputs(program: ExportedProgram, examples: Mapping[str, Tensor], axes: Axes
             if not isinstance(size, torch.SymInt):
                 shape[number] = size  # fixed from the start, or by Dim.AUTO
                 continue
-            symbol = str(size.node.expr)
+            expression: Any = size.node.expr
+            symbol = str(expression)
             if not symbol.isidentifier():
                 raise ExportFailed(f"axis {number} of {name!r} is {symbol}, derived from another one; give it a fixed size")
             axis = axes[name][number]
             shape[number] = symbols.setdefault(symbol, axis.name)
-            bounds.setdefault(symbols[symbol], _bounds(axis, program.range_constraints.get(size.node.expr)))
+            bounds.setdefault(symbols[symbol], _bounds(axis, program.range_constraints.get(expression)))
         inputs.append(Input(name, "float" if example.is_floating_point() else str(example.dtype).removeprefix("torch."), tuple(shape)))
     return tuple(inputs), symbols, bounds
 

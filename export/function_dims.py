@@ -156,9 +156,11 @@ def _axis(what: str, spec: Any, size: int, default: str, dims: dict[str, Any]) -
     share.
     """
     kind = getattr(getattr(spec, "type", None), "name", "")  # of Dim.AUTO, Dim.DYNAMIC and Dim.STATIC
-    if isinstance(spec, int) and not isinstance(spec, bool) and spec != size:
-        raise UsageError(f"{what} is fixed to {spec}, and {size} in the example; change one of them")
-    if spec is None or kind == "STATIC" or type(spec) is int:
+    if spec is None or kind == "STATIC":
+        return None
+    if type(spec) is int:
+        if spec != size:
+            raise UsageError(f"{what} is fixed to {spec}, and {size} in the example; change one of them")
         return None
     if kind in ("AUTO", "DYNAMIC"):
         return Axis(default, max(spec.min or 1, 1), spec.max, spec)

@@ -72,8 +72,8 @@ def _leaves(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str
         parts = [(str(key), part) for key, part in value.items()]
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         parts = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        parts = list(zip(value._fields, value, strict=True))
+    elif isinstance(value, tuple) and (fields := getattr(value, "_fields", None)):
+        parts = list(zip(fields, value, strict=True))
     elif isinstance(value, (tuple, list)):
         parts = list(enumerate(value))
     else:

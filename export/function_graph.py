@@ -55,7 +55,9 @@ class Call:
 
 
 def find_calls(program: ExportedProgram, architecture: str) -> tuple[Call, ...]:
-    """All attention of the graph in calling order. Raises UnsupportedModel where there is none, or where it is our operator already."""
+    """All attention of the graph in calling order. Raises UnsupportedModel where there is none of known size, or where it is our
+    operator already.
+    """
     calls: list[Call] = []
     names: Counter[str] = Counter()
     for node, region in _nodes(program.graph_module, None):
@@ -78,6 +80,10 @@ def find_calls(program: ExportedProgram, architecture: str) -> tuple[Call, ...]:
             f"replaced, for flash and flex attention, and for softmax(QK^T)V written out; compute the attention by "
             f"torch.nn.functional.scaled_dot_product_attention(q, k, v)"
         )
+    if all(call.keys is None or call.batch is None for call in calls):
+        listed = "; ".join(f"{call.layer.name}: {call.layer.problem}" for call in calls[:3])
+        more = f"; and {len(calls) - 3} more" if len(calls) > 3 else ""
+        raise UnsupportedModel(f"none of the {len(calls)} attention calls of {architecture} can be replaced: {listed}{more}")
     return tuple(calls)
 
 
@@ -125,7 +131,8 @@ def _call(node: Node, region: str | None) -> Call:
         problem=problem,
         causal=bool(given.get("is_causal", False)),
     )
-    return Call(layer, node, q.shape[0] if q.dim() == 4 else None, k.shape[-2])
+    sizes = (q.shape[0] if q.dim() == 4 else None, k.shape[-2])
+    return Call(layer, node, *(None if _depends_on_data(size) else size for size in sizes))
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any]) -> str | None:

@@ -109,13 +109,14 @@ class Vit(nn.Module):
         super().__init__()
         self.patch_embed = nn.Conv2d(3, 30, 5, stride=5)
         self.cls_token, self.pos_embed = nn.Parameter(torch.randn(1, 1, 30)), nn.Parameter(torch.randn(1, 1 + 9 * 11, 30))
-        self.blocks = nn.ModuleList(nn.ModuleDict({"norm": nn.LayerNorm(30), "attn": VitAttention(30, 3)}) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(30) for _ in range(2))
+        self.blocks = nn.ModuleList(VitAttention(30, 3) for _ in range(2))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         x = self.patch_embed(images).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1) + self.pos_embed
-        for block in self.blocks:
-            x = x + block["attn"](block["norm"](x))
+        for norm, block in zip(self.norms, self.blocks, strict=True):
+            x = x + block(norm(x))
         return x[:, 1:], x[:, 0]
 
 

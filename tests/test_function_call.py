@@ -153,7 +153,8 @@ def test_the_function_is_called_once_with_seeded_numbers_and_its_folder_for_impo
         second = define(written(tmp_path, text))
     finally:
         sys.path[:] = before
-    assert torch.equal(first.module.weight, second.module.weight) and torch.equal(first.examples["input"], second.examples["input"])
+    weights = [found.module.state_dict()["weight"] for found in (first, second)]
+    assert torch.equal(*weights) and torch.equal(first.examples["input"], second.examples["input"])
     assert (first.name, first.by_name, list(first.examples)) == ("wrong.py:build", True, ["input"])
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("a word of the user") == 2

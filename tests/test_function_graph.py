@@ -140,6 +140,21 @@ _HEAD = "import torch\nfrom torch import nn\nfrom torch.nn.functional import sca
 
 
 @pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("torch.softmax(x @ x.mT, -1) @ x", r"none of the 1 attention calls of Own can be replaced: Own: softmax\(QK\^T\)V written out"),
+        ("attend(*[x[:, :, x[0, 0, :, 0].nonzero()[:, 0]]] * 3)", "replaced: Own: a number of keys or rows that depends on the data"),
+    ],
+)
+def test_attention_of_unknown_size_alone_is_refused_with_the_reasons(tmp_path: Path, body: str, words: str) -> None:
+    file = tmp_path / "own.py"
+    text = f"class Own(nn.Module):\n    def forward(self, x):\n        return {body}\n"
+    file.write_text(f"{_HEAD}{text}def build():\n    return Own(), (torch.randn(2, 4, 7, 6),)\n")
+    with pytest.raises(UnsupportedModel, match=words):
+        open_source(f"{file}:build")
+
+
+@pytest.mark.parametrize(
     ("body", "shapes", "error", "words"),
     [
         ("attend(x, x, x) + torch.ones(7, 6)", "{2: 'sequence'}", ExportFailed, "dimension 'sequence' is fixed to 7 by the module"),

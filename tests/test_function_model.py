@@ -7,7 +7,7 @@ import functools
 import json
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 import function_models
 import numpy as np
@@ -53,7 +53,7 @@ def opened(name: str) -> FunctionSource:
 @functools.cache
 def loaded(name: str, layers: str = "all", keep_exact: str = "op") -> tuple[FunctionSource, ExportPlan, GraphModel]:
     source = opened(name)
-    plan = make_plan(source, layers=layers, attributes=tiny.SMALL, keep_exact=keep_exact, seed=5)
+    plan = make_plan(source, layers=layers, attributes={**tiny.SMALL}, keep_exact=keep_exact, seed=5)
     return source, plan, source.load(plan)
 
 
@@ -92,7 +92,7 @@ def defined(source: FunctionSource, plan: ExportPlan, given: dict[str, Tensor], 
     return answer
 
 
-def close(found: list[Tensor] | list[np.ndarray], expected: list[Tensor], tolerance: float = 2e-5) -> None:
+def close(found: Sequence[Any], expected: list[Tensor], tolerance: float = 2e-5) -> None:
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         scale = float(other.abs().max())
@@ -171,7 +171,7 @@ def test_onnx_runtime_computes_the_plan_with_the_library_and_exact_attention_wit
 
 def test_half_types_leave_integers_and_the_users_module_alone() -> None:
     source = opened("encoder")
-    plan = make_plan(source, layers="all", attributes=tiny.SMALL, dtype="bf16")
+    plan = make_plan(source, layers="all", attributes={**tiny.SMALL}, dtype="bf16")
     model = source.load(plan)
     assert {p.dtype for p in model.model.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in source.definition.module.parameters()} == {torch.float32}
@@ -187,7 +187,7 @@ def test_half_types_leave_integers_and_the_users_module_alone() -> None:
 
 def test_a_module_that_changed_since_the_plan_is_refused() -> None:
     source = opened("decoder")
-    plan = make_plan(opened("encoder"), layers="all", attributes=tiny.SMALL)
+    plan = make_plan(opened("encoder"), layers="all", attributes={**tiny.SMALL})
     with pytest.raises(UnsupportedModel, match="are others than in the plan"):
         source.load(plan)
 
@@ -224,7 +224,8 @@ def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
             main([str(a) for a in arguments])
         except SystemExit as status:
             code = int(status.code or 0)
-        return code, *capfd.readouterr()
+        said, errors = capfd.readouterr()
+        return code, said, errors
 
     return run
 
@@ -243,7 +244,8 @@ def test_the_example_becomes_an_output_folder(command, tmp_path: Path) -> None:
     options = onnxruntime.SessionOptions()
     options.register_custom_ops_library(str(out / "libhyperattention_ort.so"))
     session = onnxruntime.InferenceSession(out / "model.onnx", options, providers=["CPUExecutionProvider"])
-    patches, pooled = session.run(None, {"images": np.random.default_rng(0).normal(size=(3, 3, 132, 132)).astype(np.float32)})
+    images = np.random.default_rng(0).normal(size=(3, 3, 132, 132)).astype(np.float32)
+    patches, pooled = map(np.asarray, session.run(None, {"images": images}))
     assert patches.shape == (3, 144, 48) and pooled.shape == (3, 48)
     np.testing.assert_allclose(patches.mean(1), pooled, atol=1e-5)
 
