@@ -68,8 +68,8 @@ class Options:
             )
 
 
-def validate(options: Options, step: Callable[[str], None]) -> dict:
-    """Measures the folder and returns the report, gates and verdict included.
+def validate(options: Options, step: Callable[[str], None], say: Callable[[str], None] = lambda text: None) -> dict:
+    """Measures the folder and returns the report, gates and verdict included. `say` gets one sentence before foreign code runs.
 
     Raises EnvironmentFault where the backend cannot run or ran something else than was built, UsageError for bad options.
     """
@@ -83,7 +83,7 @@ def validate(options: Options, step: Callable[[str], None]) -> dict:
             f"The {plan.dtype} target was validated through its fp32 twin: ONNX Runtime's CPU provider has no {plan.dtype} arithmetic."
         )
         plan = replace(plan, dtype="fp32")
-    source = reopen(_model(options, bundle), plan, trust=options.trust)
+    source = reopen(_model(options, bundle), plan, trust=options.trust, say=say)
     check_model_fits(bundle, source)
     material, lengths = choose_material(source, plan, options.text, options.inputs, options.lengths, options.seed)
     extent = _extent(options, lengths)

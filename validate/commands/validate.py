@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+from rich.markup import escape
 
 from hyperattention.export.gate_options import check_kind, kind_of, parse_gates, with_gates
 from hyperattention.validate.commands.options import AsJson, Folder, Gates, Quiet, numbers, save, say
@@ -64,5 +65,5 @@ def command(
     check_kind(gates, kind_of(Bundle.open(folder).plan.task))
     reporter = Reporter(quiet, as_json)
     with reporter.stage("validation"):
-        report = validate(options, reporter.counted(count_steps(options)))
+        report = validate(options, reporter.counted(count_steps(options)), lambda text: reporter.say(escape(text)))
     say(report, save(report, folder / "report", folder), reporter)
