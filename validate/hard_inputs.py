@@ -17,7 +17,7 @@ from hyperattention.config import Config
 from hyperattention.export.patch import Captured
 from hyperattention.validate.compare import tensor_error
 from hyperattention.validate.distributions import DISTRIBUTIONS, Problem, Sizes, approximates, some_rows
-from hyperattention.validate.layers import SEEDS, seeds_of
+from hyperattention.validate.layers import seeds_of
 from hyperattention.validate.operators import Operator
 from hyperattention.validate.window import window_operator
 
@@ -108,10 +108,11 @@ def hard_rows(operator: Operator, captured: Sequence[Captured], step: Callable[[
     rows = []
     for name in (own, *DISTRIBUTIONS):
         step(f"{sizes.length:,} tokens, hard input: {name}")
-        found = []
-        for number in range(SEEDS):
-            posed = [_own(c, number, size) for c in chosen] if name == own else [_made(name, first, sizes, number)]
-            found.append(_mean_pair([_measure(operator, problem, config) for problem, config in posed]))
+        if name == own:
+            layers = [_measure(operator, _own(c, size), seeds_of(c.config)) for c in chosen]
+            found = [_mean_pair(pairs) for pairs in zip(*layers, strict=True)]
+        else:
+            found = [_measure(operator, _made(name, first, sizes, config), [config])[0] for config in seeds_of(first.config)]
         rows.append(_row(name, sizes.length, [config.seed for config in seeds_of(first.config)], found))
     return rows
 
@@ -126,41 +127,37 @@ def first_row(captured: Captured, bounds: Bounds | None) -> Captured:
     return replace(c, q=q, k=c.k[:1, :heads, :n], v=c.v[:1, :heads, :n], o=o, lengths=None)
 
 
-def _generator(layer: Captured, config: Config) -> torch.Generator:
-    return torch.Generator(device=layer.q.device).manual_seed(config.seed)
+def _own(layer: Captured, count: int) -> Problem:
+    """The layer's own Q, K, V and some of its rows."""
+    generator = torch.Generator(device=layer.q.device).manual_seed(layer.config.seed)
+    return Problem(layer.q, layer.k, layer.v, some_rows(layer.config, layer.k.shape[2], count, generator))
 
 
-def _own(layer: Captured, number: int, count: int) -> tuple[Problem, Config]:
-    """The layer's own Q, K, V, the same under every seed, with other rows looked at."""
-    config = seeds_of(layer.config)[number]
-    rows = some_rows(config, layer.k.shape[2], count, _generator(layer, config))
-    return Problem(layer.q, layer.k, layer.v, rows), config
-
-
-def _made(name: str, layer: Captured, sizes: Sizes, number: int) -> tuple[Problem, Config]:
-    """The distribution under one seed, in the layer's dtype."""
-    config = seeds_of(layer.config)[number]
-    problem = DISTRIBUTIONS[name](config, sizes, _generator(layer, config))
+def _made(name: str, layer: Captured, sizes: Sizes, config: Config) -> Problem:
+    """The distribution under the config's seed, in the layer's dtype."""
+    generator = torch.Generator(device=layer.q.device).manual_seed(config.seed)
+    problem = DISTRIBUTIONS[name](config, sizes, generator)
     q, k, v = (x.to(layer.q.dtype) for x in (problem.q, problem.k, problem.v))
-    return replace(problem, q=q, k=k, v=v), config
+    return replace(problem, q=q, k=k, v=v)
 
 
-def _measure(operator: Operator, problem: Problem, config: Config) -> tuple[dict, dict]:
-    """Numbers of ours and of the window on the problem's rows."""
-    p = problem
-    exact, exact_lse = exact_rows(p.q, p.k, p.v, p.rows, config)
-    found = []
-    for attention in (operator, window_operator(operator)):
-        o, lse = attention(p.q, p.k, p.v, config)
-        o, lse = o[0, :, p.rows].double(), lse[0, :, p.rows].double()
-        error, difference = tensor_error(o, exact), lse - exact_lse
-        numbers = {"relative_l2": error.relative_l2, "cosine": error.cosine, "norm_ratio": error.norm_ratio}
-        numbers |= {"lse_bias": float(difference.mean()), "lse_spread": float(difference.std())}
-        if p.planted is not None:
-            same = torch.cosine_similarity(o, p.planted.double(), dim=-1)
-            numbers["recall"] = float((same >= RECALLED).double().mean())
-        found.append(numbers)
-    return found[0], found[1]
+def _measure(operator: Operator, problem: Problem, configs: Sequence[Config]) -> list[tuple[dict, dict]]:
+    """Numbers of ours under each config, which differ in their seeds alone, and of the window, which draws nothing."""
+    exact = exact_rows(problem.q, problem.k, problem.v, problem.rows, configs[0])
+    window = _numbers(window_operator(operator), problem, configs[0], exact)
+    return [(_numbers(operator, problem, config, exact), window) for config in configs]
+
+
+def _numbers(operator: Operator, p: Problem, config: Config, exact: tuple[Tensor, Tensor]) -> dict:
+    o, lse = operator(p.q, p.k, p.v, config)
+    o, lse = o[0, :, p.rows].double(), lse[0, :, p.rows].double()
+    error, difference = tensor_error(o, exact[0]), lse - exact[1]
+    numbers = {"relative_l2": error.relative_l2, "cosine": error.cosine, "norm_ratio": error.norm_ratio}
+    numbers |= {"lse_bias": float(difference.mean()), "lse_spread": float(difference.std())}
+    if p.planted is not None:
+        same = torch.cosine_similarity(o, p.planted.double(), dim=-1)
+        numbers["recall"] = float((same >= RECALLED).double().mean())
+    return numbers
 
 
 def exact_rows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, config: Config) -> tuple[Tensor, Tensor]:
@@ -177,13 +174,16 @@ def exact_rows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, config: Config) ->
             logits = q[0, head, part].double() @ key.T * scale
             if config.causal:
                 logits = logits.masked_fill(position > part[:, None], -torch.inf)
-            sums.append(torch.logsumexp(logits, -1))
-            outputs.append(torch.softmax(logits, -1) @ value)
+            largest = logits.amax(-1, keepdim=True)
+            weights = logits.sub_(largest).exp_()
+            total = weights.sum(-1, keepdim=True)
+            sums.append((total.log() + largest)[:, 0])
+            outputs.append(weights @ value / total)
     shape = (q.shape[1], len(rows))
     return torch.cat(outputs).unflatten(0, shape), torch.cat(sums).unflatten(0, shape)
 
 
-def _mean_pair(pairs: list[tuple[dict, dict]]) -> tuple[dict, dict]:
+def _mean_pair(pairs: Sequence[tuple[dict, dict]]) -> tuple[dict, dict]:
     ours, window = ({name: mean(pair[i][name] for pair in pairs) for name in pairs[0][i]} for i in (0, 1))
     return ours, window
 
