@@ -23,13 +23,13 @@ _NOT_READ = (".md", ".png", ".jpg", ".pdf")
 
 
 def model(source: "Source") -> dict[str, str]:
-    """The model's files by name: of a directory those that may be loaded, of FILE.py:FUNCTION the file alone, as its imports are not
-    known."""
+    """The model's files by name: of a directory those that may be loaded, of FILE.py:FUNCTION the file, and what the function returned,
+    as nothing else tells of the files that it reads and imports."""
     path = Path(source.model)
     if path.is_dir():
         return digests(path, _model_files(path))
     file, _, function = source.model.rpartition(":")
-    return {**digests(Path(file).parent, [Path(file).name]), "function": function}
+    return {**digests(Path(file).parent, [Path(file).name]), "function": function, **source.content()}
 
 
 def onnx(plan: ExportPlan, weights: dict[str, str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ same thing (function_graph.py). Nothing is known of the module but what the grap
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,7 @@ class FunctionSource(Source):
     bounds: Bounds
     calls: tuple[Call, ...] = field(repr=False)
     symbols: dict[str, str] = field(repr=False)  # dimension by torch's symbol
+    code: str = field(repr=False)  # of the graph
 
     @property
     def half(self) -> str:
@@ -45,6 +47,10 @@ class FunctionSource(Source):
     def examples(self, sizes: Mapping[str, int] | None = None) -> dict[str, Tensor]:
         """The example inputs by name as the function returned them, cut or repeated to `sizes` of the named dimensions."""
         return {entry.name: fit(self.definition.examples[entry.name], entry.shape, sizes or {}) for entry in self.inputs}
+
+    def content(self) -> dict[str, str]:
+        tensors = {"weights": self.definition.module.state_dict(), "examples": self.definition.examples}
+        return {"graph": hashlib.sha256(self.code.encode()).hexdigest(), **{part: _digest(found) for part, found in tensors.items()}}
 
     def ranged(self, dims: Mapping[str, Range], sequence: tuple[int | None, int | None, int | None]) -> "FunctionSource":
         """The same with a range for every dimension, from --dim and --batch (`dims`), the three of --*-seq, and the function's own."""
@@ -122,7 +128,17 @@ def open_function(model: str, task: str | None = None, say: Callable[[str], None
         bounds=bounds,
         calls=calls,
         symbols=symbols,
+        code=program.graph_module.code,
     )
+
+
+def _digest(tensors: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _main_dtype(definition: Definition) -> torch.dtype:

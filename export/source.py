@@ -121,6 +121,10 @@ class Source:
         """Numbers of the cache layers that keep fewer than `length` keys, in calling order."""
         return ()
 
+    def content(self) -> dict[str, str]:
+        """sha256 by name of what the model is made of beside the files that `model` names."""
+        return {}
+
     def load(self, plan: "ExportPlan", device: torch.device | str = "cpu") -> "ReplacedModel":
         """The model with its weights, in the plan's dtype, in eval mode, with its attention replaced as `plan` says.
 

@@ -169,6 +169,26 @@ def test_onnx_runtime_computes_the_plan_with_the_library_and_exact_attention_wit
                 close(answer, list(model.run(given).values()), 1e-4)
 
 
+def test_content_tells_of_weights_and_code_that_the_file_reads_from_elsewhere(tmp_path: Path) -> None:
+    file, weight, scale = tmp_path / "own.py", tmp_path / "weight.pt", tmp_path / "scale.txt"
+    file.write_text(
+        "import torch\nfrom torch import nn\nfrom pathlib import Path\nHERE = Path(__file__).parent\n"
+        "class Own(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.w = nn.Parameter(torch.load(HERE / 'weight.pt'))\n"
+        "        self.scale = float((HERE / 'scale.txt').read_text())\n"
+        "    def forward(self, q):\n        return nn.functional.scaled_dot_product_attention(q, q * self.w, q, scale=self.scale)\n"
+        "def build():\n    return Own(), (torch.randn(2, 3, 5, 4),)\n"
+    )
+    seen = []
+    for value, text in ((1.0, "0.5"), (1.0, "0.5"), (2.0, "0.5"), (2.0, "0.25")):
+        torch.save(torch.full((4,), value), weight)
+        scale.write_text(text)
+        seen.append(open_source(f"{file}:build").content())
+    assert seen[0] == seen[1] and set(seen[0]) == {"graph", "weights", "examples"}
+    assert {part for part in seen[0] if seen[1][part] != seen[2][part]} == {"weights"}
+    assert {part for part in seen[0] if seen[2][part] != seen[3][part]} == {"graph"}
+
+
 def test_half_types_leave_integers_and_the_users_module_alone() -> None:
     source = opened("encoder")
     plan = make_plan(source, layers="all", attributes={**tiny.SMALL}, dtype="bf16")

@@ -190,11 +190,14 @@ def test_a_function_counts_by_its_file_and_name(tmp_path: Path) -> None:
         def __init__(self, model: str) -> None:
             self.model = model
 
+        def content(self) -> dict[str, str]:
+            return {"weights": "w"}
+
     file = tmp_path / "net.py"
     file.write_text("def make(): ...")
     one: Any = Source(f"{file}:make")
     first = fingerprint.model(one)
-    assert set(first) == {"net.py", "function"}
+    assert set(first) == {"net.py", "function", "weights"}
     other: Any = Source(f"{file}:other")
     assert fingerprint.model(other) != first
     file.write_text("def make(): pass")
