@@ -8,13 +8,22 @@ import numpy as np
 import oracle
 import pytest
 import torch
+import validation_bench as vb
 from oracle_rules import Rows
 
 from hyperattention import reference
 from hyperattention.config import Config
-from hyperattention.validate.compare import tensor_error
+from hyperattention.export.load import inspect_source, load_model
+from hyperattention.export.patch import install
+from hyperattention.export.plan import make_plan
+from hyperattention.validate.baseline import Rival, approximating
+from hyperattention.validate.compare import tensor_error, token_metrics
 from hyperattention.validate.cost import Keys, count_keys, keys_per_query, window_baseline, window_keys
+from hyperattention.validate.feeds import feed
+from hyperattention.validate.inputs import windows
+from hyperattention.validate.layers import layer_rows
 from hyperattention.validate.operators import Operator
+from hyperattention.validate.regimes import prefill_exact_decode
 from hyperattention.validate.window import window_attention, window_config, window_operator
 
 SMALL = Config(exact_below=32, block_size=16, num_blocks=2, pool_size=4, sample_size=24, local_size=32, sinks=16)
@@ -182,3 +191,38 @@ def test_a_layer_that_is_exact_stays_exact() -> None:
     o, lse = window_operator(operator())(q, k, v, replace(SMALL, exact_below=203))
     exact = reference.exact_attention(q, k, v, True)
     assert torch.equal(o, exact.o) and torch.equal(lse, exact.lse)
+
+
+def test_the_whole_model_beside_ours_is_one_planned_with_the_window() -> None:
+    """Both regimes of the baseline, against a model whose plan has the window's own attributes."""
+    length = vb.LENGTH
+    window = windows(vb.corpus(), length, 1)[0]
+    with vb.bench(vb.ReferenceKernels()) as (bench, _):
+        with bench.patched.capture() as captured:
+            exact = bench.exact.infer(feed(window.inputs))["logits"][0]
+        calls = approximating(captured)
+        rival = Rival(bench, length)
+        rival.add(window, exact)
+        row = rival.row(layer_rows(bench.operator, None, captured, length, bench.step), calls)
+        assert [keys for _, keys in calls] == [length] * 3
+        assert row["keys_per_query"] <= row["keys_per_query_ours"] < row["keys_per_query"] + vb.ATTRIBUTES["block_size"]
+        attributes = {**vb.ATTRIBUTES, **row["attributes"], "num_blocks": 0, "sample_size": 0}
+        source = inspect_source(vb.MODEL)
+        plan = make_plan(source, layers="odd", attributes=attributes, seq=(1, 512, 2048), input_ids="bytes")
+        planned = install(load_model(source, torch.float32), plan)
+        other = replace(bench, patched=planned, plan=plan)
+        with planned.mode("plan", attention=bench.operator), torch.inference_mode():
+            everywhere = token_metrics(exact, planned.forward(window.inputs).logits[0], window.targets)
+        tail = token_metrics(exact[-vb.TAIL :], prefill_exact_decode(other, window), window.targets[-vb.TAIL :])
+    assert row["all_positions"]["kl"]["mean"] == pytest.approx(float(everywhere.kl.mean()), rel=1e-5)
+    for name, values in (("delta_nats", tail.delta), ("kl", tail.kl), ("top1", tail.top1)):
+        assert row[name]["mean"] == pytest.approx(float(values.mean()), rel=1e-5)
+    assert row["kl"]["mean"] > 0 and row["windows"] == 1
+
+
+def test_a_model_without_a_vocabulary_has_the_layers_alone() -> None:
+    layers = [{"window_relative_l2": 0.5, "relative_l2": 0.25}, {"window_relative_l2": 0.1, "relative_l2": 0.2}]
+    row = Rival(None, 203).row(layers, [(SMALL, 203), (replace(SMALL, causal=0), 131)])
+    assert row["delta_nats"] is row["kl"] is row["top1"] is row["all_positions"] is None and row["windows"] == 0
+    assert row["layers_relative_l2"] == {"mean": 0.3, "min": 0.1, "max": 0.5}
+    assert row["keys_per_query_ours"] == (keys_per_query(SMALL, 203) + keys_per_query(replace(SMALL, causal=0), 131)) / 2

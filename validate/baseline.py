@@ -30,7 +30,7 @@ class Rival:
 
     def add(self, window: Window, exact: Tensor) -> None:
         """Both regimes on one window, against the exact model's logits [S, vocabulary]."""
-        operator, tail = window_operator(self.bench.operator), self.bench.tail
+        operator, tail = window_operator(self.bench.operator, self.length), self.bench.tail
         ids = window.inputs.to(self.bench.device)
         self.bench.step(f"{self.length:,} tokens: {operator.name}")
         with torch.inference_mode(), self.bench.patched.mode("plan", attention=operator):

@@ -24,14 +24,17 @@ def window_config(config: Config, length: int) -> Config:
     return replace(window_baseline(replace(config, seed=0), length), seed=config.seed)
 
 
-def window_operator(operator: Operator) -> Operator:
-    """`operator` with every config replaced by its `window_config`; non-causal windows are computed here."""
+def window_operator(operator: Operator, length: int | None = None) -> Operator:
+    """`operator` with every config replaced by its `window_config`; non-causal windows are computed here.
+
+    The window is that of `length` keys, so that a prefill of fewer keeps it; None: of the call's own keys.
+    """
 
     def run(q: Tensor, k: Tensor, v: Tensor, config: Config, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         seq_q, seq_k = q.shape[2], k.shape[2]
         if config.is_exact(seq_q, seq_k):
             return operator(q, k, v, config, lengths)
-        window = window_config(config, seq_k)
+        window = window_config(config, length or seq_k)
         return operator(q, k, v, window, lengths) if config.causal else window_attention(q, k, v, window, lengths)
 
     return Operator(f"{NAME}, {operator.name}", run)
