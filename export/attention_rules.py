@@ -11,7 +11,6 @@ from torch import nn
 
 from hyperattention.export.masks import is_lengths, mask_direction
 
-MOST_HEAD_DIM = 256  # plugins/config.cpp
 # Arguments that steer the model around the attention, not the attention itself.
 _HARMLESS = frozenset(
     "position_ids use_cache cache_position past_key_values position_embeddings output_hidden_states output_router_logits "

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from hyperattention.config import MOST_HEAD_DIM
 from hyperattention.errors import UnsupportedModel
-from hyperattention.export.attention_rules import MOST_HEAD_DIM, direction, find_problem
+from hyperattention.export.attention_rules import direction, find_problem
 from hyperattention.export.masks import attention_mask_function
 from hyperattention.export.model_files import one_line, quiet
 from hyperattention.export.source import AttentionLayer

@@ -18,6 +18,7 @@ VERSION = 1
 INT32_MAX = 2**31 - 1
 # Sq at or below this attends exactly whatever the other attributes say (operator rule 5).
 DECODE_ROWS = 64
+MOST_HEAD_DIM = 256  # plugins/config.cpp
 SELECTORS = ("blocks", "sortlsh")
 
 # Smallest and largest `scale` but 0; both are ordinary fp32 numbers.

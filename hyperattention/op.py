@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from hyperattention import reference
-from hyperattention.config import Config
+from hyperattention.config import MOST_HEAD_DIM, Config
 from hyperattention.selection import Geometry
 
 _NAME = "hyperattention::attention"
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_HEAD_STEP, _HEAD_MOST = 8, 256
+_HEAD_STEP = 8
 
 
 def _has_kernel(q: Tensor, v: Tensor) -> bool:
     """Whether CUDA kernels take this dtype and these head sizes (plugins/cuda/launch_config.h has the same limits)."""
     sizes = (q.shape[-1], v.shape[-1])
-    return q.is_cuda and q.dtype in _KERNEL_DTYPES and all(0 < d <= _HEAD_MOST and d % _HEAD_STEP == 0 for d in sizes)
+    return q.is_cuda and q.dtype in _KERNEL_DTYPES and all(0 < d <= MOST_HEAD_DIM and d % _HEAD_STEP == 0 for d in sizes)
 
 
 @torch.library.custom_op(_NAME, mutates_args=())

@@ -5,12 +5,17 @@ A row's arguments are words, or functions of `Place` that prepare a path first. 
 
 from __future__ import annotations
 
+import numpy as np
 from mistakes import (
+    TOWER,
+    Argument,
     Bad,
     all_parts,
+    arrays,
     at,
     broken,
     check,
+    code,
     cuda_without_a_runtime,
     cut,
     edit,
@@ -27,12 +32,14 @@ from mistakes import (
     of_bytes,
     old_onnxruntime,
     other_engine,
+    other_export,
     other_gpu,
     other_interface,
     pickled,
     remote_code,
     spoilt,
     tool,
+    tower,
     whole,
     write,
 )
@@ -41,6 +48,18 @@ from hyperattention.export.bundle import MANIFEST, REPORT
 from hyperattention.library import ABI_VERSION
 
 _HEADS_OF_12 = made("llama", head_dim=12)
+_TOWER = code("def build" + TOWER.partition("def build")[2])
+
+
+def _feed(name: str, code: int, words: str, *options: Argument) -> Bad:
+    """A row of hyperattention validate on the function's output."""
+    return tool(name, code, words, "validate", tower, "--model", _TOWER, *options)
+
+
+def _inputs(name: str, words: str, x: np.ndarray) -> Bad:
+    """Such a row with --inputs."""
+    return _feed(name, 2, words, "--inputs", arrays(x=x), "--lengths", str(x.shape[1] or 24))
+
 
 _MODELS = [
     export("no-such-directory", 2, "there is no", model=at("nowhere")),
@@ -78,6 +97,7 @@ _OUT = [
     export("out-is-the-model", 2, "which export-model did not write", to=whole),
     export("out-holds-other-files", 2, "holds notes.txt, which export-model did not write", to=foreign("notes.txt")),
     export("out-holds-another-manifest", 2, "holds manifest.json, which export-model did not", to=foreign(MANIFEST)),
+    export("out-is-being-written", 2, "another export-model (process 4711) is writing", patch=other_export),
     export("out-below-a-file", 2, "cannot be written", to=lambda place: file("file")(place) / "out"),
     export("out-in-a-system-folder", 2, "cannot be written", to="/proc/out"),
     export("out-name-too-long", 2, "is too long for the file system", to=at("x" * 300)),
@@ -197,4 +217,71 @@ _VALIDATE = [
     check("onnxruntime-too-old", 3, "does not take libhyperattention_ort.so", "--lengths", "64", patch=old_onnxruntime),
 ]
 
-BAD = [*_MODELS, *_OUT, *_OPTIONS, *_CHECKS, *_FOLDERS, *_VALIDATE]
+_FUNCTIONS = [
+    export("function-file-missing", 2, "there is no file", model=at("nowhere.py:build")),
+    export("function-not-named", 2, "which names no function", model=file("tower.py")),
+    export("function-not-there", 2, "has no 'build'; it defines built", model=code("def built(): ...")),
+    export("function-not-a-function", 2, "is an int; it must be a function", model=code("build = 3")),
+    export("function-with-arguments", 2, "cannot be called without arguments", model=code("def build(size): ...")),
+    export("function-of-broken-code", 2, "SyntaxError at tower.py, line", model=code("def build(:")),
+    export("function-raises", 2, "tower.py, line 17, in build: ZeroDivisionError", model=code("def build():\n    return 1 // 0")),
+    export("function-ends-the-process", 2, "failed at tower.py", model=code("def build():\n    raise SystemExit(0)")),
+    export("function-returns-nothing", 2, "returned None; it returns (module, example inputs)", model=code("def build(): ...")),
+    export("function-returns-a-module-alone", 2, "returned a module alone", model=code("def build(): return Tower()")),
+    export("function-returns-no-module", 2, "is a str; it takes a torch.nn.Module", model=code("def build(): return 'Tower', (1,)")),
+    export("function-examples-no-tuple", 2, "are a tensor", model=code("def build(): return Tower(), torch.randn(1, 24, 16)")),
+    export("function-examples-no-tensors", 2, "is an int; every example is a tensor", model=code("def build(): return Tower(), (3,)")),
+    export(
+        "function-examples-do-not-fit", 2, "fails on its example inputs", model=code("def build(): return Tower(), (torch.ones(1, 4, 5),)")
+    ),
+    export(
+        "function-without-attention",
+        2,
+        "scaled_dot_product_attention",
+        model=code("def build(): return nn.Linear(4, 4), (torch.ones(2, 4),)"),
+    ),
+    export("function-with-a-task", 2, "leave --task out", "--task", "features", model=_TOWER),
+    export("dim-unknown", 2, "has no dimension 'width'", "--dim", "width=1,2,3", model=_TOWER),
+    export("dim-without-numbers", 2, "--dim", "--dim", "sequence=wide", model=_TOWER),
+    export("dim-over-its-range", 2, "is asked from 3 to 65", "--dim", "sequence=3,24,65", model=_TOWER),
+    export("dim-of-a-directory", 2, "--dim", "--dim", "sequence=1,2,3"),
+    export("image-size-of-a-language-model", 2, "--image-size", "--image-size", "224"),
+    export("image-size-words", 2, "--image-size", "--image-size", "big"),
+]
+
+_FEEDS = [
+    _inputs("inputs-over-the-profile", "length 65 was not exported", np.zeros((1, 65, 16), np.float32)),
+    _inputs("inputs-empty", "has shape [1, 0, 16]", np.zeros((1, 0, 16), np.float32)),
+    _inputs("inputs-of-another-shape", "has shape [1, 24, 17]", np.zeros((1, 24, 17), np.float32)),
+    _inputs("inputs-not-a-number", "NaN", np.full((1, 24, 16), np.nan, np.float32)),
+    _inputs("inputs-of-words", "array x is", np.full((1, 24, 16), "word")),
+    _feed("inputs-of-another-name", 2, "holds y; the exported model takes x", "--inputs", arrays(y=np.zeros((1, 24, 16), np.float32))),
+    _feed("inputs-missing", 2, "does not exist", "--inputs", at("inputs.npz")),
+    _feed("inputs-no-npz", 2, "cannot be read as an .npz file", "--inputs", file("inputs.npz")),
+    _feed("inputs-beside-text", 2, "", "--inputs", arrays(x=np.zeros((1, 24, 16), np.float32)), "--text", file("text")),
+    _feed("text-for-no-text-model", 2, "--text is for models that read text", "--text", file("text")),
+    check("inputs-for-a-language-model", 2, "a language model (logits) is judged on --text FILE", "--inputs", at("inputs.npz")),
+]
+
+_BENCH = [
+    tool("bench-of-nothing", 2, "neither was given", "bench"),
+    tool("bench-of-both", 2, "both were given", "bench", finished, "--attention"),
+    tool("bench-nowhere", 2, "there is no folder", "bench", at("nowhere")),
+    tool("bench-options-of-the-other", 2, "belong to bench with", "bench", finished, "--heads", "4"),
+    tool("bench-heads-do-not-divide", 2, "is not a multiple of --kv-heads", "bench", "--attention", "--heads", "4", "--kv-heads", "3"),
+    tool("bench-head-size-out-of-range", 2, "--head-dim", "bench", "--attention", "--head-dim", "514"),
+    tool("bench-length-zero", 2, "--lengths names 0", "bench", "--attention", "--lengths", "0"),
+    tool("bench-repeats-zero", 2, "--repeats is 0", "bench", "--attention", "--repeats", "0"),
+    tool("bench-preset-unknown", 2, "--preset is 'fast'", "bench", "--attention", "--preset", "fast"),
+    tool("bench-rival-unknown", 2, "--rivals is 'flash'", "bench", "--attention", "--rivals", "flash"),
+    tool("bench-rival-to-divide-by-unknown", 2, "--against is", "bench", "--attention", "--against", "flash", "--lengths", "64"),
+    tool("bench-dtype-unknown", 2, "--dtype", "bench", "--attention", "--dtype", "int8"),
+    tool("bench-over-the-profile", 2, "513", "bench", finished, "--lengths", "513"),
+    tool("compare-with-nowhere", 2, "there is no folder", "compare", finished, at("nowhere")),
+    tool("compare-with-no-output", 2, "holds no manifest.json", "compare", at(""), finished),
+    tool("compare-one", 2, "Missing argument 'OUT2'", "compare", finished),
+    tool("compare-page-nowhere", 2, "cannot be written", "compare", finished, finished, "--html", at("nowhere/page.html")),
+    tool("report-gate-without-recheck", 2, "add --recheck", "report", finished, "--gate", "kl=1"),
+]
+
+BAD = [*_MODELS, *_OUT, *_OPTIONS, *_CHECKS, *_FOLDERS, *_VALIDATE, *_FUNCTIONS, *_FEEDS, *_BENCH]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import commands
+import numpy as np
 import onnxruntime
 import pytest
 import tiny
@@ -18,17 +20,42 @@ from safetensors.torch import load_file, save_file
 from hyperattention.export.bundle import MANIFEST
 from hyperattention.library import ABI_VERSION, ORT_LIBRARY, ort_library_path
 
-Argument = str | Callable[["Place"], Path]
+# One layer of full attention over rows of 3 to 64 vectors.
+TOWER = """
+import torch
+from torch import nn
+
+
+class Tower(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(16, 48)
+
+    def forward(self, x):
+        q, k, v = (y.unflatten(-1, (2, 8)).transpose(1, 2) for y in self.mix(x).chunk(3, -1))
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def build():
+    return Tower(), (torch.randn(1, 24, 16),), ({1: torch.export.Dim("sequence", min=3, max=64)},)
+"""
+
+Argument = str | Callable[["Place"], Path | str]
 Patch = Callable[[pytest.MonkeyPatch, "Place"], None]
 
 
 @dataclass(frozen=True)
 class Place:
-    """`scratch` is the case's own folder; `whole` a good model and `finished` its export, which no case may touch."""
+    """`scratch` is the case's own folder; no case may touch the others, and `held` keeps open what one needs open.
+
+    `whole` is a good model and `finished` its export; `tower` is the export of TOWER.
+    """
 
     scratch: Path
     whole: Path
     finished: Path
+    tower: Path
+    held: list[Any] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -89,6 +116,31 @@ def spoilt(change: Callable[[Path], object]) -> Callable[[Place], Path]:
 def made(model_type: str, **overrides: Any) -> Callable[[Place], Path]:
     """A tiny random model of another architecture."""
     return lambda place: tiny.save(place.scratch / "model", model_type, **overrides)
+
+
+def tower(place: Place) -> Path:
+    """An output of a function, with nothing wrong."""
+    return place.tower
+
+
+def code(body: str) -> Callable[[Place], str]:
+    """FILE.py:build of a file that begins as TOWER does."""
+
+    def prepare(place: Place) -> str:
+        (place.scratch / "tower.py").write_text(TOWER.partition("def build")[0] + body)
+        return f"{place.scratch / 'tower.py'}:build"
+
+    return prepare
+
+
+def arrays(**values: np.ndarray) -> Callable[[Place], Path]:
+    """An .npz file."""
+
+    def prepare(place: Place) -> Path:
+        np.savez(place.scratch / "inputs.npz", allow_pickle=True, **values)
+        return place.scratch / "inputs.npz"
+
+    return prepare
 
 
 def file(name: str, content: bytes = b"mine") -> Callable[[Place], Path]:
@@ -206,6 +258,15 @@ def old_onnxruntime(patch: pytest.MonkeyPatch, place: Place) -> None:
         raise RuntimeError("[ONNXRuntimeError] : 1 : FAIL : the requested API version is not available")
 
     patch.setattr(onnxruntime.SessionOptions, "register_custom_ops_library", register)
+
+
+def other_export(patch: pytest.MonkeyPatch, place: Place) -> None:
+    """Another process that writes OUT."""
+    held = (place.scratch / ".out.lock").open("w")
+    held.write("4711\n")
+    held.flush()
+    fcntl.flock(held, fcntl.LOCK_EX)
+    place.held.append(held)
 
 
 def all_parts(patch: pytest.MonkeyPatch, place: Place) -> None:

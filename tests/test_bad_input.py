@@ -9,7 +9,7 @@ import pytest
 import tiny
 from bad_inputs import BAD
 from commands import MAIN, SMALL, contents, run
-from mistakes import Bad, Place
+from mistakes import TOWER, Bad, Place
 
 ROOT = Path(__file__).resolve().parents[1]
 # A message ends with what to do: after a semicolon, or as a whole clause of its own.
@@ -30,6 +30,16 @@ def finished(whole: Path) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def tower(whole: Path) -> Path:
+    (whole.parent / "tower.py").write_text(TOWER)
+    out = whole.parent / "tower"
+    with pytest.raises(SystemExit) as status:
+        MAIN["export-model"]([f"{whole.parent / 'tower.py'}:build", str(out), "--no-validate", "--quiet", "--layers", "0", *SMALL])
+    assert status.value.code == 0
+    return out
+
+
 def test_each_case_has_a_name_of_its_own() -> None:
     names = [case.name for case in BAD]
     assert len(set(names)) == len(names) >= 60
@@ -37,9 +47,9 @@ def test_each_case_has_a_name_of_its_own() -> None:
 
 @pytest.mark.parametrize("case", BAD, ids=str)
 def test_bad_input(
-    case: Bad, whole: Path, finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    case: Bad, whole: Path, finished: Path, tower: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = Place(tmp_path, whole, finished)
+    place = Place(tmp_path, whole, finished, tower)
     arguments = [argument if isinstance(argument, str) else argument(place) for argument in case.arguments]
     if case.patch is not None:
         case.patch(monkeypatch, place)

@@ -57,7 +57,7 @@ def load_examples(plan: ExportPlan, examples: Mapping[str, Tensor], name: str) -
         if not bool(torch.isfinite(value).all()):
             raise UsageError(f"the example input {entry.name} holds NaN or infinity; return examples that are numbers")
         tensors[entry.name] = value.to(input_dtype(plan, entry))
-    return ArrayMaterial(tensors, name, "examples", _longest(plan, tensors), batch_rows(plan), EXAMPLE_NOTE)
+    return ArrayMaterial(tensors, name, "examples", _longest(plan, tensors), _rows(plan, tensors), EXAMPLE_NOTE)
 
 
 def _read(path: Path, plan: ExportPlan) -> dict[str, np.ndarray]:
@@ -99,7 +99,7 @@ def _check_sizes(path: Path, plan: ExportPlan, tensors: dict[str, Tensor]) -> in
                 f"--inputs {path.name}: {entry.name} has shape {list(shape)}; the exported model takes {describe(plan, entry)}, with any "
                 f"number of rows in the file"
             )
-    rows, _ = sizes.get("rows", (batch_rows(plan), ""))
+    rows = _rows(plan, tensors)
     if rows % batch_rows(plan) and rows > batch_rows(plan):
         raise UsageError(f"--inputs {path.name} has {rows} rows; the exported model reads {batch_rows(plan)} at a time: give a multiple")
     return rows
@@ -114,10 +114,16 @@ def _carried(path: Path, plan: ExportPlan, entry: Input, value: Tensor) -> Tenso
     carried = value.to(wanted)
     bad = int((~torch.isfinite(carried)).sum())
     if bad:
-        raise UsageError(f"--inputs {path.name}: {entry.name} holds {bad} numbers that are NaN, infinite or too large for {plan.dtype}")
+        raise UsageError(f"--inputs {path.name}: {entry.name} holds {bad} numbers that are NaN, infinite or too large for {plan.dtype}; mend them")
     if not wanted.is_floating_point and not torch.equal(carried.to(value.dtype), value):
         raise UsageError(f"--inputs {path.name}: {entry.name} holds numbers that {str(wanted).removeprefix('torch.')} cannot")
     return carried
+
+
+def _rows(plan: ExportPlan, tensors: Mapping[str, Tensor]) -> int:
+    """Rows of the inputs that have any; 1 where none has."""
+    found = [len(tensors[entry.name]) for entry in plan.inputs if entry.shape and is_batch(plan, 0, entry.shape[0])]
+    return min(found, default=1)
 
 
 def _longest(plan: ExportPlan, tensors: Mapping[str, Tensor]) -> int | None:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperattention.config import PRESETS, Config
+from hyperattention.config import MOST_HEAD_DIM, PRESETS, Config
 from hyperattention.errors import EnvironmentFault, UsageError
+from hyperattention.export.plan import MAX_BATCH
 from hyperattention.export.source import torch_dtype
 from hyperattention.library import load_cpu, load_cuda
 from hyperattention.validate.bench_node import RIVAL_NODES, Heads, RivalNode, op_model
@@ -20,6 +21,7 @@ from hyperattention.validate.bench_timing import Call, Contender, CudaClock, Lef
 
 BACKENDS = ("library", "ort", "tensorrt")
 OURS_EXACT = "ours-exact"
+_MOST_HEADS = 4096
 # Relative L2 distance of two right exact outputs is far below these, of a wrong mask or head far above.
 TOLERANCE = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 4e-2}
 
@@ -38,9 +40,9 @@ class Problem:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch", "heads", "kv_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it takes at least 1")
+        for name, most in (("batch", MAX_BATCH), ("heads", _MOST_HEADS), ("kv_heads", _MOST_HEADS), ("head_dim", MOST_HEAD_DIM)):
+            if not 1 <= getattr(self, name) <= most:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it takes 1 to {most}")
         if self.heads % self.kv_heads:
             raise UsageError(f"--heads {self.heads} is not a multiple of --kv-heads {self.kv_heads}; give a number that divides it")
 

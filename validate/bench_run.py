@@ -101,11 +101,12 @@ def bench_attention_run(options: AttentionOptions, step: Step, stopped: Stopped)
     device = device if device != "auto" else "cuda" if cuda else "cpu"
     bench_attention.check_backend(options.backend, device)
     heads, head_dim, dtype = CUDA_SIZES if device == "cuda" else CPU_SIZES
+    heads = heads if options.heads is None else options.heads
     problem = Problem(
         batch=options.batch,
-        heads=options.heads or heads,
-        kv_heads=options.kv_heads or options.heads or heads,
-        head_dim=options.head_dim or head_dim,
+        heads=heads,
+        kv_heads=heads if options.kv_heads is None else options.kv_heads,
+        head_dim=head_dim if options.head_dim is None else options.head_dim,
         dtype=choice("--dtype", options.dtype or dtype, DTYPES),
         causal=options.causal,
         device=device,
