@@ -143,8 +143,6 @@ def _stages(
     stages = Stages(folder, options.out if options.resume else None, lambda text: reporter.say(escape(text)))
     reporter.step("reading the model's files")
     weights = fingerprint.model(source)
-    if options.resume and source.kind == "function":
-        reporter.warn(f"--resume sees changes of {', '.join(weights)} alone, not of what it imports")
     stages.run("ONNX", fingerprint.onnx(plan, weights), lambda: _export(source, plan, folder, reporter))
     libraries = _libraries(missing)
     copy = fingerprint.side_files(weights, libraries)
