@@ -93,6 +93,7 @@ def measure_length(bench: Bench, corpus: Corpus, length: int, count: int, hard: 
         "length": length,
         "exact": is_exact(bench.plan, length),
         "tail": bench.tail,
+        "windows": len(chosen),
         "starts": [w.start for w in chosen],
         "all_positions": summarise(everywhere, ALL_BLOCK),
         "all_positions_backend": scorer.backend,

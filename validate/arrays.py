@@ -114,7 +114,9 @@ def _carried(path: Path, plan: ExportPlan, entry: Input, value: Tensor) -> Tenso
     carried = value.to(wanted)
     bad = int((~torch.isfinite(carried)).sum())
     if bad:
-        raise UsageError(f"--inputs {path.name}: {entry.name} holds {bad} numbers that are NaN, infinite or too large for {plan.dtype}; mend them")
+        raise UsageError(
+            f"--inputs {path.name}: {entry.name} holds {bad} numbers that are NaN, infinite or too large for {plan.dtype}; mend them"
+        )
     if not wanted.is_floating_point and not torch.equal(carried.to(value.dtype), value):
         raise UsageError(f"--inputs {path.name}: {entry.name} holds numbers that {str(wanted).removeprefix('torch.')} cannot")
     return carried

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,18 +85,20 @@ def open_session(model: bytes, options: Any, device: torch.device, name: str) ->
 
 @dataclass(frozen=True)
 class Bound:
-    """A session's inputs and outputs bound to torch tensors, which it keeps alive; `outputs` are written by a run."""
+    """A session's inputs and outputs bound to torch tensors, which it keeps alive; `outputs` are written by a run.
+
+    None stands for an output whose sizes a run alone can tell: ONNX Runtime makes it, in the processor's memory.
+    """
 
     binding: Any
     inputs: dict[str, Tensor]
-    outputs: OrderedDict[str, Tensor]
+    outputs: OrderedDict[str, Tensor | None]
 
 
-def bind(session: Any, feed: dict[str, Tensor], device: torch.device) -> Bound:
+def bind(session: Any, feed: Mapping[str, Tensor], device: torch.device) -> Bound:
     """Binds `feed`, name to tensor, and fresh outputs on `device`; an input that is there already, dense and of its type, is not copied.
 
-    Sizes of outputs come from the names of the inputs' dimensions. Raises EnvironmentFault for an output that has others, and
-    for a type that is not carried.
+    Sizes of outputs come from the names of the inputs' dimensions. Raises EnvironmentFault for a type that is not carried.
     """
     made, sizes = Bound(session.io_binding(), {}, OrderedDict()), {}
     for node in session.get_inputs():
@@ -105,13 +110,15 @@ def bind(session: Any, feed: dict[str, Tensor], device: torch.device) -> Bound:
         dtype, code = _dtype(node)
         shape = tuple(sizes.get(size, size) for size in node.shape)
         if not all(isinstance(size, int) for size in shape):
-            raise EnvironmentFault(f"output {node.name} has shape {node.shape}, whose sizes are not those of the inputs; export again")
+            made.outputs[node.name] = None
+            made.binding.bind_output(node.name, "cpu")
+            continue
         value = made.outputs[node.name] = torch.empty(shape, dtype=dtype, device=device)
         made.binding.bind_output(node.name, device.type, device.index or 0, code, shape, value.data_ptr())
     return made
 
 
-def run_bound(session: Any, feed: dict[str, Tensor], device: torch.device) -> tuple[OrderedDict[str, Tensor], float]:
+def run_bound(session: Any, feed: Mapping[str, Tensor], device: torch.device) -> tuple[OrderedDict[str, Tensor], float]:
     """Runs `session` on `feed`; answers its outputs, tensors on `device`, and the seconds of the run alone. Raises as `bind` does."""
     bound = bind(session, feed, device)
     if device.type == "cuda":
@@ -119,7 +126,19 @@ def run_bound(session: Any, feed: dict[str, Tensor], device: torch.device) -> tu
     start = time.perf_counter()
     session.run_with_iobinding(bound.binding)
     bound.binding.synchronize_outputs()
-    return bound.outputs, time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    made = zip(session.get_outputs(), bound.outputs.items(), bound.binding.get_outputs(), strict=True)
+    answer = ((name, _copied(value, node).to(device) if bound_to is None else bound_to) for node, (name, bound_to), value in made)
+    return OrderedDict(answer), seconds
+
+
+def _copied(value: Any, node: Any) -> Tensor:
+    """A tensor of what ONNX Runtime made in the processor's memory; by pointer, as NumPy has no bfloat16."""
+    shape, (dtype, _) = tuple(value.shape()), _dtype(node)
+    if 0 in shape:
+        return torch.empty(shape, dtype=dtype)
+    memory = (ctypes.c_char * (math.prod(shape) * dtype.itemsize)).from_address(value.data_ptr())
+    return torch.frombuffer(memory, dtype=dtype).clone().view(shape)
 
 
 def _dtype(node: Any) -> tuple[torch.dtype, int]:

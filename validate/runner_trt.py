@@ -53,7 +53,7 @@ class TensorRTRunner(ModelRunner):
             self.context.set_tensor_address(name, value.data_ptr())
         for name in self.outputs:
             shape = tuple(self.context.get_tensor_shape(name))
-            if min(shape) < 0:
+            if any(size < 0 for size in shape):
                 raise EnvironmentFault(f"the engine does not know the shape of {name} from its inputs: {shape}")
             if name not in self.buffers or self.buffers[name].shape != shape:
                 self.buffers[name] = torch.empty(shape, dtype=self.dtypes[name], device="cuda")
