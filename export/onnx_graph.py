@@ -17,6 +17,7 @@ from hyperattention.config import DOMAIN, OP_TYPE
 from hyperattention.errors import ExportFailed
 from hyperattention.export.onnx_body import attention_function
 from hyperattention.export.onnx_schema import register_schema
+from hyperattention.export.onnx_widen import widen
 from hyperattention.export.plan import ExportPlan
 from hyperattention.export.source import ReplacedModel
 
@@ -37,6 +38,7 @@ def export_onnx(
     proto = replaced.trace()
     progress("writing and checking model.onnx")
     _clean(proto)
+    widen(proto)
     _share_transposed(proto)
     nodes = hyper_nodes(proto)
     if len(nodes) != len(plan.planned):

@@ -33,11 +33,11 @@ ROWS, SHORT, LONGEST, WINDOW = 301, 177, 512, 24
 # Under these 301 keys approximate.
 SMALL = dict(exact_below=64, block_size=16, num_blocks=2, sample_size=16, local_size=48, local_overlap=1, sinks=5)
 
-_DECODER = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2)
+_DECODER = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2)
 _DECODER |= dict(vocab_size=67, max_position_embeddings=LONGEST, pad_token_id=2, bos_token_id=0, eos_token_id=1, head_dim=8)
 _ENCODER = {name: value for name, value in _DECODER.items() if name not in ("num_key_value_heads", "head_dim")}
-_IMAGE = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2, image_size=68, patch_size=4)
-_AUDIO = dict(d_model=32, encoder_ffn_dim=48, decoder_ffn_dim=48, encoder_attention_heads=4, decoder_attention_heads=4, encoder_layers=2)
+_IMAGE = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_hidden_layers=2, image_size=68, patch_size=4)
+_AUDIO = dict(d_model=16, encoder_ffn_dim=24, decoder_ffn_dim=24, encoder_attention_heads=2, decoder_attention_heads=2, encoder_layers=2)
 _AUDIO |= dict(decoder_layers=1, vocab_size=67, num_mel_bins=10, max_source_positions=ROWS, pad_token_id=2, decoder_start_token_id=0)
 
 
@@ -176,7 +176,7 @@ def test_the_plan_says_what_each_layer_is(replaced: Replaced) -> None:
     assert [layer.mode for layer in plan.layers] == ["native" if problem else "approximate" for problem in case.problems]
     assert {layer.causal for layer in source.layers} == {case.causal}
     assert {bool(layer.config.causal) for layer in plan.planned if layer.config} <= {case.causal}
-    assert all(layer.heads_q == 4 and layer.head_dim == 8 for layer in source.layers)
+    assert all(layer.heads_q == 2 and layer.head_dim == 8 for layer in source.layers)
     assert plan.dims["batch"] == (1, 2, 3) and plan.batch == (1, 2, 3)
     if source.kind in ("language", "encoder"):
         assert plan.dims["sequence"] == plan.seq == (1, LONGEST // 4, LONGEST)

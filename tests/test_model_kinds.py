@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import tiny
 import torch
@@ -18,6 +19,7 @@ from hyperattention.errors import UnsupportedModel, UsageError
 from hyperattention.export.attention_rules import find_problem
 from hyperattention.export.load import default_task, inspect_source
 from hyperattention.export.masks import attention_mask_function, given_lengths
+from hyperattention.export.onnx_graph import MODEL, export_onnx, hyper_nodes
 from hyperattention.export.plan import make_plan
 from hyperattention.export.source import Input, Trust, open_source, parse_image_size, reopen
 
@@ -94,6 +96,15 @@ def test_an_image_model_is_of_one_size(tmp_path: Path) -> None:
     assert open_source(folder).inputs[0].shape == ("batch", 3, 36, 36)
     with pytest.raises(UsageError, match="the image is 20x45; ViTModel takes multiples of its patch, 4x4"):
         open_source(folder, image_size=(20, 45))
+
+
+def test_an_image_model_exports_in_bf16(tmp_path: Path) -> None:
+    source = open_source(str(save(tmp_path, "vit", **_IMAGE)))
+    plan = make_plan(source, layers="all", attributes={**tiny.SMALL}, dtype="bf16")
+    export_onnx(source.load(plan), plan, tmp_path, lambda text: None)
+    graph = onnx.load(tmp_path / MODEL).graph
+    assert {value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)} == {onnx.TensorProto.BFLOAT16}
+    assert len(hyper_nodes(onnx.load(tmp_path / MODEL))) == 1
 
 
 def test_an_image_size_for_text_is_refused(tmp_path: Path) -> None:
