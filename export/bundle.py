@@ -28,6 +28,7 @@ _PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu", "
 _SIDE_FILES = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template*", "LICENSE*",
+    "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
 
 

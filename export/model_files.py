@@ -109,7 +109,7 @@ def _check_unquantised(path: Path, config: Any) -> None:
 
 def _check_side_files(path: Path) -> None:
     """transformers and the validation read these late, after most of the work."""
-    for name in ("generation_config.json", "tokenizer_config.json"):
+    for name in ("generation_config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
         file = path / name
         if not file.is_file():
             continue
