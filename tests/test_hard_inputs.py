@@ -81,6 +81,7 @@ def test_needle_holds_nearly_all_attention_from_afar(config: Config) -> None:
     mass, place = dense(p, config).max(-1)
     assert float(mass.mean()) > 0.95 and float((mass > 0.8).double().mean()) > 0.98
     values = p.v[0].repeat_interleave(2, 0)
+    assert p.planted is not None
     for head in range(4):
         assert torch.equal(values[head, place[head]], p.planted[head])
         for row, at in zip(p.rows.tolist(), place[head].tolist(), strict=True):

@@ -14,7 +14,7 @@ from hyperattention.export.patch import Captured
 from hyperattention.validate.compare import TokenMetrics, estimate, summarise, token_metrics
 from hyperattention.validate.cost import keys_per_query, window_keys
 from hyperattention.validate.inputs import Window
-from hyperattention.validate.regimes import ALL_BLOCK, TAIL_BLOCK, prefill_exact_decode
+from hyperattention.validate.regimes import ALL_BLOCK, TAIL_BLOCK, language_model, prefill_exact_decode
 from hyperattention.validate.window import NAME, window_config, window_operator
 from hyperattention.validate.workbench import Bench
 
@@ -31,10 +31,10 @@ class Rival:
     def add(self, window: Window, exact: Tensor) -> None:
         """Both regimes on one window, against the exact model's logits [S, vocabulary]."""
         operator, tail = window_operator(self.bench.operator, self.length), self.bench.tail
-        ids = window.inputs.to(self.bench.device)
+        ids, model = window.inputs.to(self.bench.device), language_model(self.bench)
         self.bench.step(f"{self.length:,} tokens: {operator.name}")
-        with torch.inference_mode(), self.bench.patched.mode("plan", attention=operator):
-            logits = self.bench.patched.forward(ids).logits[0]
+        with torch.inference_mode(), model.mode("plan", attention=operator):
+            logits = model.forward(ids).logits[0]
         self.everywhere.append(token_metrics(exact, logits, window.targets))
         del logits
         logits = prefill_exact_decode(self.bench, window, operator)

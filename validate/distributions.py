@@ -142,15 +142,16 @@ def clustered(config: Config, sizes: Sizes, generator: torch.Generator) -> Probl
     """Topics: runs of RUN tokens around a common centre, far apart; a query attends to its topic's runs, wherever they are."""
     q, k, v = _noise(sizes, generator)
     device, clusters = generator.device, max(2, sizes.length // CLUSTER_KEYS)
-    runs = -(-sizes.length // RUN)
+    centres = _directions(sizes.heads_kv * clusters, sizes.head_dim, generator).unflatten(0, (sizes.heads_kv, clusters))
+    meanings = torch.randn(sizes.heads_kv, clusters, sizes.head_dim_v, generator=generator, device=device)
     amount = math.sqrt(math.sqrt(sizes.head_dim) * (math.log(clusters) + CLUSTER_ODDS))
-    for x, group in ((k, 1), (q, sizes.group)):
-        topics = torch.randint(clusters, (runs,), generator=generator, device=device).repeat_interleave(RUN)[: sizes.length]
-        if group == 1:
-            centres = _directions(sizes.heads_kv * clusters, sizes.head_dim, generator).unflatten(0, (sizes.heads_kv, clusters))
-            meanings = torch.randn(sizes.heads_kv, clusters, sizes.head_dim_v, generator=generator, device=device)
-            v.mul_(0.5).add_(meanings[:, topics])
-        x += amount * centres[:, topics].repeat_interleave(group, 0)
+    of_keys, of_queries = (
+        torch.randint(clusters, (-(-sizes.length // RUN),), generator=generator, device=device).repeat_interleave(RUN)[: sizes.length]
+        for _ in range(2)
+    )
+    k = k + amount * centres[:, of_keys]
+    q = q + amount * centres[:, of_queries].repeat_interleave(sizes.group, 0)
+    v = meanings[:, of_keys] + 0.5 * v
     return _problem(q, k, v, config, some_rows(config, sizes.length, sizes.rows, generator))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hyperattention.export.patch import Patched
 from hyperattention.validate.feeds import Feed, feed
 from hyperattention.validate.inputs import Window
 from hyperattention.validate.operators import Operator
@@ -25,21 +26,27 @@ def token_feed(bench: Bench, ids: Tensor) -> Feed:
     return feed(ids, rows=batch_rows(bench.plan))
 
 
+def language_model(bench: Bench) -> Patched:
+    """The model of a language task, which runs on token ids and a cache."""
+    assert isinstance(bench.patched, Patched)
+    return bench.patched
+
+
 def prefill_exact_decode(bench: Bench, window: Window, operator: Operator | None = None) -> Tensor:
     """Logits [tail, vocabulary] of the last positions, which attend exactly over the approximate prefill's keys and values.
 
     The prompt is read by the backend where it answers a cache, else in PyTorch; in PyTorch by `operator` where one is given.
     """
     ids = window.inputs.to(bench.device)
-    split = ids.shape[1] - bench.tail
+    split, model = ids.shape[1] - bench.tail, language_model(bench)
     with torch.inference_mode():
         if bench.plan.task == "prefill" and operator is None:
             cache = _cache(bench.backend.infer(token_feed(bench, window.inputs[:, :split])), bench.device)
         else:
-            with bench.patched.mode("plan", attention=operator or bench.operator):
-                cache = bench.patched.forward(ids[:, :split], use_cache=True).past_key_values
-        with bench.patched.mode("exact"):
-            return bench.patched.forward(ids[:, split:], past_key_values=cache, use_cache=True).logits[0]
+            with model.mode("plan", attention=operator or bench.operator):
+                cache = model.forward(ids[:, :split], use_cache=True).past_key_values
+        with model.mode("exact"):
+            return model.forward(ids[:, split:], past_key_values=cache, use_cache=True).logits[0]
 
 
 def _cache(answer: dict, device: torch.device):
