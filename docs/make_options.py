@@ -94,7 +94,7 @@ def page() -> str:
     """The whole page."""
     parts = [HEAD]
     for name, function in commands():
-        text = " ".join(inspect.getdoc(function).split("\n\n")[0].split())
+        text = " ".join((inspect.getdoc(function) or "").split("\n\n")[0].split())
         parts.append(f"## {name}\n{text}\n")
         found = rows(function)
         for panel in dict.fromkeys(r.panel for r in found):
