@@ -155,6 +155,18 @@ def test_a_sorted_plan_never_leads_outside_the_tensors(library: Library, side: s
         assert_equal_bits(mine, wanted, name)
 
 
+def test_even_attention_over_many_keys_rounds_like_pytorch(library: Library) -> None:
+    """Nearly equal weights and values of one sign, as of an untrained model: sums over all keys in a row would lose digits."""
+    made = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, rows, 64, generator=made) * 0.05 for rows in (33, 8191, 8191))
+    v += 0.5
+    o, _ = library.forward(q, k, v, Config(causal=0).exact(), None)
+    truth = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    ulp = torch.finfo(F32).eps * truth.abs().max()
+    assert (o - truth).abs().max() <= 2 * (plain - truth).abs().max() + ulp
+
+
 def test_lse_is_optional(library: Library) -> None:
     x = inputs(PLAIN, F32)
     call = _Call(library, x.q, x.k, x.v, PLAIN.config, x.lengths)

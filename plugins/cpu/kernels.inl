@@ -62,15 +62,12 @@ void logits_of(const Tile& tile, const KeySet& keys, int row, int first, Floats*
   }
 }
 
-// kColumns columns of the values, weighted by the probabilities that now stand in tile.logits.
+// kColumns columns of the values, weighted by the probabilities that now stand in tile.logits. The keys of a set are summed
+// apart from the older ones: the rounding error then grows with the square root of a set, not of the whole sequence.
 template <int kVectors, int kColumns>
 void sums_of(const Tile& tile, const KeySet& keys, int row, int column, const Floats* decay) {
-  Floats sum[kColumns][kVectors];
+  Floats sum[kColumns][kVectors] = {};
   float* out = tile.sums + column * kRows + row;
-#pragma GCC unroll 8
-  for (int c = 0; c < kColumns; ++c)
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sum[c][v] = load(out + c * kRows + v * kLanes) * decay[v];
   const float* probability = tile.logits + row;
   const float* values = keys.v + column;
   for (int j = 0; j < keys.count; ++j, probability += kRows) {
@@ -88,7 +85,8 @@ void sums_of(const Tile& tile, const KeySet& keys, int row, int column, const Fl
 #pragma GCC unroll 8
   for (int c = 0; c < kColumns; ++c)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) store(out + c * kRows + v * kLanes, sum[c][v]);
+    for (int v = 0; v < kVectors; ++v)
+      store(out + c * kRows + v * kLanes, fma(load(out + c * kRows + v * kLanes), decay[v], sum[c][v]));
 }
 
 // What is left when the register block no longer fits: 1 to kBlock - 1 keys or columns.
