@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from jsonschema import Draft202012Validator
 
 from hyperattention.errors import EnvironmentFault, UsageError
 from hyperattention.validate import bench_attention, bench_rivals, bench_run, cli
@@ -21,6 +22,7 @@ from hyperattention.validate.bench_statistics import Statistics, add_ratios
 from hyperattention.validate.bench_timing import Settings, measure, measured, stoppable
 
 PNG = b"\x89PNG\r\n\x1a\n"
+SCHEMA = Path(__file__).resolve().parent.parent / "docs/bench.schema.json"
 TUNED = ["--exact-below", "32", "--block-size", "16", "--num-blocks", "1", "--sample-size", "8", "--local-size", "32", "--sinks", "3"]
 
 
@@ -237,6 +239,7 @@ def test_the_record_is_whole_and_the_chart_is_a_png(attention, tmp_path: Path) -
     assert (tmp_path / "made" / "bench.png").read_bytes().startswith(PNG)
     assert report["schema"] == 1 and report["kind"] == "attention" and report["interrupted"] is False
     assert str(tmp_path) not in json.dumps(saved)
+    Draft202012Validator(json.loads(SCHEMA.read_text())).validate(saved)
     keys = "length contender ours exact runs median_s mean_s min_s max_s p10_s p90_s p99_s memory seconds against".split()
     assert all(set(r) == set(keys) for r in report["rows"])
     names = {"ours-blocks", "ours-paper", OURS_EXACT, "sdpa-flash", "sdpa-math", "ort-gqa", "ort-mha", "ort-attention"}

@@ -11,6 +11,7 @@ import onnx
 import pytest
 import tiny
 import torch
+from jsonschema import Draft202012Validator
 from onnx import TensorProto, helper
 
 from hyperattention.errors import EnvironmentFault, UsageError
@@ -23,6 +24,7 @@ from hyperattention.validate import cli
 from hyperattention.validate.bench_outcome import default_lengths, vocabulary
 
 pytestmark = pytest.mark.ort
+SCHEMA = Path(__file__).resolve().parent.parent / "docs/bench.schema.json"
 LAYERS, VOCABULARY = 2, 67
 MODULE = """
 import torch
@@ -95,6 +97,7 @@ def test_a_language_model_beside_its_exact_twin_and_pytorch(
     assert {(r["contender"], r["length"], r["runs"]) for r in report["rows"]} == {
         (name, length, 4) for name in ("ours", "exact", "torch") for length in (41, 129)
     }
+    Draft202012Validator(json.loads(SCHEMA.read_text())).validate(report)
     assert report["left_out"] == [] and report["kind"] == "model"
     assert all(r["against"]["name"] == "torch" for r in report["rows"])
     # Both sessions are proven: what ran was the library's op in every layer, at every warm-up and round.

@@ -1,10 +1,4 @@
-"""A benchmark's record: bench.json (schema below), a table for the console, and a summary line.
-
-Schema 1: {schema, kind "attention" | "model", created, seconds, interrupted, problem, settings, clock, against (None: the fastest
-exact rival), environment, contenders [{name, title, ours, exact}], rows [{length, contender, ours, exact, runs, median_s, mean_s,
-min_s, max_s, p10_s, p90_s, p99_s, memory {bytes, how} | None, seconds [...], against {name, ratio} | None}],
-left_out [{contender, length | None, reason}], provenance [...], notes [...]}. Times in seconds, memory in bytes, lengths in tokens.
-"""
+"""A benchmark's record: bench.json (docs/bench.schema.json says what is in it), a table for the console, and a summary line."""
 
 from __future__ import annotations
 
