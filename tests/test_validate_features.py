@@ -61,14 +61,17 @@ class Block(nn.Module):
 
 
 class Tower(nn.Module):
-    """Features, their mean, and the largest place: the last is an integer, which nothing can be judged by."""
+    """Features, their mean, and the largest place: the last is an integer, which nothing can be judged by.
+
+    A token of its own stands before the input, so that attention has one key more than the input is long.
+    """
 
     def __init__(self):
         super().__init__()
-        self.blocks = nn.Sequential(Block(), Block())
+        self.token, self.blocks = nn.Parameter(torch.linspace(-1, 1, 32)), nn.Sequential(Block(), Block())
 
     def forward(self, x, gain):
-        x = self.blocks(x) * gain
+        x = self.blocks(torch.cat([self.token.expand(x.shape[0], 1, -1), x], 1)) * gain
         return {"hidden": x, "pooled": x.mean(1), "place": x.sum(-1).argmax(-1)}
 
 
@@ -99,7 +102,7 @@ CASES = (
     Case("bert", ("--lengths", f"{LONGEST},30"), "text", (30, LONGEST), text=True),
     Case("vit", kind="random", lengths=(92,)),
     Case("vit", kind="arrays", lengths=(92,), arrays={"pixel_values": np.random.default_rng(0).normal(size=(3, 3, 28, 52))}, dtype="fp16"),
-    Case("function", ("--lengths", "150,231"), "examples", (150, 231), ("hidden", "pooled")),
+    Case("function", ("--lengths", "31,231"), "examples", (31, 231), ("hidden", "pooled")),
 )
 
 
@@ -188,6 +191,7 @@ def test_command(case: Case, exported: Callable[[Case], tuple[Path, str]], folde
     cases = {row["case"] for row in report["implementation"]["whole_model"]}
     assert any("padded" in name for name in cases) == (case.model == "bert")
     assert any("pooled" in name for name in cases) == (case.model == "function")
+    assert report["implementation"]["length"] > SMALL["exact_below"]
     assert [row["length"] for row in report["baseline"]] == [n for n in case.lengths if n > SMALL["exact_below"]]
     assert report["hard_inputs"] and any("fp32 twin" in note for note in report["notes"]) == (case.dtype == "fp16")
     written = "".join((out / "report" / name).read_text() for name in ("report.json", "report.md", "report.html"))
@@ -203,16 +207,16 @@ def test_an_output_that_is_no_number_is_named_and_condemned(
 
     def broken(self: OrtRunner, feed: dict[str, Tensor]) -> dict[str, Tensor]:
         answer = right(self, feed)
-        if feed["x"].shape[1] == 150:
+        if feed["x"].shape[1] == 201:
             answer["pooled"][0, :3] = torch.nan
         return answer
 
     monkeypatch.setattr(OrtRunner, "infer_impl", broken)
-    assert validated(out, model, "--json", "--lengths", "150") == 1
+    assert validated(out, model, "--json", "--lengths", "150,201") == 1
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert answer["verdict"]["safe"] is False and set(answer["verdict"]["failed"]) == {"model error", "cosine", "norm ratio"}
     where = {gate["name"]: gate["where"] for gate in answer["gates"]}
-    assert where["model error"] == "150 tokens: 3 NaN or infinite numbers in output pooled" and "pooled" in where["cosine"]
+    assert where["model error"] == "201 tokens: 3 NaN or infinite numbers in output pooled" and "pooled" in where["cosine"]
     assert any("Output pooled holds 3 NaN" in note for note in read(out / "report" / "report.json")["notes"])
 
 

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from hyperattention.errors import UsageError
 from hyperattention.export.gate_options import LANGUAGE, kind_of
 from hyperattention.export.plan import ExportPlan
+from hyperattention.export.switched import Captured
 from hyperattention.validate.approximation import measure_length, measure_needle, needle_steps
 from hyperattention.validate.features import measure_features
-from hyperattention.validate.feeds import Material, TextMaterial
+from hyperattention.validate.feeds import Feed, Material, TextMaterial
 from hyperattention.validate.hard_inputs import hard_steps
 from hyperattention.validate.implementation import broken_output, check_length, check_model, check_op, op_cases, seeds_spread
 from hyperattention.validate.inputs import DEPTHS, Corpus, needle
 from hyperattention.validate.runners import TorchRunner
 from hyperattention.validate.signature import keys_follow, length_range
-from hyperattention.validate.workbench import Bench, Measured, is_exact, measure_time
+from hyperattention.validate.workbench import Bench, Measured, is_exact, measure_time, nothing_approximates
 
 EXTRA_SEEDS = 4
 NEEDLE_PROMPTS = 4
@@ -70,13 +71,7 @@ def _at_length(bench: Bench, material: Material, length: int, count: int, hard: 
 
 def _implementation(bench: Bench, definition: TorchRunner, material: Material, lengths: tuple[int, ...], seed: int) -> dict:
     """Both halves, a little above exact_below (at the shortest length where nothing approximates)."""
-    low, high = length_range(bench.plan)
-    shortest = next((n for n in lengths if not is_exact(bench.plan, n)), lengths[0])
-    length = min(high, max(low, check_length(bench.plan, shortest))) if keys_follow(bench.plan) else lengths[0]
-    given = material.feeds(bench.plan, length, 1)[0]
-    bench.step(f"{length:,} tokens: Q, K, V of every layer")
-    with bench.patched.capture() as captured:
-        bench.exact.infer(given)
+    length, given, captured = _captured(bench, material, lengths)
     rows, spread = [], []
     if captured and bench.kernels is not None:
         wanted = {layer.index for layer in bench.plan.approximate} or {captured[0].layer}
@@ -104,6 +99,24 @@ def check_needle(plan: ExportPlan, material: Material, extent: Extent) -> None:
     if corpus is None:
         raise UsageError("--needle plants a prompt of bytes; it needs a language model exported with --input-ids bytes")
     needle(corpus, max(extent.windows), DEPTHS[0], extent.seed)
+
+
+def _captured(bench: Bench, material: Material, lengths: tuple[int, ...]) -> tuple[int, Feed, list[Captured]]:
+    """A length where something approximates, as short as can be, its feed and the attention calls of exact attention there."""
+    low, high = length_range(bench.plan)
+    if keys_follow(bench.plan):
+        shortest = next((n for n in lengths if not is_exact(bench.plan, n)), lengths[0])
+        lengths = (min(high, max(low, check_length(bench.plan, shortest))),)
+    found = []
+    for length in lengths:  # how many keys each of them means, only a run tells
+        given = material.feeds(bench.plan, length, 1)[0]
+        bench.step(f"{length:,} tokens: Q, K, V of every layer")
+        with bench.patched.capture() as captured:
+            bench.exact.infer(given)
+        found.append((length, given, captured))
+        if not nothing_approximates(bench.plan, captured):
+            return found[-1]
+    return found[0]
 
 
 def _needle_corpus(plan: ExportPlan, material: Material) -> Corpus | None:
