@@ -255,6 +255,36 @@ def test_the_record_is_whole_and_the_chart_is_a_png(attention, tmp_path: Path) -
     assert report["presets"]["paper"]["sinks"] == 3 and report["presets"]["blocks"]["exact_below"] == 32
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["library", "ort"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_on_a_gpu(backend: str, causal: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every contender that PyTorch itself brings is timed by events, with its memory, and gives what the others give."""
+    shape = ["--heads", "4", "--kv-heads", "2", "--head-dim", "64", "--dtype", "bf16", "--causal" if causal else "--full"]
+    common = [
+        "--attention",
+        "--device",
+        "cuda",
+        "--backend",
+        backend,
+        "--lengths",
+        "300,5001",
+        "--repeats",
+        "11",
+        "--preset",
+        "blocks,paper",
+    ]
+    code, report = bench([*common, *shape, "--output", str(tmp_path)], capsys)
+    assert code == 0, report
+    Draft202012Validator(json.loads(SCHEMA.read_text())).validate(report)
+    assert report["clock"].startswith("CUDA events") and report["environment"]["machine"]["gpu"]
+    measured = {(r["contender"], r["length"]) for r in report["rows"]}
+    names = {"ours-blocks", "ours-paper", OURS_EXACT, "sdpa-flash", "sdpa-math"}
+    assert measured >= {(name, n) for name in names for n in (300, 5001)}, report["left_out"]
+    assert all(r["memory"]["bytes"] >= 0 for r in report["rows"])
+    assert not any("differs from" in left["reason"] or "not finite" in left["reason"] for left in report["left_out"]), report["left_out"]
+
+
 @pytest.mark.native
 @pytest.mark.ort
 def test_axes_are_logarithmic_and_hold_every_contender(attention) -> None:
