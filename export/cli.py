@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional
 import typer
 from rich.markup import escape
 
-from hyperattention.config import PRESETS, RANGES
+from hyperattention.config import PRESETS, RANGES, SELECTORS
 from hyperattention.errors import EnvironmentFault, UsageError
 from hyperattention.export import entry, gate_options
 
@@ -28,18 +28,36 @@ def export_model(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory as transformers saves it, or FILE.py:FUNCTION (runs it).")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make. A finished output is replaced.")],
     layers: Annotated[str, typer.Option(help="Layers that approximate: all, none, odd, even, first:N, last:N, or 0-3,7.")] = "odd",
-    preset: Annotated[str, typer.Option(help="blocks, paper (the paper's choices), or exact: our own exact attention.")] = "blocks",
-    keep_exact: Annotated[str, typer.Option(help="The other layers: op (exact path of the op) or onnx (n x n memory).")] = "op",
-    dtype: Annotated[Optional[str], typer.Option(help="fp32, fp16 or bf16. (default: fp32, on a GPU the model's half type)")] = None,
+    preset: Annotated[
+        str,
+        typer.Option(autocompletion=entry.one_of(*PRESETS), help="blocks, paper (the paper's choices), or exact: our own exact attention."),
+    ] = "blocks",
+    keep_exact: Annotated[
+        str,
+        typer.Option(autocompletion=entry.one_of("op", "onnx"), help="The other layers: op (exact path of the op) or onnx (n x n memory)."),
+    ] = "op",
+    dtype: Annotated[
+        Optional[str],
+        typer.Option(
+            autocompletion=entry.one_of("fp32", "fp16", "bf16"), help="fp32, fp16 or bf16. (default: fp32, on a GPU the model's half type)"
+        ),
+    ] = None,
     task: Annotated[
-        Optional[str], typer.Option(help="logits, last-logits, prefill (last logits, keys and values), or features. (default: by model)")
+        Optional[str],
+        typer.Option(
+            autocompletion=entry.one_of("logits", "last-logits", "prefill", "features"),
+            help="logits, last-logits, prefill (last logits, keys and values), or features. (default: by model)",
+        ),
     ] = None,
     image_size: Annotated[
         Optional[str], typer.Option("--image-size", help="Pixels of an image model, N or HEIGHTxWIDTH. (default: its configuration's)")
     ] = None,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Load pickled weights (.bin), which can run code.")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that lies in the model's directory.")] = False,
-    input_ids: Annotated[str, typer.Option("--input-ids", help="tokens, or bytes for a model that reads bytes.")] = "tokens",
+    input_ids: Annotated[
+        str,
+        typer.Option("--input-ids", autocompletion=entry.one_of("tokens", "bytes"), help="tokens, or bytes for a model that reads bytes."),
+    ] = "tokens",
     seed: Annotated[int, typer.Option(help="Base seed, 0 to 2147483647; layer i samples with seed + i.")] = 0,
     min_seq: Annotated[Optional[int], typer.Option(help="Shortest sequence, 1 to 16777216. (default: 1)", **_SHAPES)] = None,
     opt_seq: Annotated[
@@ -52,7 +70,9 @@ def export_model(
     dim: Annotated[
         Optional[list[str]], typer.Option(metavar="NAME=MIN,OPT,MAX", help="Range of a dimension that FUNCTION names.", **_SHAPES)
     ] = None,
-    selector: Annotated[Optional[str], typer.Option(help="How heavy keys are found: blocks or sortlsh.", **_TUNED)] = None,
+    selector: Annotated[
+        Optional[str], typer.Option(autocompletion=entry.one_of(*SELECTORS), help="How heavy keys are found: blocks or sortlsh.", **_TUNED)
+    ] = None,
     block_size: Annotated[Optional[int], _attribute("block_size", "Keys of a block.")] = None,
     num_blocks: Annotated[Optional[int], _attribute("num_blocks", "Heavy blocks of each query block.")] = None,
     pool_size: Annotated[Optional[int], _attribute("pool_size", "Rows averaged for the selection.")] = None,
@@ -66,7 +86,7 @@ def export_model(
     validate: Annotated[bool, typer.Option(help="Measure the result against exact attention.", **_CHECKS)] = True,
     text: Annotated[Optional[Path], typer.Option(help="Held-out text; a model that reads bytes needs one.", **_CHECKS)] = None,
     lengths: Annotated[str, typer.Option(help="Lengths to measure at, e.g. 8192,32768.", **_CHECKS)] = "",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", **_CHECKS)] = "auto",
+    device: Annotated[str, typer.Option(autocompletion=entry.one_of("auto", "cpu", "cuda"), help="auto, cpu or cuda.", **_CHECKS)] = "auto",
     gate: Annotated[Optional[list[str]], typer.Option(metavar="NAME=VALUE", help=gate_options.help_text(), **_CHECKS)] = None,
     require_engine: Annotated[bool, typer.Option("--require-engine", help="Fail (3) where no TensorRT engine can be built.")] = False,
     triton: Annotated[bool, typer.Option("--triton", help="Write OUT/triton too, a model repository for Triton Inference Server.")] = False,

@@ -48,7 +48,7 @@ def numbers(option: str, text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",")) if text else ()
 
 
-def one_of(values: Sequence[str]) -> Callable[[str], list[str]]:
+def one_of(*values: str) -> Callable[[str], list[str]]:
     """For shell completion: those of `values` that begin with what was typed."""
     return lambda incomplete: [value for value in values if value.startswith(incomplete)]
 

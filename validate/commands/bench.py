@@ -9,10 +9,10 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from hyperattention.config import PRESETS, RANGES, Config
+from hyperattention.config import PRESETS, RANGES, SELECTORS, Config
 from hyperattention.errors import UsageError
 from hyperattention.export.interrupt import EXIT_CODE as INTERRUPTED
-from hyperattention.validate.commands.options import AsJson, Quiet, numbers
+from hyperattention.validate.commands.options import AsJson, Quiet, numbers, one_of
 
 EXAMPLE = "hyperattention bench --attention --preset blocks,paper --lengths 4096,32768,131072"
 _ALONE, _MODEL, _TUNED = (dict[str, Any](rich_help_panel=name) for name in ("With --attention", "With OUT", "Attributes of the op"))
@@ -27,8 +27,14 @@ def command(
     folder: Annotated[Optional[Path], typer.Argument(metavar="OUT", help="Folder that export-model wrote.")] = None,
     attention: Annotated[bool, typer.Option("--attention", help="Time the op alone, on random Q, K, V; no OUT is needed.")] = False,
     lengths: Annotated[str, typer.Option(help="E.g. 4096,32768. (default: 1k to 16k, on a GPU 4k to 128k; of OUT what it takes)")] = "",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    backend: Annotated[str, typer.Option(help="ort, tensorrt, or library (--attention: our kernels alone, the default there).")] = "",
+    device: Annotated[str, typer.Option(autocompletion=one_of("auto", "cpu", "cuda"), help="auto, cpu or cuda.")] = "auto",
+    backend: Annotated[
+        str,
+        typer.Option(
+            autocompletion=one_of("ort", "tensorrt", "library"),
+            help="ort, tensorrt, or library (--attention: our kernels alone, the default there).",
+        ),
+    ] = "",
     against: Annotated[Optional[str], typer.Option(help="Rival that ratios are against. (default: the fastest at each length)")] = None,
     repeats: Annotated[int, typer.Option(help="Rounds, 1 to 100000; in each every contender runs once.")] = 30,
     max_seconds: Annotated[
@@ -41,17 +47,25 @@ def command(
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Load pickled weights of --model (.bin).", **_MODEL)] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of --model's directory.", **_MODEL)] = False,
     exact_engine: Annotated[Optional[Path], typer.Option(help="model.engine of an export with --preset exact.", **_MODEL)] = None,
-    preset: Annotated[Optional[str], typer.Option(help="One or more of blocks, paper. (default: blocks)", **_ALONE)] = None,
-    batch: Annotated[Optional[int], typer.Option(help="Rows, at least 1. (default: 1)", **_ALONE)] = None,
-    heads: Annotated[Optional[int], typer.Option(help="Heads of Q, at least 1. (default: 4, on a GPU 32)", **_ALONE)] = None,
-    kv_heads: Annotated[
-        Optional[int], typer.Option(help="Heads of K and V, at least 1; divides --heads. (default: --heads)", **_ALONE)
+    preset: Annotated[
+        Optional[str],
+        typer.Option(autocompletion=one_of("blocks", "paper"), help="One or more of blocks, paper. (default: blocks)", **_ALONE),
     ] = None,
-    head_dim: Annotated[Optional[int], typer.Option(help="Head size, at least 1. (default: 64, on a GPU 128)", **_ALONE)] = None,
-    dtype: Annotated[Optional[str], typer.Option(help="fp32, fp16 or bf16. (default: fp32, on a GPU bf16)", **_ALONE)] = None,
+    batch: Annotated[Optional[int], typer.Option(help="Rows, 1 to 4096. (default: 1)", **_ALONE)] = None,
+    heads: Annotated[Optional[int], typer.Option(help="Heads of Q, 1 to 4096. (default: 4, on a GPU 32)", **_ALONE)] = None,
+    kv_heads: Annotated[
+        Optional[int], typer.Option(help="Heads of K and V, 1 to 4096; divides --heads. (default: --heads)", **_ALONE)
+    ] = None,
+    head_dim: Annotated[Optional[int], typer.Option(help="Head size, 1 to 256. (default: 64, on a GPU 128)", **_ALONE)] = None,
+    dtype: Annotated[
+        Optional[str],
+        typer.Option(autocompletion=one_of("fp32", "fp16", "bf16"), help="fp32, fp16 or bf16. (default: fp32, on a GPU bf16)", **_ALONE),
+    ] = None,
     causal: Annotated[Optional[bool], typer.Option("--causal/--full", help="Causal mask or none. (default: causal)", **_ALONE)] = None,
     rivals: Annotated[Optional[str], typer.Option(help="all, none, or names with commas. (default: all)", **_ALONE)] = None,
-    selector: Annotated[Optional[str], typer.Option(help="blocks or sortlsh. (default: the preset's)", **_TUNED)] = None,
+    selector: Annotated[
+        Optional[str], typer.Option(autocompletion=one_of(*SELECTORS), help="blocks or sortlsh. (default: the preset's)", **_TUNED)
+    ] = None,
     block_size: Annotated[Optional[int], _attribute("block_size")] = None,
     num_blocks: Annotated[Optional[int], _attribute("num_blocks")] = None,
     pool_size: Annotated[Optional[int], _attribute("pool_size")] = None,

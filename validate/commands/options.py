@@ -11,7 +11,7 @@ from rich.markup import escape
 from hyperattention.errors import AccuracyFailed
 from hyperattention.export import gate_options, interrupt
 from hyperattention.export.console import Reporter
-from hyperattention.export.entry import AsJson, Quiet, numbers
+from hyperattention.export.entry import AsJson, Quiet, numbers, one_of
 
 Folder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder that export-model wrote.")]
 Gates = Annotated[Optional[list[str]], typer.Option("--gate", metavar="NAME=VALUE", help=gate_options.help_text())]
@@ -41,4 +41,4 @@ def say(report: dict, written: list[Path], reporter: Reporter) -> None:
     reporter.answer(found)
 
 
-__all__ = ["AsJson", "Folder", "Gates", "Quiet", "numbers", "save", "say"]
+__all__ = ["AsJson", "Folder", "Gates", "Quiet", "numbers", "one_of", "save", "say"]

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from hyperattention.export.gate_options import check_kind, kind_of, parse_gates, with_gates
-from hyperattention.validate.commands.options import AsJson, Folder, Gates, Quiet, numbers, save, say
+from hyperattention.validate.commands.options import AsJson, Folder, Gates, Quiet, numbers, one_of, save, say
 
 EXAMPLE = "hyperattention validate out --model models/byte-lm-4m --text held-out.txt --gate kl=0.01"
 
@@ -24,8 +24,10 @@ def command(
     lengths: Annotated[str, typer.Option(help="Window lengths, e.g. 8192,32768. (default: 8192,16384,32768 as exported)")] = "",
     windows: Annotated[str, typer.Option(help="Windows of each length. (default: 4,2,1)")] = "",
     time_lengths: Annotated[str, typer.Option(help="Further lengths to time only.")] = "",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    backend: Annotated[str, typer.Option(help="auto (the engine where it can run), ort or tensorrt.")] = "auto",
+    device: Annotated[str, typer.Option(autocompletion=one_of("auto", "cpu", "cuda"), help="auto, cpu or cuda.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(autocompletion=one_of("auto", "ort", "tensorrt"), help="auto (the engine where it can run), ort or tensorrt.")
+    ] = "auto",
     exact_engine: Annotated[Optional[Path], typer.Option(help="model.engine of an export with --preset exact, to time against.")] = None,
     tail: Annotated[int, typer.Option(help="Positions, at least 1, that attend exactly after an approximate prefill.")] = 512,
     needle: Annotated[Optional[bool], typer.Option(help="Recall of planted keys. (default: on with CUDA, off without)")] = None,
