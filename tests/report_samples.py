@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hyperattention.config import Config
 from hyperattention.export.gate_options import Limits
 from hyperattention.validate.gates import judge
@@ -114,7 +116,7 @@ def _layers_of_plan() -> list[dict]:
     ]
 
 
-def report(kind: str = "language", limits: Limits | None = None, **changes: object) -> dict:
+def report(kind: str = "language", limits: Limits | None = None, **changes: Any) -> dict:
     """A judged report in which every part is present and every gate passes; `changes` replace parts before it is judged."""
     language = kind == "language"
     baseline = [

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import report_samples as samples
@@ -26,7 +27,7 @@ Make = Callable[..., Path]
 NASTY = "<script>alert(1)</script>&\"'"
 
 
-def plan(approximate: tuple[int, ...] = (1, 3), **changes: object) -> ExportPlan:
+def plan(approximate: tuple[int, ...] = (1, 3), **changes: Any) -> ExportPlan:
     """Four layers, of which some approximate."""
     config = PRESETS["blocks"]
     layers = tuple(
@@ -72,7 +73,8 @@ def worse(kind: str = "language") -> dict:
     if kind == "language":
         for row in report["approximation"]:
             row["prefill_exact_decode"]["kl"]["mean"] *= 100
-    return samples.report(kind, **{part: report[part] for part in ("time", "approximation")})
+    replaced: dict[str, Any] = {part: report[part] for part in ("time", "approximation")}
+    return samples.report(kind, **replaced)
 
 
 @pytest.mark.parametrize("kind", ["language", "features"])
@@ -112,9 +114,10 @@ def test_plans_are_told_where_they_differ(make: Make) -> None:
     assert [[v["mode"] for v in row["pair"]] for row in found["layers"]][0] == ["exact", "approximate"]
 
 
-def changed(what: str, **changes: object) -> dict:
+def changed(what: str, **changes: Any) -> dict:
     report = samples.report()
-    return samples.report(**{what: {**report[what], **changes}})
+    replaced: dict[str, Any] = {what: {**report[what], **changes}}
+    return samples.report(**replaced)
 
 
 @pytest.mark.parametrize(

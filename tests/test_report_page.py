@@ -6,6 +6,7 @@ import copy
 import math
 import re
 import xml.etree.ElementTree as ElementTree
+from typing import Any
 
 import pytest
 import report_samples as samples
@@ -208,7 +209,8 @@ def test_figures_draw_what_the_json_says() -> None:
     ],
 )
 def test_a_missing_part_is_a_sentence(kind: str, part: str, says: str) -> None:
-    report = samples.report(kind, **{part: []})
+    emptied: dict[str, Any] = {part: []}
+    report = samples.report(kind, **emptied)
     assert says in page(report).text
     text = render(report, "report.md.jinja")
     assert part == "provenance" or "not measured" in text.lower() or "No " in text
@@ -223,7 +225,9 @@ def test_numbers_that_are_none_break_no_figure(kind: str) -> None:
 
     report = samples.report(kind)
     for bad in (math.nan, math.inf, 0.0, -1.0):
-        parts = {name: spoiled(report[name], bad) for name in ("approximation", "layers", "baseline", "hard_inputs", "time")}
+        parts: dict[str, Any] = {
+            name: spoiled(report[name], bad) for name in ("approximation", "layers", "baseline", "hard_inputs", "time")
+        }
         for svg in page(samples.report(kind, **parts)).svgs:
             drawn = [
                 v for e in svg.iter() for k, v in e.attrib.items() if k in ("x", "y", "x1", "x2", "y1", "y2", "cx", "cy", "points", "width")

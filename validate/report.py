@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
@@ -93,7 +94,7 @@ def _one_line(value: object) -> object:
     return " ".join(value.split()).replace("|", "\\|").replace("<", "&lt;") if isinstance(value, str) else value
 
 
-def _unjson(value: object):
+def _unjson(value: Any) -> Any:
     if value in ("nan", "inf", "-inf"):
         return float(value)
     if isinstance(value, dict):
