@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -152,6 +153,23 @@ def test_a_lock_is_held_once_and_by_no_dead_file(tmp_path: Path) -> None:
     assert left_behind(tmp_path) == [] and not first.held
     second.acquire("OUT")
     assert second.held
+    second.release()
+
+
+def test_a_lock_on_a_file_that_its_holder_removes_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = (Lock(tmp_path / "lock") for _ in range(3))
+    first.acquire("OUT")
+    real = fcntl.flock
+
+    def flock(file: int, how: int) -> None:
+        first.release()  # between the second's opening and its locking
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    second.acquire("OUT")
+    assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+    with pytest.raises(UsageError, match="another export-model"):
+        third.acquire("OUT")
     second.release()
 
 
