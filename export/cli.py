@@ -85,6 +85,9 @@ def export_model(
     num_projections: Annotated[Optional[int], _attribute("num_projections", "Hash bits of sortlsh.")] = None,
     validate: Annotated[bool, typer.Option(help="Measure the result against exact attention.", **_CHECKS)] = True,
     text: Annotated[Optional[Path], typer.Option(help="Held-out text; a model that reads bytes needs one.", **_CHECKS)] = None,
+    inputs: Annotated[
+        Optional[Path], typer.Option(metavar="FILE.npz", help="Real inputs of any other model, an array for each by name.", **_CHECKS)
+    ] = None,
     lengths: Annotated[str, typer.Option(help="Lengths to measure at, e.g. 8192,32768.", **_CHECKS)] = "",
     device: Annotated[str, typer.Option(autocompletion=entry.one_of("auto", "cpu", "cuda"), help="auto, cpu or cuda.", **_CHECKS)] = "auto",
     gate: Annotated[Optional[list[str]], typer.Option(metavar="NAME=VALUE", help=gate_options.help_text(), **_CHECKS)] = None,
@@ -145,6 +148,8 @@ def export_model(
         raise UsageError("--input-ids bytes: the validation needs held-out text; give --text FILE, or --no-validate")
     if text is not None and not text.is_file():
         raise UsageError(f"--text: there is no file {text}; give held-out plain text")
+    if inputs is not None and not inputs.is_file():
+        raise UsageError(f"--inputs: there is no file {inputs}; give an .npz file with one array for each input of the model")
     gate_options.parse_gates(gate or [], gate_options.kind_of(plan.task))
     _check_validation(lengths, device, plan.seq)
     if validate and device == "cuda":
@@ -161,6 +166,7 @@ def export_model(
             part
             for option, value in (
                 ("--text", text),
+                ("--inputs", inputs),
                 ("--lengths", lengths or None),
                 ("--device", device),
                 *(("--gate", text) for text in gate or []),
