@@ -144,7 +144,7 @@ def export_model(
     reporter.memory(items)
     for warning in warnings:
         reporter.warn(warning)
-    if validate and input_ids == "bytes" and text is None:
+    if validate and input_ids == "bytes" and text is None and inputs is None:
         raise UsageError("--input-ids bytes: the validation needs held-out text; give --text FILE, or --no-validate")
     if text is not None and not text.is_file():
         raise UsageError(f"--text: there is no file {text}; give held-out plain text")
