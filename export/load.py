@@ -115,7 +115,7 @@ def _describe(path: Path, config: Any, trust: Trust, task: str, model: PreTraine
         inputs=reads.inputs,
         outputs=("features",) if task == FEATURES else ("logits", *cache),
         dims={},
-        keys=None if reads.text else (probed.keys,) * 3,
+        keys=None if reads.text else (probed.keys, probed.keys, probed.keys),
         rows=None,
         path=path,
         config=config,
@@ -213,5 +213,5 @@ def _encoder(model: PreTrainedModel, task: str) -> PreTrainedModel:
     if model.config.is_encoder_decoder:
         model = model.get_encoder()
     if isinstance(getattr(model, "pooler", None), nn.Module):
-        model.pooler = None  # weights of a masked language model have none
+        setattr(model, "pooler", None)  # weights of a masked language model have none
     return model

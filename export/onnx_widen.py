@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import MutableSequence
+
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, defs, helper
 
@@ -46,7 +48,7 @@ def _wide(node: NodeProto, name: str) -> str:
     return f"{name}_of_{node.name}_float32"
 
 
-def _rename(names: list[str], node: NodeProto, wide: list[str]) -> None:
+def _rename(names: MutableSequence[str], node: NodeProto, wide: list[str]) -> None:
     for i, name in enumerate(names):
         if name in wide:
             names[i] = _wide(node, name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 from hyperattention.config import INT32_MAX, PRESETS, Config, layer_seed
 from hyperattention.errors import UnsupportedModel, UsageError
@@ -219,7 +219,7 @@ def make_plan(
     *,
     layers: str = "odd",
     preset: str = "blocks",
-    attributes: dict[str, int | float | str] | None = None,
+    attributes: Mapping[str, int | float | str] | None = None,
     dtype: str = "fp32",
     seq: Sequence[int] | None = None,
     batch: Sequence[int] = (1, 1, 1),

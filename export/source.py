@@ -136,8 +136,15 @@ class Source:
 class ReplacedModel(Protocol):
     """A loaded model whose attention follows a plan. Inference only."""
 
-    plan: "ExportPlan"
-    model: "nn.Module"
+    @property
+    def plan(self) -> "ExportPlan":
+        """What was decided."""
+        ...
+
+    @property
+    def model(self) -> "nn.Module":
+        """The module, on its device."""
+        ...
 
     def mode(self, name: str, attention: Any = None) -> AbstractContextManager[Any]:
         """Inside: "plan" runs the plan's layers by the operator (computed by `attention` where given), "exact" all layers exactly."""

@@ -13,7 +13,7 @@ import tiny
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, dynamic_module_utils
 
 from hyperattention.errors import UnsupportedModel, UsageError
 from hyperattention.export.attention_rules import find_problem
@@ -236,7 +236,7 @@ def _with_code(folder: Path, marker: Path, model_type: str) -> None:
 
 
 def test_code_beside_the_weights_runs_only_where_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in (transformers.dynamic_module_utils, transformers.utils, transformers.utils.hub):
+    for place in (dynamic_module_utils, transformers.utils, transformers.utils.hub):
         monkeypatch.setattr(place, "HF_MODULES_CACHE", str(tmp_path / "cache"), raising=False)
     folder, marker, said = tmp_path / "model", tmp_path / "marker", list[str]()
     _with_code(folder, marker, "own")
