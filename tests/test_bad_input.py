@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,3 +65,17 @@ def test_bad_input(
     assert any(words in message for words in ADVICE), f"what to do next? {message}"
     assert "Traceback" not in result.err and " ".join(message.split()) in result.said
     assert (contents(tmp_path), contents(whole.parent)) == before, "something was left behind, or changed"
+
+
+@pytest.mark.parametrize("command, words", [
+    (("hyperattention.export", "nowhere", "out"), "there is no nowhere"),
+    (("hyperattention.validate", "report", "nowhere"), "cannot be read"),
+], ids=lambda value: value[0] if isinstance(value, tuple) else None)  # fmt: skip
+def test_a_process_of_its_own_ends_without_a_traceback(command: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and words in done.stderr and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
