@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from hyperattention.export.memory import Item
     from hyperattention.export.plan import ExportPlan
 
+_WIDTH = 160  # of a file or a pipe, in characters
 _NUMBERED = re.compile(r"\[ *(\d+)/(\d+) [^]]*\] (.*)")
 
 
@@ -32,8 +34,9 @@ class Reporter:
 
     def __init__(self, quiet: bool = False, json: bool = False) -> None:
         self.quiet, self.json = quiet, json
-        self.errors = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.out = self.errors if json else Console(highlight=False, soft_wrap=True)
+        # rich cuts a table to 80 columns where no terminal says its width.
+        self.errors = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else _WIDTH)
+        self.out = self.errors if json else Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _WIDTH)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._start = 0.0

@@ -78,7 +78,8 @@ def table(report: dict[str, Any]) -> Table:
     last = None
     for row in sorted(report["rows"], key=lambda r: (r["length"], r["median_s"])):
         memory, against = row["memory"], row["against"]
-        ratio = f"{against['ratio']:.2f}x {against['name']}" if against and against["name"] != row["contender"] else ""
+        rival = against and against["name"] == row["contender"]
+        ratio = "rival" if rival else f"{against['ratio']:.2f}x" if against else ""
         cells = [
             f"{row['length']:,}" if row["length"] != last else "",
             row["contender"],
