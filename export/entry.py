@@ -87,10 +87,11 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None) -> NoRetur
 
 def _judge(error: Exception, arguments: Sequence[str]) -> tuple[int, str]:
     """Exit code and message of what is not an error of ours; a bug has its traceback printed first."""
-    if hasattr(error, "format_message"):  # typer's usage errors; its versions do not share a public class
+    format_message = getattr(error, "format_message", None)
+    if format_message is not None:  # typer's usage errors; its versions do not share a public class
         path = getattr(getattr(error, "ctx", None), "command_path", None)
         hint = f"; `{path} --help` says what it takes" if path else ""
-        return UsageError.exit_code, _with_value(" ".join(error.format_message().split()).rstrip("."), arguments) + hint
+        return UsageError.exit_code, _with_value(" ".join(format_message().split()).rstrip("."), arguments) + hint
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return UsageError.exit_code, f"{error.filename} is too long for the file system; give a shorter name"
     if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:

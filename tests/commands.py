@@ -38,7 +38,8 @@ def run(capfd: pytest.CaptureFixture[str], command: str, *arguments: object) -> 
     capfd.readouterr()
     with pytest.raises(SystemExit) as status:
         MAIN[command]([str(argument) for argument in arguments])
-    return Result(int(status.value.code or 0), *capfd.readouterr())
+    streams = capfd.readouterr()
+    return Result(int(status.value.code or 0), str(streams.out), str(streams.err))
 
 
 Runner = Callable[..., Result]

@@ -48,7 +48,7 @@ def test_the_policy_says_how_each_layer_attends_and_why(out: Path, capfd: pytest
     policy = json.loads(run(capfd, "hyperattention", "inspect", out, "--json").out)["policy"]
     rows = [(row["mode"], row["selector"], row["seed"], row["reason"]) for row in policy["layers"]]
     assert rows == [("exact", None, None, "not chosen by --layers 1"), ("approximate", "blocks", 6, "chosen by --layers 1")]
-    assert Config.from_attributes(policy["layers"][1]["attributes"]) == Config(**tiny.SMALL, seed=6)
+    assert Config.from_attributes(policy["layers"][1]["attributes"]) == Config.from_attributes({**tiny.SMALL, "seed": 6})
     assert policy["task"] == "logits" and policy["dims"] == {"batch": [1, 1, 1], "sequence": [1, 128, 512]}
 
 

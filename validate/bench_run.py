@@ -107,7 +107,7 @@ def bench_attention_run(options: AttentionOptions, step: Step, stopped: Stopped)
         heads=heads,
         kv_heads=heads if options.kv_heads is None else options.kv_heads,
         head_dim=head_dim if options.head_dim is None else options.head_dim,
-        dtype=choice("--dtype", options.dtype or dtype, DTYPES),
+        dtype=choice("--dtype", dtype if options.dtype is None else options.dtype, DTYPES),
         causal=options.causal,
         device=device,
         seed=options.seed,
