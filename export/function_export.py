@@ -139,7 +139,8 @@ def _check_runs(name: str, flat: Flat, tensors: tuple[Tensor, ...]) -> None:
     except UsageError:
         raise
     except Exception as error:  # the user's code may raise anything
-        raise UsageError(f"the module of {name} fails on its example inputs at {code_place(error)}: {one_line(error)}; mend either") from error
+        place = code_place(error)
+        raise UsageError(f"the module of {name} fails on its example inputs at {place}: {one_line(error)}; mend either") from error
 
 
 def _words(name: str, error: Exception, inputs: tuple[str, ...]) -> str:
