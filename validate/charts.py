@@ -36,7 +36,7 @@ def time_chart(report: dict) -> Chart | None:
     for key, name, colour in (("ours_s", OURS, 1), ("exact_s", "exact, same backend", 3), ("torch_exact_s", "PyTorch exact", 4)):
         points = [(row["length"], row[key]) for row in sorted(report["time"], key=lambda row: row["length"]) if row.get(key)]
         series.append(Series(name, points, colour, dashed=key == "torch_exact_s"))
-    return line_chart("Time of one forward pass by length", series, "time", True, tick=seconds_text)
+    return line_chart("Time of one forward pass by length", series, "", True, tick=seconds_text)
 
 
 def row_histogram(report: dict) -> dict | None:

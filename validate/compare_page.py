@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hyperattention.validate.compare_text import sentences, tables
-from hyperattention.validate.plots import Chart, Series, line_chart, seconds_text, tick_text
+from hyperattention.validate.plots import Chart, Series, line_chart, seconds_text
 from hyperattention.validate.report import environment
 
 _MOST_OUTPUTS = 3
@@ -20,7 +20,7 @@ def page(found: dict[str, Any]) -> str:
 def charts(found: dict[str, Any]) -> list[tuple[str, Chart]]:
     """Time, and the errors that a logarithmic axis can show, against length, of both folders; captions with charts."""
     metrics = [m for m in dict.fromkeys(row["metric"] for row in found["errors"]) if m == "KL" or m.endswith("relative l2")]
-    drawn = [("One forward pass of the whole model; both axes logarithmic", _chart(found, found["time"], "ours_s", "time"))]
+    drawn = [("One forward pass of the whole model; both axes logarithmic", _chart(found, found["time"], "ours_s", "Time"))]
     for metric in metrics[:_MOST_OUTPUTS]:
         rows = [row for row in found["errors"] if row["metric"] == metric]
         drawn.append((f"{metric}, against exact attention; both axes logarithmic", _chart(found, rows, "mean", metric)))
@@ -32,4 +32,6 @@ def _chart(found: dict[str, Any], rows: list[dict], key: str, what: str) -> Char
     for i, name in enumerate(found["names"]):
         points = [(row["length"], row["pair"][i][key]) for row in rows if row["pair"][i] and row["pair"][i][key]]
         series.append(Series(name, points, i + 1, dashed=i == 1))
-    return line_chart(f"{what} by length", series, what, True, tick=seconds_text if key == "ours_s" else tick_text)
+    if key == "ours_s":
+        return line_chart(f"{what} by length", series, "", True, tick=seconds_text)
+    return line_chart(f"{what} by length", series, what, True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 WIDTH, HEIGHT = 420, 268
-LEFT, RIGHT, TOP, BOTTOM = 74, 14, 14, 46
+LEFT, RIGHT, TOP, BOTTOM = 82, 14, 14, 46
 _LABEL_GAP = 46  # least distance between two labels under the axis
 
 
@@ -99,7 +99,10 @@ def line_chart(
     limit: float | None = None,
     tick: Callable[[float], str] = tick_text,
 ) -> Chart | None:
-    """Lines over length (logarithmic); `limit` is drawn as a labelled line. None where there is nothing that can be shown."""
+    """Lines over length (logarithmic); `limit` is drawn as a labelled line. None where there is nothing that can be shown.
+
+    `unit` names the other axis; it is empty where the ticks' own text does.
+    """
     shown = [s for s in (_finite(s, log_y) for s in series) if s.points]
     if not shown:
         return None
@@ -151,9 +154,10 @@ def _labels(places: list[tuple[float, str]], y: float = HEIGHT - BOTTOM + 19) ->
 
 def _names(below: str, beside: str) -> list[str]:
     middle = (TOP + HEIGHT - BOTTOM) / 2
+    beside_axis = f'<text class="axis" transform="translate(17 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(beside)}</text>'
     return [
         f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 6}" text-anchor="middle">{escape(below)}</text>',
-        f'<text class="axis" transform="translate(17 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(beside)}</text>',
+        *([beside_axis] if beside else []),
     ]
 
 
