@@ -100,7 +100,7 @@ _OUT = [
     export("out-is-being-written", 2, "another export-model (process 4711) is writing", patch=other_export),
     export("out-below-a-file", 2, "cannot be written", to=lambda place: file("file")(place) / "out"),
     export("out-in-a-system-folder", 2, "cannot be written", to="/proc/out"),
-    export("out-name-too-long", 2, "is too long for the file system", to=at("x" * 300)),
+    export("out-name-too-long", 2, "cannot be written: File name too long", to=at("x" * 300)),
 ]
 
 _OPTIONS = [
