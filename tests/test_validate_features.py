@@ -129,7 +129,7 @@ def saved(folder: Path, name: str) -> str:
 
 def planned(model: str, dtype: str = "fp32", **attributes: int) -> tuple[Source, ExportPlan]:
     source = open_source(model, task=None if ":" in model else "features").ranged({}, (None, None, None))
-    seq = dict(seq=(1, 128, 256), input_ids="bytes") if source.kind == "encoder" else {}
+    seq: dict[str, Any] = dict(seq=(1, 128, 256), input_ids="bytes") if source.kind == "encoder" else {}
     return source, make_plan(source, layers="all", attributes={**SMALL, **attributes}, dtype=dtype, **seq)
 
 

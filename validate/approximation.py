@@ -51,6 +51,7 @@ def measure_length(bench: Bench, corpus: Corpus, length: int, count: int, hard: 
     layers: list[dict] = []
     baseline: list[dict] = []
     hard_inputs: list[dict] = []
+    approximated: list = []
     exact_twin: dict | None = None
     exact_seconds = None
     broken = 0

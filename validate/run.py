@@ -13,6 +13,7 @@ from hyperattention.config import INT32_MAX
 from hyperattention.errors import UsageError
 from hyperattention.export.bundle import REPORT, Bundle
 from hyperattention.export.gate_options import LANGUAGE, kind_of
+from hyperattention.export.patch import Patched
 from hyperattention.export.plan import DEVICES, choice
 from hyperattention.export.source import Source, Trust, reopen
 from hyperattention.validate import environment
@@ -107,7 +108,7 @@ def validate(options: Options, step: Callable[[str], None], say: Callable[[str],
         kernels = native_library(bundle, device) if plan.planned else None
         operator = native_operator(kernels) if kernels else reference_operator()
         # A language model is scored at every position, also where its graph answers the last one alone.
-        forward = every_position(patched) if kind_of(plan.task) == LANGUAGE else None
+        forward = every_position(patched) if isinstance(patched, Patched) and kind_of(plan.task) == LANGUAGE else None
         exact = stack.enter_context(TorchRunner(patched, None, "torch exact", forward, device))
         definition = stack.enter_context(TorchRunner(patched, reference_operator(), "torch reference", device=device))
         scorer = stack.enter_context(TorchRunner(patched, operator, "torch native", forward, device))
