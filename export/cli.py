@@ -92,6 +92,9 @@ def export_model(
     device: Annotated[str, typer.Option(autocompletion=entry.one_of("auto", "cpu", "cuda"), help="auto, cpu or cuda.", **_CHECKS)] = "auto",
     gate: Annotated[Optional[list[str]], typer.Option(metavar="NAME=VALUE", help=gate_options.help_text(), **_CHECKS)] = None,
     require_engine: Annotated[bool, typer.Option("--require-engine", help="Fail (3) where no TensorRT engine can be built.")] = False,
+    timing_cache: Annotated[
+        Optional[Path], typer.Option(metavar="FILE", help="TensorRT's timings to start from: timing.cache of another OUT.")
+    ] = None,
     triton: Annotated[bool, typer.Option("--triton", help="Write OUT/triton too, a model repository for Triton Inference Server.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Take over stages of an earlier run, stopped or finished; when this one stops, keep its own.")
@@ -150,6 +153,8 @@ def export_model(
         raise UsageError(f"--text: there is no file {text}; give held-out plain text")
     if inputs is not None and not inputs.is_file():
         raise UsageError(f"--inputs: there is no file {inputs}; give an .npz file with one array for each input of the model")
+    if timing_cache is not None and not timing_cache.is_file():
+        raise UsageError(f"--timing-cache: there is no file {timing_cache}; give timing.cache of an earlier export with an engine")
     gate_options.parse_gates(gate or [], gate_options.kind_of(plan.task))
     _check_validation(lengths, device, plan.seq)
     if validate and device == "cuda":
@@ -161,6 +166,7 @@ def export_model(
         require_engine=require_engine,
         resume=resume,
         triton=triton,
+        timing_cache=timing_cache,
         validate=validate,
         validation=tuple(
             part

@@ -7,6 +7,7 @@ gates failed, OUT is kept, with the report that says why.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ class Options:
     validation: tuple[str, ...] = ()
     resume: bool = False
     triton: bool = False
+    timing_cache: Path | None = None
 
 
 _LIBRARIES = {"ONNX Runtime library": ort_library_path, "TensorRT library": trt_library_path}
@@ -156,7 +158,7 @@ def _stages(
         reporter.say(escape(f"no engine: {obstacle}"))
     else:
         reads = fingerprint.engine(stages.digests_of("ONNX"), plan, trt_library_path())
-        engine = stages.run("engine", reads, lambda: _engine(plan, folder, reporter))
+        engine = stages.run("engine", reads, lambda: _engine(plan, folder, options.timing_cache, reporter))
     model = {"name": source.name, "architecture": source.architecture, "parameters": source.num_parameters}
     bundle.write_draft(folder, plan, model, engine, {path.name: build_info(path) for path in libraries})
     failed = None
@@ -187,9 +189,11 @@ def _export(source: "Source", plan: ExportPlan, folder: Path, reporter: Reporter
         export_onnx(replaced, plan, folder, reporter.step)
 
 
-def _engine(plan: ExportPlan, folder: Path, reporter: Reporter) -> dict[str, Any]:
-    from hyperattention.export.engine import build_engine
+def _engine(plan: ExportPlan, folder: Path, timing_cache: Path | None, reporter: Reporter) -> dict[str, Any]:
+    from hyperattention.export.engine import CACHE_FILE, build_engine
 
+    if timing_cache is not None:
+        shutil.copyfile(timing_cache, folder / CACHE_FILE)
     with reporter.stage("engine"):
         return build_engine(folder, plan, trt_library_path(), reporter.step).to_json()
 

@@ -138,6 +138,7 @@ _OPTIONS = [
 
 _CHECKS = [
     export("bytes-without-text", 2, "needs held-out text", "--input-ids", "bytes", "--validate"),
+    export("timing-cache-missing", 2, "there is no file", "--timing-cache", "/nowhere.cache"),
     export("text-missing", 2, "there is no file", "--text", "/nowhere.txt"),
     export("lengths-words", 2, "--lengths is 'abc'", "--lengths", "abc"),
     export("lengths-superscript", 2, "--lengths is '64²'", "--lengths", "64²"),
