@@ -6,7 +6,6 @@ in here holds a path of the machine that made it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import shutil
@@ -18,13 +17,17 @@ from typing import Any
 
 from hyperattention import __version__
 from hyperattention.errors import UsageError
+from hyperattention.export.files import sha256, write_whole
 from hyperattention.export.plan import ExportPlan
 from hyperattention.library import ORT_LIBRARY, TRT_LIBRARY
 
 MANIFEST, DRAFT = "manifest.json", "manifest.partial.json"
 SCHEMA = 2
 REPORT = "report/report.json"
-_PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu", "polygraphy", "tensorrt", "tensorrt-cu12-bindings")
+_PACKAGES = (
+    "torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "polygraphy",
+    "tensorrt", "tensorrt-cu12-bindings", "numpy",
+)  # fmt: skip
 _SIDE_FILES = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template*", "LICENSE*",
@@ -190,7 +193,7 @@ def _entries(folder: Path, files: list[Path]) -> dict[str, dict[str, Any]]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package, Python and the packages that shaped the files."""
+    """Versions of this package, Python and the packages that shape the files and the numbers."""
     return {"hyperattention": __version__, "python": platform.python_version(), **package_versions(_PACKAGES)}
 
 
@@ -205,13 +208,5 @@ def package_versions(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def sha256(path: Path) -> str:
-    """The sha256 of a file, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _write_json(path: Path, data: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(data, indent=2) + "\n")

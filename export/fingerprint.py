@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Mapping
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Mapping
 import hyperattention
 from hyperattention.export import bundle
 from hyperattention.export.engine_check import EngineHost
+from hyperattention.export.files import sha256
 from hyperattention.export.plan import ExportPlan
 from hyperattention.export.stages import digests
 
@@ -52,7 +54,7 @@ def side_files(weights: dict[str, str], libraries: list[Path]) -> dict[str, Any]
     """Of the stage that copies the model's side files and the libraries."""
     return {
         "the model": weights,
-        "a library": {path.name: bundle.sha256(path) for path in libraries},
+        "a library": {path.name: sha256(path) for path in libraries},
         "hyperattention itself": _code("export"),
     }
 
@@ -63,7 +65,7 @@ def engine(graph: Mapping[str, str], plan: ExportPlan, library: Path) -> dict[st
     return {
         "the ONNX file": dict(graph),
         "the shapes": {name: data.get(name) for name in ("inputs", "dims", "seq", "batch")},
-        "the plugin": bundle.sha256(library),
+        "the plugin": sha256(library),
         "the machine": asdict(EngineHost.here(library)),
         "a package's version": _versions("polygraphy"),
         "hyperattention itself": _code("export"),
@@ -72,14 +74,14 @@ def engine(graph: Mapping[str, str], plan: ExportPlan, library: Path) -> dict[st
 
 def validation(files: Mapping[str, str], plan: ExportPlan, weights: dict[str, str], options: tuple[str, ...]) -> dict[str, Any]:
     """Of the stage validation, for the `files` of OUT by name. A file that an option names counts by its content."""
-    values = [bundle.sha256(Path(option)) if Path(option).is_file() else option for option in options]
+    values = [sha256(Path(option)) if Path(option).is_file() else option for option in options]
     return {
         "the files of OUT": dict(files),
         "the plan": plan.to_json(),
         "the model": weights,
         "the options of the validation": values,
         "the machine": {**asdict(EngineHost.here(None)), "processors": os.cpu_count()},
-        "a package's version": bundle.versions() | _versions("numpy"),
+        "a package's version": bundle.versions(),
         "hyperattention itself": _code("export", "validate"),
     }
 
@@ -91,15 +93,13 @@ def _model_files(folder: Path) -> list[str]:
 
 
 def _versions(*names: str) -> dict[str, str]:
-    return {name: version for name, version in bundle.versions().items() if name == "python"} | bundle.package_versions(names)
+    return {"python": platform.python_version(), **bundle.package_versions(names)}
 
 
 @functools.cache
 def _code(*folders: str) -> dict[str, str]:
     """This package's own sources: a version is not raised at every change."""
     root = Path(hyperattention.__path__[0])
-    files = [*root.glob("*.py"), *(file for folder in folders for file in (root / folder).rglob("*") if file.suffix in _SOURCES)]
+    inner = (file for folder in folders for file in (root / folder).rglob("*"))
+    files = [*root.glob("*.py"), *(file for file in inner if file.is_file() and file.suffix != ".pyc")]  # templates shape the report too
     return digests(root, sorted(file.relative_to(root).as_posix() for file in files))
-
-
-_SOURCES = (".py", ".html", ".css", ".js", ".j2")

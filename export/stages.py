@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Callable, Mapping
 
-from hyperattention.export.bundle import MANIFEST, sha256
+from hyperattention.export.bundle import MANIFEST
+from hyperattention.export.files import link, sha256, write_whole
 
 RECORDS = "stages.json"
 _FORMAT = 1
@@ -137,15 +136,6 @@ def digests(folder: Path, names: list[str]) -> dict[str, str]:
     return {name: sha256(folder / name) for name in names}
 
 
-def link(source: Path, target: Path) -> None:
-    """A second name for a file that is never written again, or a copy where the file system has none."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
 def _obstacle(folder: Path, record: Record, parts: dict[str, str]) -> str | None:
     """Why a record does not fit the inputs of now, or the files no longer fit the record; None when all do."""
     other = sorted(part for part in parts.keys() | record.inputs.keys() if parts.get(part) != record.inputs.get(part))
@@ -165,6 +155,4 @@ def _files(folder: Path) -> list[str]:
 
 def _write(folder: Path, records: dict[str, Record]) -> None:
     data = {"format": _FORMAT, "stages": {name: asdict(record) for name, record in records.items()}}
-    partial = folder / (RECORDS + ".tmp")
-    partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / RECORDS)
+    write_whole(folder / RECORDS, json.dumps(data, indent=1) + "\n")

@@ -15,9 +15,9 @@ import onnx
 
 from hyperattention.errors import ExportFailed
 from hyperattention.export.bundle import Bundle
+from hyperattention.export.files import link
 from hyperattention.export.plan import ExportPlan
-from hyperattention.export.source import MODULE
-from hyperattention.export.stages import link
+from hyperattention.export.source import MODULE, torch_dtype
 from hyperattention.library import ORT_LIBRARY, TRT_LIBRARY
 
 FOLDER = "triton"
@@ -25,7 +25,6 @@ _TYPES = {
     "bool": "BOOL", "uint8": "UINT8", "int8": "INT8", "int16": "INT16", "int32": "INT32", "int64": "INT64",
     "float16": "FP16", "bfloat16": "BF16", "float32": "FP32", "float64": "FP64",
 }  # fmt: skip
-_PLAN_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 Tensor = tuple[str, str, list[int]]  # name, Triton's type, dimensions with -1 for one that varies
 
 
@@ -70,9 +69,9 @@ def max_batch_size(plan: ExportPlan) -> int:
 def _inputs(plan: ExportPlan, batch: int) -> list[Tensor]:
     tensors = []
     for entry in plan.inputs:
-        ranges = [plan.dims[size] if isinstance(size, str) else (size, size, size) for size in entry.shape]
-        dims = [low if low == high else -1 for low, _, high in ranges]
-        kind = _PLAN_TYPES[plan.dtype] if entry.dtype == "float" else entry.dtype
+        smallest, _, largest = plan.shapes(entry)
+        dims = [low if low == high else -1 for low, high in zip(smallest, largest, strict=True)]
+        kind = str(torch_dtype(plan.dtype)).removeprefix("torch.") if entry.dtype == "float" else entry.dtype
         tensors.append((entry.name, _type(entry.name, kind), dims[1:] if batch else dims))
     return tensors
 

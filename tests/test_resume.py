@@ -202,3 +202,17 @@ def test_a_function_counts_by_its_file_and_name(tmp_path: Path) -> None:
     assert fingerprint.model(other) != first
     file.write_text("def make(): pass")
     assert fingerprint.model(one) != first
+
+
+def test_the_templates_of_the_report_are_part_of_the_validation() -> None:
+    def sources(parts: dict[str, Any]) -> set[str]:
+        return set(parts["hyperattention itself"])
+
+    class Plan:
+        def to_json(self) -> dict[str, Any]:
+            return {}
+
+    plan: Any = Plan()
+    read, templates = sources(fingerprint.validation({}, plan, {}, ())), (Path(stages.__file__).parents[1] / "validate/templates").iterdir()
+    assert {f"validate/templates/{file.name}" for file in templates} <= read
+    assert not read & sources(fingerprint.side_files({}, [])) & {name for name in read if name.startswith("validate/")}

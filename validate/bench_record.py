@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hyperattention.errors import EnvironmentFault
+from hyperattention.export.files import write_whole
 from hyperattention.validate.bench_statistics import add_ratios
 from hyperattention.validate.bench_timing import Contender, LeftOut, Measured
 
@@ -43,9 +44,7 @@ def write(report: dict[str, Any], folder: Path) -> list[Path]:
     path = folder / RECORD
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".tmp")
-        partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, json.dumps(report, indent=1) + "\n")
         (folder / CHART).unlink(missing_ok=True)
         return [path, draw(report, folder / CHART)] if report["rows"] else [path]
     except OSError as error:

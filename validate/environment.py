@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from hyperattention import __version__
 from hyperattention.errors import EnvironmentFault
+from hyperattention.export.bundle import versions
 from hyperattention.library import build_info
-
-PACKAGES = ("torch", "transformers", "onnx", "onnxruntime-gpu", "onnxruntime", "polygraphy", "tensorrt", "tensorrt-cu12-bindings", "numpy")
 
 
 def busy_note() -> str | None:
@@ -26,12 +23,6 @@ def busy_note() -> str | None:
 
 def describe(device: torch.device, libraries: list[Path]) -> dict:
     """Processor, memory, GPU, package versions and what each native library says of its build."""
-    found = {"hyperattention": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     machine = {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -43,7 +34,7 @@ def describe(device: torch.device, libraries: list[Path]) -> dict:
         properties = torch.cuda.get_device_properties(device)
         machine["gpu"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
         machine["cuda"] = torch.version.cuda
-    return {"machine": machine, "versions": found, "libraries": [_library(path) for path in libraries]}
+    return {"machine": machine, "versions": versions(), "libraries": [_library(path) for path in libraries]}
 
 
 def _library(path: Path) -> dict:
