@@ -69,4 +69,3 @@ def _layer_type(module: nn.Module) -> str | None:
     if not types or not isinstance(index, int) or index >= len(types) or types[index] == "full_attention":
         return None
     return str(types[index]).replace("_", " ")
-

@@ -9,8 +9,9 @@ import typer
 from rich.markup import escape
 
 from hyperattention.config import PRESETS, RANGES, SELECTORS
-from hyperattention.errors import EnvironmentFault, UsageError
+from hyperattention.errors import UsageError
 from hyperattention.export import entry, gate_options
+from hyperattention.export.choices import DEVICES, DTYPES, FEATURES, INPUT_IDS, KEEP_EXACT, LANGUAGE_TASKS, check_device
 
 _TUNED, _SHAPES, _CHECKS = (dict[str, Any](rich_help_panel=name) for name in ("Attributes of the op", "Shapes", "Validation"))
 
@@ -34,18 +35,16 @@ def export_model(
     ] = "blocks",
     keep_exact: Annotated[
         str,
-        typer.Option(autocompletion=entry.one_of("op", "onnx"), help="The other layers: op (exact path of the op) or onnx (n x n memory)."),
+        typer.Option(autocompletion=entry.one_of(*KEEP_EXACT), help="The other layers: op (exact path of the op) or onnx (n x n memory)."),
     ] = "op",
     dtype: Annotated[
         Optional[str],
-        typer.Option(
-            autocompletion=entry.one_of("fp32", "fp16", "bf16"), help="fp32, fp16 or bf16. (default: fp32, on a GPU the model's half type)"
-        ),
+        typer.Option(autocompletion=entry.one_of(*DTYPES), help="fp32, fp16 or bf16. (default: fp32, on a GPU the model's half type)"),
     ] = None,
     task: Annotated[
         Optional[str],
         typer.Option(
-            autocompletion=entry.one_of("logits", "last-logits", "prefill", "features"),
+            autocompletion=entry.one_of(*LANGUAGE_TASKS, FEATURES),
             help="logits, last-logits, prefill (last logits, keys and values), or features. (default: by model)",
         ),
     ] = None,
@@ -56,7 +55,7 @@ def export_model(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that lies in the model's directory.")] = False,
     input_ids: Annotated[
         str,
-        typer.Option("--input-ids", autocompletion=entry.one_of("tokens", "bytes"), help="tokens, or bytes for a model that reads bytes."),
+        typer.Option("--input-ids", autocompletion=entry.one_of(*INPUT_IDS), help="tokens, or bytes for a model that reads bytes."),
     ] = "tokens",
     seed: Annotated[int, typer.Option(help="Base seed, 0 to 2147483647; layer i samples with seed + i.")] = 0,
     min_seq: Annotated[Optional[int], typer.Option(help="Shortest sequence, 1 to 16777216. (default: 1)", **_SHAPES)] = None,
@@ -89,7 +88,7 @@ def export_model(
         Optional[Path], typer.Option(metavar="FILE.npz", help="Real inputs of any other model, an array for each by name.", **_CHECKS)
     ] = None,
     lengths: Annotated[str, typer.Option(help="Lengths to measure at, e.g. 8192,32768.", **_CHECKS)] = "",
-    device: Annotated[str, typer.Option(autocompletion=entry.one_of("auto", "cpu", "cuda"), help="auto, cpu or cuda.", **_CHECKS)] = "auto",
+    device: Annotated[str, typer.Option(autocompletion=entry.one_of(*DEVICES), help="auto, cpu or cuda.", **_CHECKS)] = "auto",
     gate: Annotated[Optional[list[str]], typer.Option(metavar="NAME=VALUE", help=gate_options.help_text(), **_CHECKS)] = None,
     require_engine: Annotated[bool, typer.Option("--require-engine", help="Fail (3) where no TensorRT engine can be built.")] = False,
     timing_cache: Annotated[
@@ -197,16 +196,10 @@ def export_model(
 
 def _check_validation(lengths: str, device: str, seq: tuple[int, int, int]) -> None:
     """The validation's options, which it would refuse itself only after the whole export. Raises UsageError and EnvironmentFault."""
-    from hyperattention.export.plan import DEVICES, choice
-
     for length in entry.numbers("--lengths", lengths):
         if not max(2, seq[0]) <= length <= seq[2]:
             raise UsageError(f"--lengths names {length}; the plan takes {max(2, seq[0])} to {seq[2]} (--min-seq, --max-seq)")
-    if choice("--device", device, DEVICES) == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise EnvironmentFault("--device cuda, but PyTorch sees no CUDA device; leave --device out, or run `hyperattention doctor`")
+    check_device(device)
 
 
 def main(arguments: list[str] | None = None) -> None:

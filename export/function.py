@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any, Callable, Mapping
 
@@ -17,13 +16,14 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from hyperattention.errors import ExportFailed, UsageError
+from hyperattention.export.choices import MODULE
 from hyperattention.export.function_call import Definition, define, split
 from hyperattention.export.function_dims import Axes, Axis, axis_names, fit, ranges, read_axes
 from hyperattention.export.function_export import Flat, export_program
 from hyperattention.export.function_graph import Call, find_calls
-from hyperattention.export.function_model import GraphModel, converted, replace_attention
+from hyperattention.export.function_model import GraphModel, converted, main_dtype, replace_attention
 from hyperattention.export.plan import ExportPlan
-from hyperattention.export.source import MODULE, AttentionLayer, Input, Range, Source
+from hyperattention.export.source import AttentionLayer, Input, Range, Source
 
 Bounds = dict[str, tuple[int, int | None]]
 _LONGEST = 32768
@@ -42,7 +42,7 @@ class FunctionSource(Source):
 
     @property
     def half(self) -> str:
-        return "fp16" if _main_dtype(self.definition) == torch.float16 else "bf16"
+        return "fp16" if main_dtype(self.definition.module) == torch.float16 else "bf16"
 
     def examples(self, sizes: Mapping[str, int] | None = None) -> dict[str, Tensor]:
         """The example inputs by name as the function returned them, cut or repeated to `sizes` of the named dimensions."""
@@ -94,7 +94,7 @@ def open_function(model: str, task: str | None = None, say: Callable[[str], None
     split(model)
     say(f"{model} is code: it is run now, with all that you may do on this machine")
     definition = define(model)
-    dtype = _main_dtype(definition)
+    dtype = main_dtype(definition.module) or torch.float32
     if dtype == torch.float64:  # no plan has it
         dtype = torch.float32
         definition = replace(definition, module=converted(definition.module, dtype, torch.device("cpu")))
@@ -139,13 +139,6 @@ def _digest(tensors: Mapping[str, Any]) -> str:
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _main_dtype(definition: Definition) -> torch.dtype:
-    """The dtype of most floating-point tensors of the module; fp32 for one without any."""
-    tensors = [*definition.module.parameters(), *definition.module.buffers()]
-    kinds = Counter(tensor.dtype for tensor in tensors if tensor.is_floating_point())
-    return kinds.most_common(1)[0][0] if kinds else torch.float32
 
 
 def _inputs(program: ExportedProgram, examples: Mapping[str, Tensor], axes: Axes) -> tuple[tuple[Input, ...], dict[str, str], Bounds]:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hyperattention.errors import UsageError
+from hyperattention.errors import UsageError, one_line
 
 _FORM = "MODEL is a model directory, or FILE.py:FUNCTION"
 _RETURNS = "it returns (module, example inputs) or (module, example inputs, dynamic shapes)"
@@ -88,10 +88,10 @@ def code_place(error: BaseException, file: Path | None = None) -> str:
     return f"{Path(frame.filename).name}, line {frame.lineno}, in {frame.name}"
 
 
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """The error's class and words on one line."""
-    words = " ".join(str(error).split())[:limit]
-    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+def named(error: BaseException) -> str:
+    """The error's class and words on one line: an error of foreign code is known by both."""
+    kind, words = type(error).__name__, one_line(error)
+    return kind if words == kind else f"{kind}: {words}"
 
 
 def _guarded(file: Path, what: str, call: Callable[[], Any]) -> Any:
@@ -101,7 +101,7 @@ def _guarded(file: Path, what: str, call: Callable[[], Any]) -> Any:
         name = Path(error.filename or file).name
         raise UsageError(f"{what}: {type(error).__name__} at {name}, line {error.lineno}: {error.msg}; mend the file") from error
     except (Exception, SystemExit) as error:
-        raise UsageError(f"{what} at {code_place(error, file)}: {one_line(error)}; it must run by itself, without arguments") from error
+        raise UsageError(f"{what} at {code_place(error, file)}: {named(error)}; it must run by itself, without arguments") from error
 
 
 @contextlib.contextmanager

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import re
-import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import Any, Iterator
@@ -16,8 +14,9 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from hyperattention.errors import ExportFailed, UnsupportedModel, UsageError
-from hyperattention.export.function_call import code_place, kind, one_line
+from hyperattention.export.function_call import code_place, kind, named
 from hyperattention.export.function_dims import Axes, traced_examples
+from hyperattention.export.onnx_trace import silenced
 
 _SIZE = re.compile(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
 _GUARD = re.compile(r"^\s*- (.*)$", re.MULTILINE)
@@ -92,7 +91,7 @@ def export_program(name: str, flat: Flat, examples: dict[str, Tensor], axes: Axe
     tensors = tuple(traced_examples(examples, axes).values())
     shapes = tuple({number: axis.spec for number, axis in axes[key].items()} for key in examples)
     try:
-        with torch.no_grad(), _plain_attention(), _quiet():
+        with torch.no_grad(), _plain_attention(), silenced("torch"):
             program = torch.export.export(flat, tensors, dynamic_shapes=(shapes,), strict=False)
     except UsageError:
         raise
@@ -140,7 +139,7 @@ def _check_runs(name: str, flat: Flat, tensors: tuple[Tensor, ...]) -> None:
         raise
     except Exception as error:  # the user's code may raise anything
         place = code_place(error)
-        raise UsageError(f"the module of {name} fails on its example inputs at {place}: {one_line(error)}; mend either") from error
+        raise UsageError(f"the module of {name} fails on its example inputs at {place}: {named(error)}; mend either") from error
 
 
 def _words(name: str, error: Exception, inputs: tuple[str, ...]) -> str:
@@ -172,17 +171,3 @@ def _plain_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """torch.export's warnings and log off; what matters of it is raised."""
-    logger = logging.getLogger("torch")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(before)

@@ -91,7 +91,7 @@ def module_path(node: Node) -> str:
     """The path of the module whose forward made the node, as named_modules of the user's module calls it."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = str(stack[-1][0]) if stack else ""
-    # The user's module is called "module" in the one that is traced (function_model.Flat).
+    # The user's module is called "module" in the one that is traced (function_export.Flat).
     return re.sub(r"@\d+", "", path.removeprefix("module").removeprefix("."))
 
 

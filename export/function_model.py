@@ -15,7 +15,7 @@ from torch.fx import Interpreter, Node
 from torch.nn.functional import scaled_dot_product_attention
 
 from hyperattention.errors import UnsupportedModel, UsageError
-from hyperattention.export.function_call import Definition, one_line
+from hyperattention.export.function_call import Definition, named
 from hyperattention.export.function_dims import Axes
 from hyperattention.export.function_export import Flat, export_program
 from hyperattention.export.function_graph import OPERATOR, arguments, find_calls
@@ -92,19 +92,23 @@ def replace_attention(definition: Definition, axes: Axes, plan: ExportPlan, devi
     return GraphModel(flat, program, plan, device)
 
 
+def main_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype of most floating-point tensors of the module; None for one without any."""
+    kinds = Counter(tensor.dtype for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point())
+    return kinds.most_common(1)[0][0] if kinds else None
+
+
 def converted(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The module with its floating-point weights as `dtype` on `device`: a copy, unless it is so already."""
-    tensors = [*module.parameters(), *module.buffers()]
-    kinds = Counter(tensor.dtype for tensor in tensors if tensor.is_floating_point())
     # A module that keeps a few tensors in another type on purpose, and is else in this one, stays as it was written.
-    same_dtype = not kinds or kinds.most_common(1)[0][0] == dtype
-    if same_dtype and all(tensor.device.type == device.type for tensor in tensors):
+    same_dtype = main_dtype(module) in (None, dtype)
+    if same_dtype and all(tensor.device.type == device.type for tensor in (*module.parameters(), *module.buffers())):
         return module
     try:
         module = copy.deepcopy(module).to(device)
     except Exception as error:  # the module's own code may decide how it is copied
         name = type(module).__name__
-        raise UsageError(f"{name} cannot be copied ({one_line(error)}); return it in the dtype that --dtype names") from error
+        raise UsageError(f"{name} cannot be copied ({named(error)}); return it in the dtype that --dtype names") from error
     return module if same_dtype else module._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hyperattention.errors import UsageError
+from hyperattention.export.choices import LANGUAGE_TASKS
 
 LANGUAGE, FEATURES = "language", "features"
-_LANGUAGE_TASKS = ("logits", "last-logits", "prefill")
 
 
 def _gate(default: float | None, meaning: str, sense: str, *kinds: str, top: float = math.inf) -> Any:
@@ -49,7 +49,7 @@ def _name(attribute: str) -> str:
 
 def kind_of(task: str) -> str:
     """The kind of report that a plan's task gets: "language" has a vocabulary to judge by, "features" has vectors."""
-    return LANGUAGE if task in _LANGUAGE_TASKS else FEATURES
+    return LANGUAGE if task in LANGUAGE_TASKS else FEATURES
 
 
 def names(kind: str | None = None) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Callable, Iterator
 
 EXIT_CODE = 130
@@ -57,8 +57,10 @@ def _leave(as_json: bool) -> None:
         signal.signal(number, signal.SIG_IGN)
     kept = []
     for action in reversed(_undo):
-        with suppress(Exception):
+        try:
             kept.append(action())
+        except Exception as error:  # the others have to be undone all the same
+            kept.append(f"not everything was undone ({type(error).__name__}: {error})")
     message = "interrupted; " + ("; ".join(filter(None, kept)) or "nothing was left behind")
     if as_json:
         os.write(1, (json.dumps({"error": message, "exit_code": EXIT_CODE}) + "\n").encode())

@@ -18,13 +18,14 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from hyperattention.errors import UnsupportedModel, UsageError
-from hyperattention.export.model_files import one_line, quiet, read_config
+from hyperattention.errors import UnsupportedModel, UsageError, one_line
+from hyperattention.export.choices import FEATURES, LANGUAGE_TASKS
+from hyperattention.export.model_files import quiet, read_config
 from hyperattention.export.model_inputs import Reads, what_it_reads
 from hyperattention.export.patch import Patched, install
 from hyperattention.export.plan import ExportPlan
 from hyperattention.export.probe import Probed, probe
-from hyperattention.export.source import FEATURES, LANGUAGE_TASKS, Source, Trust, torch_dtype
+from hyperattention.export.source import Source, Trust, torch_dtype
 
 _BUILD_ERRORS = (ValueError, TypeError, AttributeError, KeyError, RuntimeError, AssertionError, ImportError, ZeroDivisionError)
 

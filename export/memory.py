@@ -9,12 +9,11 @@ import torch
 
 from hyperattention.config import Config
 from hyperattention.errors import EnvironmentFault, UsageError
+from hyperattention.export.choices import FEATURES, LANGUAGE_TASKS
 from hyperattention.export.plan import ExportPlan
-from hyperattention.export.source import FEATURES, LANGUAGE_TASKS, AttentionLayer, Source
+from hyperattention.export.source import AttentionLayer, Source, torch_dtype
 from hyperattention.library import HaAttributes, HaParams, open_library, ort_library_path, trt_library_path
-
-_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-_CODES = {"fp32": 0, "fp16": 1, "bf16": 2}
+from hyperattention.native import DTYPE_CODES
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Item:
 
 def predict(source: Source, plan: ExportPlan) -> list[Item]:
     """Memory at the largest batch and sequence of the plan. Estimates are of the tensors alive at once, without fragmentation."""
-    size, batch, rows = _BYTES[plan.dtype], plan.batch[2], plan.seq[2]
+    size, batch, rows = torch_dtype(plan.dtype).itemsize, plan.batch[2], plan.seq[2]
     tokens = batch * rows
     # Residual, its normalised copy and the two halves of a gated MLP are alive together.
     activations = tokens * (2 * source.hidden_size + 2 * source.intermediate_size) * size
@@ -89,7 +88,7 @@ def workspace_bytes(layer: AttentionLayer, config: Config, plan: ExportPlan, ker
     library.ha_last_error.restype = ctypes.c_char_p
     params = HaParams(
         ctypes.sizeof(HaParams),
-        _CODES[plan.dtype],
+        DTYPE_CODES[torch_dtype(plan.dtype)],
         batch=plan.batch[2],
         heads_q=layer.heads_q,
         heads_kv=layer.heads_kv,

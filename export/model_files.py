@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from transformers import AutoConfig
 
-from hyperattention.errors import UnsupportedModel, UsageError
+from hyperattention.errors import UnsupportedModel, UsageError, one_line
 from hyperattention.export.source import Trust
 
 
@@ -32,11 +32,6 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(before)
         if bars:
             logging.enable_progress_bar()
-
-
-def one_line(error: BaseException) -> str:
-    """The error's text in one line of at most 300 characters, or its class."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def read_config(path: Path, trust: Trust, say: Callable[[str], None]) -> Any:
@@ -154,5 +149,3 @@ def _check_weights(path: Path, trust: Trust) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise UsageError(f"{file} is truncated or broken ({one_line(error)}); copy it again") from error
-
-

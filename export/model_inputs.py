@@ -11,7 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hyperattention.errors import UnsupportedModel, UsageError
-from hyperattention.export.source import LANGUAGE_TASKS, TEXT, Input
+from hyperattention.export.choices import LANGUAGE_TASKS
+from hyperattention.export.source import TEXT, Input
 from hyperattention.export.task_module import image_size, other_size
 
 # Odd and distinct, so that sizes tell the dimensions apart.

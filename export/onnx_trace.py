@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from typing import Any, Sequence
+from contextlib import contextmanager
+from typing import Any, Iterator, Sequence
 
 import torch
 from onnx import ModelProto
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from hyperattention.errors import ExportFailed
+from hyperattention.errors import ExportFailed, one_line
 from hyperattention.export.onnx_body import OPSET
 from hyperattention.export.onnx_schema import translation_table
 from hyperattention.export.plan import ExportPlan
@@ -48,8 +49,7 @@ def trace_program(program: ExportedProgram, plan: ExportPlan, name: str) -> Mode
 
 def _to_onnx(plan: ExportPlan, name: str, *args: Any, **options: Any) -> ModelProto:
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), silenced("torch.onnx", "onnxscript", "onnx_ir"):
             program = torch.onnx.export(
                 *args,
                 dynamo=True,
@@ -70,20 +70,19 @@ def _to_onnx(plan: ExportPlan, name: str, *args: Any, **options: Any) -> ModelPr
 def _cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split())[:400]
+    return one_line(error, 400)
 
 
-class _quiet:
-    """Loggers by name at ERROR."""
-
-    def __init__(self, *names: str) -> None:
-        self.loggers = [logging.getLogger(name) for name in names]
-
-    def __enter__(self) -> None:
-        self.levels = [logger.level for logger in self.loggers]
-        for logger in self.loggers:
-            logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: Any) -> None:
-        for logger, level in zip(self.loggers, self.levels, strict=True):
+@contextmanager
+def silenced(*names: str) -> Iterator[None]:
+    """Inside, no warnings and nothing of the loggers `names`: what matters of torch's exporters is raised."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
+    for logger in levels:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in levels.items():
             logger.setLevel(level)

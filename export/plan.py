@@ -11,12 +11,9 @@ from typing import Any, Mapping, Sequence
 
 from hyperattention.config import INT32_MAX, PRESETS, Config, layer_seed
 from hyperattention.errors import UnsupportedModel, UsageError
-from hyperattention.export.source import TASKS, Input, Range, Source
+from hyperattention.export.choices import DTYPES, INPUT_IDS, KEEP_EXACT, TASKS, choice
+from hyperattention.export.source import Input, Range, Source
 
-DTYPES = ("fp32", "fp16", "bf16")
-INPUT_IDS = ("tokens", "bytes")
-DEVICES = ("auto", "cpu", "cuda")
-KEEP_EXACT = ("op", "onnx")
 MODES = ("approximate", "exact", "native")
 MAX_SEQUENCE = 2**24  # the kernels' tests stop here; positions fit in 32 bits
 MAX_BATCH = 4096
@@ -183,13 +180,6 @@ def warnings(plan: ExportPlan, max_positions: int | None) -> list[str]:
     if not plan.approximate and plan.preset != "exact":
         found.append("no layer approximates; every layer of the result is exact")
     return found
-
-
-def choice(option: str, value: str, allowed: Sequence[str]) -> str:
-    """`value`, checked. Raises UsageError."""
-    if value not in allowed:
-        raise UsageError(f"{option} is {value!r}; it takes one of {', '.join(allowed)}")
-    return value
 
 
 def _check_cache(source: Source, longest: int) -> None:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from hyperattention.config import MOST_HEAD_DIM
-from hyperattention.errors import UnsupportedModel
+from hyperattention.errors import UnsupportedModel, one_line
 from hyperattention.export.attention_rules import direction, find_problem
 from hyperattention.export.masks import attention_mask_function
-from hyperattention.export.model_files import one_line, quiet
+from hyperattention.export.model_files import quiet
 from hyperattention.export.source import AttentionLayer
 
 _PROBE = "hyperattention_probe"

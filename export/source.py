@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Callable, Mapping, Protocol
 import torch
 
 from hyperattention.errors import UsageError
+from hyperattention.export.choices import FEATURES, TASKS, choice
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from hyperattention.export.plan import ExportPlan
     from hyperattention.export.switched import Captured
 
-LANGUAGE_TASKS = ("logits", "last-logits", "prefill")
-FEATURES, MODULE = "features", "module"
-TASKS = (*LANGUAGE_TASKS, FEATURES, MODULE)
 Range = tuple[int, int, int]  # (min, opt, max)
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -204,8 +202,8 @@ def open_source(
     """
     from hyperattention.export.function_call import is_function
 
-    if task is not None and task not in TASKS:
-        raise UsageError(f"--task is {task!r}; it takes one of {', '.join(TASKS)}")
+    if task is not None:
+        choice("--task", task, TASKS)
     if not model.strip():
         raise UsageError(f"MODEL is {model!r}; it is a directory as transformers saves it, or FILE.py:FUNCTION")
     if is_function(model):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hyperattention.errors import ExportFailed
-from hyperattention.export.source import FEATURES
+from hyperattention.export.choices import FEATURES
 
 if TYPE_CHECKING:
     from hyperattention.export.patch import Patched

@@ -15,9 +15,10 @@ import onnx
 
 from hyperattention.errors import ExportFailed
 from hyperattention.export.bundle import Bundle
+from hyperattention.export.choices import MODULE
 from hyperattention.export.files import link
 from hyperattention.export.plan import ExportPlan
-from hyperattention.export.source import MODULE, torch_dtype
+from hyperattention.export.source import torch_dtype
 from hyperattention.library import ORT_LIBRARY, TRT_LIBRARY
 
 FOLDER = "triton"

@@ -60,3 +60,8 @@ class BuildFailed(HyperAttentionError):
     """TensorRT could not build the engine."""
 
     exit_code = 5
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """What `error` says on one line of at most `limit` characters, or its class where it says nothing."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

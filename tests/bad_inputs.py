@@ -259,7 +259,7 @@ _FEEDS = [
     _feed("inputs-of-another-name", 2, "holds y; the exported model takes x", "--inputs", arrays(y=np.zeros((1, 24, 16), np.float32))),
     _feed("inputs-missing", 2, "does not exist", "--inputs", at("inputs.npz")),
     _feed("inputs-no-npz", 2, "cannot be read as an .npz file", "--inputs", file("inputs.npz")),
-    _feed("inputs-beside-text", 2, "", "--inputs", arrays(x=np.zeros((1, 24, 16), np.float32)), "--text", file("text")),
+    _feed("inputs-beside-text", 2, "are given together", "--inputs", arrays(x=np.zeros((1, 24, 16), np.float32)), "--text", file("text")),
     _feed("text-for-no-text-model", 2, "--text is for models that read text", "--text", file("text")),
     check("inputs-for-a-language-model", 2, "a language model (logits) is judged on --text FILE", "--inputs", at("inputs.npz")),
 ]

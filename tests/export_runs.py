@@ -77,7 +77,7 @@ def stand_ins(scratch: Path, pause: str | None = None, full: str | None = None) 
     def finish(folder: Path) -> dict[str, Any]:
         wait("manifest")
         if full == "manifest":
-            write("manifest", folder / "manifest.json.tmp", "{}")
+            write("manifest", folder / ".manifest.json.partial", "{}")
             raise AssertionError("there was room")
         return real_finish(folder)
 

@@ -11,6 +11,7 @@ import torch
 
 from hyperattention.errors import EnvironmentFault, UsageError
 from hyperattention.export.bundle import DRAFT, MANIFEST, Bundle
+from hyperattention.export.choices import check_device
 from hyperattention.export.engine_check import check_engine
 from hyperattention.export.onnx_graph import export_onnx
 from hyperattention.export.plan import ExportPlan
@@ -25,12 +26,10 @@ BACKENDS = ("auto", "ort", "tensorrt")
 
 def choose(bundle: Bundle, device: str, backend: str) -> tuple[torch.device, str]:
     """Device of the PyTorch side and the backend under test, "ort" or "tensorrt". Raises UsageError and EnvironmentFault."""
-    cuda = torch.cuda.is_available()
-    if device == "cuda" and not cuda:
-        raise EnvironmentFault("--device cuda, but PyTorch sees no CUDA device; run `hyperattention doctor`")
+    check_device(device)
     kind = backend
     if kind == "auto":
-        kind = "tensorrt" if bundle.engine is not None and cuda and device != "cpu" else "ort"
+        kind = "tensorrt" if bundle.engine is not None and torch.cuda.is_available() and device != "cpu" else "ort"
     if kind == "tensorrt" and bundle.engine is None:
         raise UsageError("--backend tensorrt, but the folder holds no model.engine; export again on a machine with a GPU")
     if kind == "tensorrt" and device == "cpu":

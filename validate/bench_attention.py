@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hyperattention.config import MOST_HEAD_DIM, PRESETS, Config
-from hyperattention.errors import EnvironmentFault, UsageError
+from hyperattention.errors import UsageError
 from hyperattention.export.plan import MAX_BATCH
 from hyperattention.export.source import torch_dtype
 from hyperattention.library import load_cpu, load_cuda
@@ -226,11 +226,9 @@ def _rival(name: str, problem: Problem, inputs: Inputs, clock: WallClock | CudaC
 
 
 def check_backend(backend: str, device: str) -> None:
-    """Raises UsageError for a backend that is unknown or not of this device, EnvironmentFault for a device that is not there."""
+    """Raises UsageError for a backend that is unknown or not of this device."""
     if backend not in BACKENDS:
         raise UsageError(f"--backend is {backend!r}; with --attention it takes one of {', '.join(BACKENDS)}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise EnvironmentFault("--device cuda, but PyTorch sees no CUDA device; run `hyperattention doctor`")
     if backend == "tensorrt" and device != "cuda":
         raise UsageError("--backend tensorrt runs on cuda alone; give --device cuda on a machine with a GPU, or another --backend")
 

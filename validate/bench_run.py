@@ -14,13 +14,15 @@ import torch
 
 from hyperattention.config import Config
 from hyperattention.errors import EnvironmentFault, UsageError
-from hyperattention.export.plan import DEVICES, DTYPES, MAX_SEQUENCE, choice
+from hyperattention.export.choices import DTYPES, check_device, choice
+from hyperattention.export.plan import MAX_SEQUENCE
 from hyperattention.export.source import Trust
 from hyperattention.library import ort_library_path, trt_library_path
 from hyperattention.validate import bench_attention, environment
 from hyperattention.validate.bench_attention import Problem
 from hyperattention.validate.bench_record import record
 from hyperattention.validate.bench_timing import Contender, LeftOut, Settings, clock_for, measure
+from hyperattention.validate.operators import torch_threads
 
 CPU_LENGTHS = (1024, 2048, 4096, 8192, 16384)
 CUDA_LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
@@ -96,9 +98,8 @@ def bench_attention_run(options: AttentionOptions, step: Step, stopped: Stopped)
     """
     began = time.monotonic()
     check_settings(options.settings, options.threads, options.seed)
-    cuda = torch.cuda.is_available()
-    device = choice("--device", options.device, DEVICES)
-    device = device if device != "auto" else "cuda" if cuda else "cpu"
+    check_device(options.device)
+    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     bench_attention.check_backend(options.backend, device)
     heads, head_dim, dtype = CUDA_SIZES if device == "cuda" else CPU_SIZES
     heads = heads if options.heads is None else options.heads
@@ -113,7 +114,7 @@ def bench_attention_run(options: AttentionOptions, step: Step, stopped: Stopped)
         seed=options.seed,
     )
     lengths = check_lengths(options.lengths or (CUDA_LENGTHS if device == "cuda" else CPU_LENGTHS), 1, MAX_SEQUENCE)
-    with _torch_threads(options.threads):
+    with torch_threads(options.threads):
         contenders, missing = bench_attention.contenders(
             problem, options.presets, options.backend, options.rivals, max(lengths), options.threads
         )
@@ -138,7 +139,7 @@ def bench_outcome_run(options: OutcomeOptions, step: Step, stopped: Stopped) -> 
     subject = bench_outcome.open_subject(options.folder, options.device, options.backend)
     wanted = options.lengths or bench_outcome.default_lengths(subject.plan)
     lengths = tuple(sorted(set(check_exported(subject.plan, wanted))))
-    with _torch_threads(options.threads), contextlib.ExitStack() as stack:
+    with torch_threads(options.threads), contextlib.ExitStack() as stack:
         contenders, missing = bench_outcome.contenders(
             subject, options.model, options.trust, options.exact_engine, options.seed, options.threads, stack, step
         )
@@ -187,15 +188,3 @@ def _libraries() -> list[Path]:
         with contextlib.suppress(EnvironmentFault):
             found.append(find())
     return found
-
-
-@contextlib.contextmanager
-def _torch_threads(threads: int):
-    """PyTorch's processor kernels on as many threads as ours."""
-    before = torch.get_num_threads()
-    if threads:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +14,9 @@ from hyperattention.config import INT32_MAX, Config
 from hyperattention.errors import EnvironmentFault
 from hyperattention.export.bundle import Bundle
 from hyperattention.export.patch import exact_attention
+from hyperattention.export.switched import AttentionCall
 from hyperattention.library import ORT_LIBRARY
 from hyperattention.native import Library
-
-Attention = Callable[[Tensor, Tensor, Tensor, Config, Tensor | None], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -25,21 +24,26 @@ class Operator:
     """`function`(q [B,Hq,Sq,D], k [B,Hkv,Sk,D], v [B,Hkv,Sk,Dv], config, lengths int [B] or None) -> o, lse float32 [B,Hq,Sq]."""
 
     name: str
-    function: Attention
+    function: AttentionCall
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, config: Config, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.function(q, k, v, config, lengths)
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """The reference is made of small tensor operations: on the CPU a team of threads costs several times what it saves."""
+def torch_threads(count: int) -> Iterator[None]:
+    """Inside, PyTorch's processor kernels run on `count` threads; 0: as many as before."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count or before)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def one_thread() -> contextlib.AbstractContextManager[None]:
+    """The reference is made of small tensor operations: on the CPU a team of threads costs several times what it saves."""
+    return torch_threads(1)
 
 
 def reference_operator() -> Operator:

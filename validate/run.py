@@ -12,9 +12,9 @@ from pathlib import Path
 from hyperattention.config import INT32_MAX
 from hyperattention.errors import UsageError
 from hyperattention.export.bundle import REPORT, Bundle
+from hyperattention.export.choices import DEVICES, choice
 from hyperattention.export.gate_options import LANGUAGE, kind_of
 from hyperattention.export.patch import Patched
-from hyperattention.export.plan import DEVICES, choice
 from hyperattention.export.source import Source, Trust, reopen
 from hyperattention.validate import environment
 from hyperattention.validate.approximation import every_position

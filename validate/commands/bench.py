@@ -11,6 +11,7 @@ import typer
 
 from hyperattention.config import PRESETS, RANGES, SELECTORS, Config
 from hyperattention.errors import UsageError
+from hyperattention.export.choices import DEVICES, DTYPES
 from hyperattention.export.interrupt import EXIT_CODE as INTERRUPTED
 from hyperattention.validate.commands.options import AsJson, Quiet, numbers, one_of
 
@@ -27,7 +28,7 @@ def command(
     folder: Annotated[Optional[Path], typer.Argument(metavar="OUT", help="Folder that export-model wrote.")] = None,
     attention: Annotated[bool, typer.Option("--attention", help="Time the op alone, on random Q, K, V; no OUT is needed.")] = False,
     lengths: Annotated[str, typer.Option(help="E.g. 4096,32768. (default: 1k to 16k, on a GPU 4k to 128k; of OUT what it takes)")] = "",
-    device: Annotated[str, typer.Option(autocompletion=one_of("auto", "cpu", "cuda"), help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(autocompletion=one_of(*DEVICES), help="auto, cpu or cuda.")] = "auto",
     backend: Annotated[
         str,
         typer.Option(
@@ -59,7 +60,7 @@ def command(
     head_dim: Annotated[Optional[int], typer.Option(help="Head size, 1 to 256. (default: 64, on a GPU 128)", **_ALONE)] = None,
     dtype: Annotated[
         Optional[str],
-        typer.Option(autocompletion=one_of("fp32", "fp16", "bf16"), help="fp32, fp16 or bf16. (default: fp32, on a GPU bf16)", **_ALONE),
+        typer.Option(autocompletion=one_of(*DTYPES), help="fp32, fp16 or bf16. (default: fp32, on a GPU bf16)", **_ALONE),
     ] = None,
     causal: Annotated[Optional[bool], typer.Option("--causal/--full", help="Causal mask or none. (default: causal)", **_ALONE)] = None,
     rivals: Annotated[Optional[str], typer.Option(help="all, none, or names with commas. (default: all)", **_ALONE)] = None,

@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 from rich.markup import escape
 
+from hyperattention.export.choices import DEVICES
 from hyperattention.export.gate_options import check_kind, kind_of, parse_gates, with_gates
 from hyperattention.validate.commands.options import AsJson, Folder, Gates, Quiet, numbers, one_of, save, say
 
@@ -24,7 +25,7 @@ def command(
     lengths: Annotated[str, typer.Option(help="Window lengths, e.g. 8192,32768. (default: 8192,16384,32768 as exported)")] = "",
     windows: Annotated[str, typer.Option(help="Windows of each length. (default: 4,2,1)")] = "",
     time_lengths: Annotated[str, typer.Option(help="Further lengths to time only.")] = "",
-    device: Annotated[str, typer.Option(autocompletion=one_of("auto", "cpu", "cuda"), help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(autocompletion=one_of(*DEVICES), help="auto, cpu or cuda.")] = "auto",
     backend: Annotated[
         str, typer.Option(autocompletion=one_of("auto", "ort", "tensorrt"), help="auto (the engine where it can run), ort or tensorrt.")
     ] = "auto",
