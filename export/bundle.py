@@ -87,6 +87,11 @@ class Bundle:
         """TensorRT's plugin library, where it was built."""
         return self._present(TRT_LIBRARY)
 
+    @property
+    def libraries(self) -> list[Path]:
+        """The native libraries that are there."""
+        return [path for path in (self.ort_library, self.trt_library) if path is not None]
+
     def _present(self, name: str) -> Path | None:
         path = self.folder / name
         return path if path.is_file() else None

@@ -22,11 +22,10 @@ from hyperattention.export.function_dims import Axes, Axis, axis_names, fit, ran
 from hyperattention.export.function_export import Flat, export_program
 from hyperattention.export.function_graph import Call, find_calls
 from hyperattention.export.function_model import GraphModel, converted, main_dtype, replace_attention
-from hyperattention.export.plan import ExportPlan
+from hyperattention.export.plan import DEFAULT_LONGEST, ExportPlan
 from hyperattention.export.source import AttentionLayer, Input, Range, Source
 
 Bounds = dict[str, tuple[int, int | None]]
-_LONGEST = 32768
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class FunctionSource(Source):
             for axis, size in enumerate(entry.shape)
             if isinstance(size, str)
         }
-        found = ranges(self.name, self.bounds, sizes, dims, sequence, _LONGEST)
+        found = ranges(self.name, self.bounds, sizes, dims, sequence, DEFAULT_LONGEST)
         keys, rows = self._span(found, "keys"), self._span(found, "batch")
         return replace(self, dims=found, keys=keys, rows=rows)
 

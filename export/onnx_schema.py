@@ -6,12 +6,10 @@ from typing import Any
 
 import onnx
 import torch
-from onnx import AttributeProto, TensorProto, TypeProto, defs, helper
+from onnx import TensorProto, TypeProto, defs, helper
 
 from hyperattention import op as _op  # registers torch.ops.hyperattention.attention
 from hyperattention.config import DOMAIN, OP_TYPE, VERSION, Config
-
-_ATTRIBUTE_TYPES = {int: AttributeProto.INT, float: AttributeProto.FLOAT, str: AttributeProto.STRING}
 
 
 def register_schema() -> None:

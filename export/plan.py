@@ -17,7 +17,7 @@ from hyperattention.export.source import Input, Range, Source
 MODES = ("approximate", "exact", "native")
 MAX_SEQUENCE = 2**24  # the kernels' tests stop here; positions fit in 32 bits
 MAX_BATCH = 4096
-_DEFAULT_LONGEST = 32768
+DEFAULT_LONGEST = 32768
 _SEQUENCE = "the sequence range (--min-seq, --opt-seq, --max-seq)"
 _CHOICES = {"task": TASKS, "dtype": DTYPES, "input_ids": INPUT_IDS, "keep_exact": KEEP_EXACT}
 # Python's \d and isdigit take digits of every script, and superscripts.
@@ -139,7 +139,7 @@ def sequence_range(source: Source, low: int | None, opt: int | None, high: int |
             raise UsageError(f"--min-seq, --opt-seq and --max-seq: the input of {source.name} is of fixed size; leave them out")
         return source.keys
     low = 1 if low is None else low
-    longest = min(source.max_positions or _DEFAULT_LONGEST, 4 * _DEFAULT_LONGEST) if high is None else high
+    longest = min(source.max_positions or DEFAULT_LONGEST, 4 * DEFAULT_LONGEST) if high is None else high
     usual = max(low, longest // 4) if opt is None else opt
     return check_range(_SEQUENCE, (low, usual, longest), MAX_SEQUENCE)
 

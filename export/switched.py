@@ -27,6 +27,11 @@ class Captured:
     config: Config
     o: Tensor
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the operator takes its exact path for this many rows and keys."""
+        return self.config.is_exact(self.q.shape[2], self.k.shape[2])
+
 
 # (q, k, v, config, lengths) -> (o, lse), as hyperattention.op.attention
 AttentionCall = Callable[[Tensor, Tensor, Tensor, Config, Tensor | None], tuple[Tensor, Tensor]]

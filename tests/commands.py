@@ -45,6 +45,14 @@ def run(capfd: pytest.CaptureFixture[str], command: str, *arguments: object) -> 
 Runner = Callable[..., Result]
 
 
+def finished(model: object, out: Path, *options: str) -> Path:
+    """`out` as export-model leaves it, without a validation."""
+    with pytest.raises(SystemExit) as status:
+        export_main([str(model), str(out), "--no-validate", "--quiet", *options, *SMALL])
+    assert status.value.code == 0
+    return out
+
+
 def copy(folder: Path, target: Path) -> Path:
     """A copy to damage; the native libraries are second names of the same files, so they must be replaced, not written to."""
     shutil.copytree(folder, target, copy_function=lambda a, b: os.link(a, b) if str(a).endswith(".so") else shutil.copyfile(a, b))

@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import pytest
 import tiny
 from bad_inputs import BAD
-from commands import MAIN, SMALL, contents, run
+from commands import contents, run
 from mistakes import TOWER, Bad, Place
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,21 +27,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(whole: Path) -> Path:
-    out = whole.parent / "finished"
-    with pytest.raises(SystemExit) as status:
-        MAIN["export-model"]([str(whole), str(out), "--no-validate", "--quiet", *SMALL])
-    assert status.value.code == 0
-    return out
+    return commands.finished(whole, whole.parent / "finished")
 
 
 @pytest.fixture(scope="module")
 def tower(whole: Path) -> Path:
     (whole.parent / "tower.py").write_text(TOWER)
-    out = whole.parent / "tower"
-    with pytest.raises(SystemExit) as status:
-        MAIN["export-model"]([f"{whole.parent / 'tower.py'}:build", str(out), "--no-validate", "--quiet", "--layers", "0", *SMALL])
-    assert status.value.code == 0
-    return out
+    return commands.finished(f"{whole.parent / 'tower.py'}:build", whole.parent / "tower", "--layers", "0")
 
 
 def test_each_case_has_a_name_of_its_own() -> None:

@@ -16,7 +16,7 @@ from hyperattention.config import Config
 from hyperattention.export.load import inspect_source, load_model
 from hyperattention.export.patch import install
 from hyperattention.export.plan import make_plan
-from hyperattention.validate.baseline import Rival, approximating
+from hyperattention.validate.baseline import Baseline, approximating
 from hyperattention.validate.compare import tensor_error, token_metrics
 from hyperattention.validate.cost import Keys, count_keys, keys_per_query, window_baseline, window_keys
 from hyperattention.validate.feeds import feed
@@ -201,7 +201,7 @@ def test_the_whole_model_beside_ours_is_one_planned_with_the_window() -> None:
         with bench.patched.capture() as captured:
             exact = bench.exact.infer(feed(window.inputs))["logits"][0]
         calls = approximating(captured)
-        rival = Rival(bench, length)
+        rival = Baseline(bench, length)
         rival.add(window, exact)
         row = rival.row(layer_rows(bench.operator, None, captured, length, bench.step), calls)
         assert [keys for _, keys in calls] == [length] * 3
@@ -223,7 +223,7 @@ def test_the_whole_model_beside_ours_is_one_planned_with_the_window() -> None:
 def test_a_model_without_a_vocabulary_has_the_layers_alone() -> None:
     layers = [{"window_relative_l2": 0.5, "relative_l2": 0.25}, {"window_relative_l2": 0.1, "relative_l2": 0.2}]
     with vb.bench(vb.ReferenceKernels()) as (bench, _):
-        row = Rival(bench, 203).row(layers, [(SMALL, 203), (replace(SMALL, causal=0), 131)])
+        row = Baseline(bench, 203).row(layers, [(SMALL, 203), (replace(SMALL, causal=0), 131)])
     assert row["delta_nats"] is row["kl"] is row["top1"] is row["all_positions"] is None and row["windows"] == 0
     assert row["layers_relative_l2"] == {"mean": 0.3, "min": 0.1, "max": 0.5}
     assert row["keys_per_query_ours"] == (keys_per_query(SMALL, 203) + keys_per_query(replace(SMALL, causal=0), 131)) / 2

@@ -17,7 +17,7 @@ from hyperattention.errors import EnvironmentFault, UsageError
 from hyperattention.validate import bench_attention, bench_rivals, bench_run, cli
 from hyperattention.validate.bench_attention import OURS_EXACT, Inputs, Problem, check_outputs
 from hyperattention.validate.bench_plot import figure
-from hyperattention.validate.bench_record import RECORD, duration, summary
+from hyperattention.validate.bench_record import RECORD, summary
 from hyperattention.validate.bench_statistics import Statistics, add_ratios
 from hyperattention.validate.bench_timing import Settings, measure, measured, stoppable
 
@@ -297,7 +297,7 @@ def test_axes_are_logarithmic_and_hold_every_contender(attention) -> None:
     medians = {(r["contender"], r["length"]): r["median_s"] for r in report["rows"]}
     for c in report["contenders"]:
         assert drawn[c["title"]].tolist() == [[n, pytest.approx(1000 * medians[c["name"], n])] for n in (32, 64)]
-    assert "ms" in duration(0.0042) and any(c["title"] in line for line in summary(report) for c in report["contenders"])
+    assert any(c["title"] in line for line in summary(report) for c in report["contenders"])
 
 
 @pytest.mark.native

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from commands import MAIN, SMALL, contents, run
+from commands import MAIN, contents, finished, run
 from rich.console import Console
 
 from hyperattention.errors import AccuracyFailed
@@ -48,11 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def out(model: Path) -> Path:
-    out = model.parent / "out"
-    with pytest.raises(SystemExit) as status:
-        MAIN["export-model"]([str(model), str(out), "--no-validate", "--quiet", *SMALL])
-    assert status.value.code == 0
-    return out
+    return finished(model, model.parent / "out")
 
 
 # --- help, version, completion ------------------------------------------------------------------------------------------

@@ -19,12 +19,13 @@ from onnx.reference import ReferenceEvaluator
 from hyperattention.config import DOMAIN, OP_TYPE, Config
 from hyperattention.errors import ExportFailed
 from hyperattention.export import onnx_graph
-from hyperattention.export.load import inspect_source, load_model, torch_dtype
+from hyperattention.export.load import inspect_source, load_model
 from hyperattention.export.onnx_body import OPSET, attention_function
 from hyperattention.export.onnx_graph import check, export_onnx, hyper_nodes
 from hyperattention.export.onnx_schema import attribute_values, register_schema
 from hyperattention.export.patch import Patched, install
 from hyperattention.export.plan import make_plan
+from hyperattention.export.source import torch_dtype
 from hyperattention.reference import exact_attention
 
 CPU = ["CPUExecutionProvider"]

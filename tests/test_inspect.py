@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import tiny
-from commands import MAIN, SMALL, run
+from commands import run
 from onnx import numpy_helper
 
 from hyperattention.config import Config
@@ -20,9 +20,7 @@ from hyperattention.config import Config
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny.save(tmp_path_factory.mktemp("inspect") / "model")
-    with pytest.raises(SystemExit):
-        MAIN["export-model"]([str(model), str(model.parent / "out"), "--no-validate", "-q", "--layers", "1", "--seed", "5", *SMALL])
-    return model.parent / "out"
+    return commands.finished(model, model.parent / "out", "--layers", "1", "--seed", "5")
 
 
 def test_the_graph_is_what_onnx_reads(out: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -29,9 +29,7 @@ def close(texts: str, values: list[float]) -> None:
     assert numbers(texts) == pytest.approx(values, rel=0.06, abs=6e-6), texts
 
 
-def replaced(
-    value: object, found: tuple[str, ...] = ("name", "case", "notes", "found", "reason", "backend", "source", "processor")
-) -> object:
+def replaced(value: object, found: tuple[str, ...] = FOREIGN) -> object:
     """The report with every text that comes from a user's model, file or machine made hostile."""
     if isinstance(value, dict):
         return {k: NASTY if k in found and isinstance(v, str) else replaced([NASTY] if k in found else v, found) for k, v in value.items()}

@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import pytest
 import tiny
+from commands import SMALL
 from export_runs import stand_ins
 from google.protobuf import text_format
 from onnx import TensorProto, helper
@@ -86,8 +87,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, value in stand_ins(scratch).items():
             if name.removeprefix("hyperattention.") in names:
                 patch.setattr(name, value)
-        small = [part for name, value in tiny.SMALL.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-        options = ["--no-validate", "--triton", "--task", "prefill", "--batch", "1,2,4", "--quiet", *small]
+        options = ["--no-validate", "--triton", "--task", "prefill", "--batch", "1,2,4", "--quiet", *SMALL]
         with pytest.raises(SystemExit, match="^0$"):
             main([str(model), str(scratch / "out"), *options])
     return scratch / "out"

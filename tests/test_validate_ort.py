@@ -229,7 +229,7 @@ def test_report_keeps_the_manifest_in_step(exported: Callable[[Case], Path], mod
         cli.main(["report", str(folder), "--recheck", "--gate", "kl=0"])
     again = Bundle.open(folder)
     assert again.manifest["validation"]["verdict"]["safe"] is False and again.changed_files() == []
-    assert "report/report.json" in again.manifest["files"] and not list(folder.glob("*.tmp"))
+    assert "report/report.json" in again.manifest["files"] and not list(folder.glob("**/.*.partial"))
 
 
 def test_inspect(exported: Callable[[Case], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hyperattention.export.patch import Patched
-from hyperattention.validate.baseline import Rival, approximating
+from hyperattention.validate.baseline import Baseline, approximating
 from hyperattention.validate.compare import (
     TokenMetrics,
     by_position,
@@ -71,7 +71,7 @@ def measure_length(bench: Bench, corpus: Corpus, length: int, count: int, hard: 
             approximated = approximating(captured)
         captured.clear()
         if number == 0 and approximated:
-            rival = Rival(bench, length)
+            rival = Baseline(bench, length)
             rival.add(window, exact)
             baseline = [rival.row(layers, approximated)]
         bench.step(f"{at}: ours ({bench.backend.backend})")

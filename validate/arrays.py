@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hyperattention.errors import UsageError
+from hyperattention.errors import UsageError, one_line
 from hyperattention.export.plan import ExportPlan
 from hyperattention.export.source import Input
 from hyperattention.validate.feeds import IDS, LENGTHS, ArrayMaterial
@@ -70,8 +70,7 @@ def _read(path: Path, plan: ExportPlan) -> dict[str, np.ndarray]:
                 raise ValueError("one array without a name")
             return {name: file[name] for name in file.files}
     except (ValueError, OSError, EOFError, KeyError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UsageError(f"--inputs {path} cannot be read as an .npz file ({reason}); give one with the arrays {names}") from error
+        raise UsageError(f"--inputs {path} cannot be read as an .npz file ({one_line(error)}); give one with the arrays {names}") from error
 
 
 def _tensor(name: str, array: np.ndarray) -> Tensor:

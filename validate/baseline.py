@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hyperattention.config import Config
 from hyperattention.export.patch import Captured
-from hyperattention.validate.compare import TokenMetrics, estimate, summarise, token_metrics
+from hyperattention.validate.compare import TokenMetrics, estimate, spread, summarise, token_metrics
 from hyperattention.validate.cost import keys_per_query, window_keys
 from hyperattention.validate.inputs import Window
 from hyperattention.validate.regimes import ALL_BLOCK, TAIL_BLOCK, language_model, prefill_exact_decode
@@ -20,7 +20,7 @@ from hyperattention.validate.workbench import Bench
 
 
 @dataclass
-class Rival:
+class Baseline:
     """The baseline at one length; a language model's windows are added one by one."""
 
     bench: Bench
@@ -56,8 +56,8 @@ class Rival:
             "keys_per_query": mean(costs),
             "keys_per_query_ours": mean(keys_per_query(config, keys) for config, keys in captured),
             "attributes": {name: getattr(windows[0], name) for name in names},
-            "layers_relative_l2": _span([row["window_relative_l2"] for row in layers]),
-            "ours_layers_relative_l2": _span([row["relative_l2"] for row in layers]),
+            "layers_relative_l2": spread([row["window_relative_l2"] for row in layers]),
+            "ours_layers_relative_l2": spread([row["relative_l2"] for row in layers]),
             "windows": len(tails),
             "delta_nats": asdict(estimate([t.delta for t in tails], TAIL_BLOCK)) if tails else None,
             "kl": asdict(estimate([t.kl for t in tails], TAIL_BLOCK)) if tails else None,
@@ -68,8 +68,4 @@ class Rival:
 
 def approximating(captured: Sequence[Captured]) -> list[tuple[Config, int]]:
     """Config and number of keys of the captured calls that approximate, in order: those of `layer_rows`."""
-    return [(c.config, c.k.shape[2]) for c in captured if not c.config.is_exact(c.q.shape[2], c.k.shape[2])]
-
-
-def _span(values: Sequence[float]) -> dict:
-    return {"mean": mean(values), "min": min(values), "max": max(values)}
+    return [(c.config, c.k.shape[2]) for c in captured if not c.is_exact]

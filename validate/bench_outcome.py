@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import onnx
 import torch
 
 from hyperattention.errors import UsageError
@@ -22,6 +21,7 @@ from hyperattention.validate import environment
 from hyperattention.validate.backends import BACKENDS, check_engines, choose, make_runners, prove
 from hyperattention.validate.bench_timing import LeftOut, Run, l2_scratch
 from hyperattention.validate.feeds import RandomMaterial
+from hyperattention.validate.onnx_file import read_onnx
 from hyperattention.validate.provenance import Proof
 from hyperattention.validate.run import check_files, check_model_fits
 from hyperattention.validate.runner_trt import TensorRTRunner
@@ -55,7 +55,7 @@ class Subject:
 
     def environment(self) -> dict[str, Any]:
         """Machine, versions and libraries."""
-        return environment.describe(self.device, [p for p in (self.bundle.ort_library, self.bundle.trt_library) if p is not None])
+        return environment.describe(self.device, self.bundle.libraries)
 
 
 class RunnerRun:
@@ -183,7 +183,7 @@ def prove_active(contenders: list[RunnerContender]) -> list[Proof]:
 
 def vocabulary(model: Path, inputs: list[str]) -> int:
     """Rows of the smallest table that one of the integer `inputs` looks up, so that random ids are ids; 2 where there is none."""
-    graph = onnx.load(str(model), load_external_data=False).graph
+    graph = read_onnx(model).graph
     sizes = {tensor.name: tensor.dims[0] for tensor in graph.initializer if len(tensor.dims)}
     names = set(inputs)
     for node in graph.node:  # in order: an id may be cast or reshaped on its way

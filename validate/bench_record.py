@@ -12,16 +12,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from hyperattention.errors import EnvironmentFault
+from hyperattention.export.console import readable
 from hyperattention.export.files import write_whole
 from hyperattention.validate.bench_statistics import add_ratios
-from hyperattention.validate.bench_timing import Contender, LeftOut, Measured
+from hyperattention.validate.bench_timing import Contender, LeftOut, Timings
+from hyperattention.validate.report_format import NOTHING, seconds
 
 SCHEMA = 1
 RECORD, CHART = "bench.json", "bench.png"
 
 
 def record(
-    kind: str, head: dict[str, Any], contenders: Sequence[Contender], missing: Sequence[LeftOut], found: Measured, against: str | None
+    kind: str, head: dict[str, Any], contenders: Sequence[Contender], missing: Sequence[LeftOut], found: Timings, against: str | None
 ) -> dict[str, Any]:
     """The record as JSON values; `head` is what only the caller knows: problem, settings, clock, environment and so on."""
     add_ratios(found.rows, [c.name for c in contenders if c.exact and not c.ours], against)
@@ -56,16 +58,6 @@ def titles(report: dict[str, Any]) -> dict[str, str]:
     return {c["name"]: c["title"] for c in report["contenders"]}
 
 
-def duration(seconds: float | None) -> str:
-    """Three digits with a unit; a dash for None."""
-    if seconds is None:
-        return "–"
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}" if seconds / size < 999.5 else f"{seconds / size:.0f} {unit}"
-    return f"{seconds / 1e-9:.3g} ns"
-
-
 def table(report: dict[str, Any]) -> Table:
     """A row for each contender at each length, the fastest first."""
     columns = ("tokens", "contender", "median", "p10", "p90", "p99", "runs", "memory", "against")
@@ -82,9 +74,9 @@ def table(report: dict[str, Any]) -> Table:
         cells = [
             f"{row['length']:,}" if row["length"] != last else "",
             row["contender"],
-            *(duration(row[key]) for key in ("median_s", "p10_s", "p90_s", "p99_s")),
+            *(seconds(row[key]) for key in ("median_s", "p10_s", "p90_s", "p99_s")),
             str(row["runs"]),
-            f"{memory['bytes'] / 2**20:,.0f} MiB" if memory else "–",
+            readable(memory["bytes"]) if memory else NOTHING,
             ratio,
         ]
         shown.add_row(*map(escape, cells), style="bold" if row["ours"] and not row["exact"] else "")

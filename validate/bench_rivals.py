@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hyperattention.export.console import readable
+
 Run = Callable[[], Tensor]
 Rival = Callable[[Tensor, Tensor, Tensor, bool], Run]
 
@@ -95,4 +97,4 @@ def refuse_quadratic(q: Tensor, device: str) -> None:
     end the whole process."""
     need, free = logits_bytes(q, q.shape[2]), free_bytes(device)
     if need > free / 2:
-        raise MemoryError(f"it holds all logits at once, {need / 2**30:.3g} GiB; half of the free memory is {free / 2**31:.3g} GiB")
+        raise MemoryError(f"it holds all logits at once, {readable(need)}; half of the free memory is {readable(free // 2)}")

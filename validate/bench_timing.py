@@ -71,7 +71,7 @@ class Settings:
 
 
 @dataclass
-class Measured:
+class Timings:
     """The rows so far, what was left out, and whether the user stopped it."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -201,12 +201,12 @@ def measure(
     step: Callable[[str], None],
     stopped: Callable[[], bool],
     check: Callable[[dict[str, Any]], dict[str, str]] = lambda outputs: {},
-) -> Measured:
+) -> Timings:
     """Every contender at every length, in rounds in which each runs once, beginning with another one each time.
 
     `check` sees the outputs of the warm-up by name and gives the names of wrong ones with what is wrong; those are left out.
     """
-    found = Measured()
+    found = Timings()
     for length in lengths:
         runs, memory = _warm_up(contenders, length, step, stopped, found, check)
         step(f"{length:,} tokens: {len(runs)} in turn, up to {settings.repeats} rounds")
@@ -226,7 +226,7 @@ def _warm_up(
     length: int,
     step: Callable[[str], None],
     stopped: Callable[[], bool],
-    found: Measured,
+    found: Timings,
     check: Callable[[dict[str, Any]], dict[str, str]],
 ) -> tuple[dict[str, Run], dict[str, dict | None]]:
     """The contenders that run at `length`, each run once or twice, and what memory the first run took; the others go to `found`."""
@@ -258,7 +258,7 @@ def _warm_up(
     return runs, memory
 
 
-def _rounds(runs: dict[str, Run], length: int, settings: Settings, stopped: Callable[[], bool], found: Measured) -> dict[str, list[float]]:
+def _rounds(runs: dict[str, Run], length: int, settings: Settings, stopped: Callable[[], bool], found: Timings) -> dict[str, list[float]]:
     """Seconds of every timed run by contender; one that fails on the way goes to `found` and loses its times."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(settings.repeats):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import mean
 
 import torch
 from polygraphy.comparator import BaseCompareFunc, CosineSimilarityCompareFunc
@@ -69,6 +71,11 @@ def estimate(windows: list[Tensor], block: int) -> Estimate:
     means = torch.cat([torch.stack([part.mean() for part in w.split(block)]) for w in windows])
     se = float(means.std() / math.sqrt(len(means))) if len(means) > 1 else None
     return Estimate(float(everything.mean()), se, len(means))
+
+
+def spread(values: Sequence[float]) -> dict:
+    """Mean, least and largest of some numbers, for report.json."""
+    return {"mean": mean(values), "min": min(values), "max": max(values)}
 
 
 def summarise(windows: list[TokenMetrics], block: int) -> dict:

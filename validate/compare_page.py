@@ -6,7 +6,7 @@ from typing import Any
 
 from hyperattention.validate.compare_text import sentences, tables
 from hyperattention.validate.plots import Chart, Series, line_chart, seconds_text
-from hyperattention.validate.report import environment
+from hyperattention.validate.report import templates
 
 _MOST_OUTPUTS = 3
 
@@ -14,7 +14,7 @@ _MOST_OUTPUTS = 3
 def page(found: dict[str, Any]) -> str:
     """What `compare_folders.compare` found, as HTML that needs no network."""
     parts = {"sentences": sentences(found), "tables": tables(found), "charts": charts(found)}
-    return environment(html=True).get_template("compare.html.jinja").render(c=found, **parts)
+    return templates(html=True).get_template("compare.html.jinja").render(c=found, **parts)
 
 
 def charts(found: dict[str, Any]) -> list[tuple[str, Chart]]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hyperattention.errors import UsageError
-from hyperattention.validate.baseline import Rival, approximating
+from hyperattention.validate.baseline import Baseline, approximating
 from hyperattention.validate.compare import estimate, tensor_error
 from hyperattention.validate.feeds import Feed, Material, without_padding
 from hyperattention.validate.hard_inputs import hard_rows
@@ -99,7 +99,7 @@ def measure_features(bench: Bench, material: Material, length: int, count: int, 
             layers = layer_rows(bench.operator, bench.kernels, captured, length, bench.step)
             hard_inputs = hard_rows(bench.operator, captured, bench.step, material.kind) if hard else []
             approximated = approximating(captured)
-            baseline = [Rival(bench, length).row(layers, approximated)] if approximated else []
+            baseline = [Baseline(bench, length).row(layers, approximated)] if approximated else []
         captured.clear()
         bench.step(f"{at}: ours ({bench.backend.backend})")
         found.add(judged(bench.backend.infer(given), given), exact)

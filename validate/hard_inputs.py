@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hyperattention.config import Config
 from hyperattention.export.patch import Captured
-from hyperattention.validate.compare import tensor_error
+from hyperattention.validate.compare import spread, tensor_error
 from hyperattention.validate.distributions import DISTRIBUTIONS, Problem, Sizes, approximates, some_rows
 from hyperattention.validate.layers import seeds_of
 from hyperattention.validate.operators import Operator
@@ -98,7 +98,7 @@ def hard_rows(operator: Operator, captured: Sequence[Captured], step: Callable[[
     """
     on_cpu = bool(captured) and captured[0].q.device.type == "cpu"
     calls = [first_row(c, CPU if on_cpu else None) for c in captured if c.q.shape[2] == c.k.shape[2]]
-    calls = [c for c in calls if not c.config.is_exact(c.q.shape[2], c.k.shape[2]) and approximates(c.config, c.k.shape[2])]
+    calls = [c for c in calls if not c.is_exact and approximates(c.config, c.k.shape[2])]
     if not calls:
         return []
     count = min(len(calls), CPU.layers if on_cpu else OWN_LAYERS)
@@ -208,9 +208,8 @@ def _row(name: str, length: int, seeds: list[int], found: list[tuple[dict, dict]
 
 def _summary(runs: list[dict]) -> dict:
     """Each number's mean over the seeds; relative L2 with its range."""
-    errors = [run["relative_l2"] for run in runs]
-    band = {"mean": mean(errors), "min": min(errors), "max": max(errors)}
-    return {**{name: mean(run[name] for run in runs) for name in runs[0]}, "relative_l2": band}
+    means = {name: mean(run[name] for run in runs) for name in runs[0]}
+    return {**means, "relative_l2": spread([run["relative_l2"] for run in runs])}
 
 
 def hard_steps() -> int:

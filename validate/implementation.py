@@ -60,7 +60,7 @@ def check_length(plan: ExportPlan, shortest: int) -> int:
 
 def op_cases(captured: list) -> list[OpCase]:
     """The first approximate layer whole, padded and on the exact path; the last rows of the others (or of the only one)."""
-    approximate = [c for c in captured if not c.config.is_exact(c.q.shape[2], c.k.shape[2])]
+    approximate = [c for c in captured if not c.is_exact]
     first, *others = approximate or captured[:1]
     length = first.k.shape[2]
     rows = min(ROWS, length)
@@ -256,7 +256,7 @@ def seeds_spread(captured: list, kernels: Library, seeds: tuple[int, ...]) -> li
     """Relative L2 of each approximate layer against exact attention under other seeds: how much the draw matters."""
     rows = []
     for c in captured:
-        if c.config.is_exact(c.q.shape[2], c.k.shape[2]):
+        if c.is_exact:
             continue
         exact, _ = kernels.forward(c.q, c.k, c.v, c.config.exact(), None)
         errors = [tensor_error(kernels.forward(c.q, c.k, c.v, replace(c.config, seed=s), None)[0], exact).relative_l2 for s in seeds]

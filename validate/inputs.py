@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hyperattention.errors import UsageError
+from hyperattention.errors import UsageError, one_line
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tokenizer_config.json")
 NEEDLE_DIGITS = 8
@@ -115,8 +115,7 @@ def _tokenize(data: bytes, model: Path, name: str) -> Tensor:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     except Exception as error:  # each tokenizer family raises classes of its own for broken or missing files
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UsageError(f"the tokenizer of {model.name} cannot be loaded ({reason}); copy its files again") from error
+        raise UsageError(f"the tokenizer of {model.name} cannot be loaded ({one_line(error)}); copy its files again") from error
     return torch.tensor(tokenizer(data.decode("utf-8", errors="replace"))["input_ids"], dtype=torch.int64)
 
 

@@ -48,7 +48,7 @@ def layer_rows(
     """
     rows, window = [], window_operator(operator)
     for c in captured:
-        if c.config.is_exact(c.q.shape[2], c.k.shape[2]):
+        if c.is_exact:
             continue
         step(f"{length:,} tokens, layer {c.layer} alone")
         differences = check_plan(c, kernels) if kernels and not rows else None

@@ -61,14 +61,14 @@ def describe_onnx(path: Path) -> dict[str, Any]:
                 "name": node.name,
                 "inputs": list(node.input),
                 "outputs": [name for name in node.output if name],
-                "attributes": {attribute.name: attribute_value(attribute) for attribute in node.attribute},
+                "attributes": {attribute.name: _attribute_value(attribute) for attribute in node.attribute},
             }
             for node in hyper_nodes(proto)
         ],
     }
 
 
-def attribute_value(attribute: "AttributeProto") -> Any:
+def _attribute_value(attribute: "AttributeProto") -> Any:
     """An attribute's value, text as str."""
     import onnx
 

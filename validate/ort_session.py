@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperattention.errors import EnvironmentFault
+from hyperattention.errors import EnvironmentFault, one_line
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 # ONNX Runtime's name of a tensor type: torch's dtype and ONNX's code. NumPy, the usual way in, has no bfloat16.
@@ -48,10 +48,9 @@ def session_options(library: Path | None, external_data: Path) -> Any:
         try:
             options.register_custom_ops_library(str(library))
         except Exception as error:  # ONNX Runtime raises a class of its own per status
-            reason = " ".join(str(error).split())[:300]
             raise EnvironmentFault(
-                f"ONNX Runtime {ort.__version__} does not take {library.name}: {reason}; install the onnxruntime-gpu of pyproject.toml, "
-                f"or rebuild the library with `make native`"
+                f"ONNX Runtime {ort.__version__} does not take {library.name}: {one_line(error)}; install the onnxruntime-gpu of "
+                f"pyproject.toml, or rebuild the library with `make native`"
             ) from error
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(external_data))
     return options

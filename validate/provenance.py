@@ -14,9 +14,10 @@ from pathlib import Path
 from hyperattention.config import OP_TYPE, Config
 from hyperattention.errors import EnvironmentFault
 from hyperattention.export.onnx_graph import hyper_nodes
+from hyperattention.export.onnx_schema import attribute_values
 from hyperattention.export.plan import ExportPlan
 from hyperattention.validate.configs import configs
-from hyperattention.validate.onnx_file import attribute_value, read_onnx
+from hyperattention.validate.onnx_file import read_onnx
 
 _MEND = "run `hyperattention doctor`, rebuild the library it names and export again"
 
@@ -45,11 +46,10 @@ def check_graph(model: Path, plan: ExportPlan) -> list[str]:
     if len(nodes) != len(planned):
         raise EnvironmentFault(f"{model.name} holds {len(nodes)} {OP_TYPE} nodes, the plan {len(planned)}; export again")
     for node, layer, config in zip(nodes, plan.planned, planned, strict=True):
-        known = Config().attributes()
-        given = {a.name: attribute_value(a) for a in node.attribute if a.name in known}
-        expected = config.attributes()
+        # An attribute that is not there has the operator's default.
+        given, expected = {**Config().attributes(), **attribute_values(node)}, config.attributes()
         # The scale is stored as float32.
-        wrong = {n: (given.get(n, known[n]), v) for n, v in expected.items() if not _same(given.get(n, known[n]), v)}
+        wrong = {name: (given[name], value) for name, value in expected.items() if not _same(given[name], value)}
         if wrong:
             name, (found, wanted) = next(iter(wrong.items()))
             raise EnvironmentFault(f"{node.name} (layer {layer.index}) has {name} {found}, the plan says {wanted}; export again")

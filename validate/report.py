@@ -71,11 +71,11 @@ def render(report: dict, template: str) -> str:
     """The report through one of the templates."""
     html = template.endswith(".html.jinja")
     parts = {"charts": charts(report) if html else {}, "histogram": row_histogram(report), "bin_text": bin_text}
-    return environment(html).get_template(template).render(r=report, **parts)
+    return templates(html).get_template(template).render(r=report, **parts)
 
 
 @lru_cache(maxsize=None)
-def environment(html: bool) -> Environment:
+def templates(html: bool) -> Environment:
     """Templates that escape every text: as HTML, or so that it stays within its line of Markdown."""
     made = Environment(
         loader=FileSystemLoader(TEMPLATES),

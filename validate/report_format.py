@@ -62,10 +62,13 @@ def estimate(value: dict | float | None, digits: int = 3) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """Seconds, or milliseconds below one."""
+    """Three digits with a unit."""
     if value is None:
         return NOTHING
-    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}" if value / size < 999.5 else f"{value / size:.0f} {unit}"
+    return f"{value / 1e-9:.3g} ns"
 
 
 def count(value: int, one: str, many: str | None = None) -> str:

@@ -146,7 +146,7 @@ def validate(options: Options, step: Callable[[str], None], say: Callable[[str],
         "backend": backend.backend,
         "provenance": [proof.to_json() for proof in proofs],
         **measured,
-        "environment": environment.describe(device, [p for p in (bundle.ort_library, bundle.trt_library) if p is not None]),
+        "environment": environment.describe(device, bundle.libraries),
         "notes": notes + result_notes(plan, measured),
     }
     return judge(report, options.limits)
@@ -182,9 +182,7 @@ def check_model_fits(bundle: Bundle, source: Source) -> None:
     )
     for what, found, expected in pairs:
         if found != expected:
-            raise UsageError(
-                f"--model {source.name} has {what} {found}, the exported model {expected}; give the model it was made from"
-            )
+            raise UsageError(f"--model {source.name} has {what} {found}, the exported model {expected}; give the model it was made from")
 
 
 def _extent(options: Options, lengths: tuple[int, ...]) -> Extent:

@@ -20,8 +20,9 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 from torch import Tensor, nn
 
-from hyperattention.config import DOMAIN, INT32_MAX, OP_TYPE
+from hyperattention.config import INT32_MAX
 from hyperattention.errors import EnvironmentFault
+from hyperattention.export.onnx_graph import hyper_nodes
 from hyperattention.export.plan import ExportPlan
 from hyperattention.export.source import ReplacedModel
 from hyperattention.validate.operators import Operator
@@ -139,11 +140,10 @@ class OrtRunner(ModelRunner):
 
         proto = onnx.load(str(self.model), load_external_data=False)
         if self.exact:
-            for node in proto.graph.node:
-                if node.op_type == OP_TYPE and node.domain == DOMAIN:
-                    kept = [a for a in node.attribute if a.name != "exact_below"]
-                    del node.attribute[:]
-                    node.attribute.extend([*kept, onnx.helper.make_attribute("exact_below", INT32_MAX)])
+            for node in hyper_nodes(proto):
+                kept = [a for a in node.attribute if a.name != "exact_below"]
+                del node.attribute[:]
+                node.attribute.extend([*kept, onnx.helper.make_attribute("exact_below", INT32_MAX)])
         return proto.SerializeToString()
 
     def infer_impl(self, feed_dict: Mapping[str, Tensor]) -> OrderedDict:

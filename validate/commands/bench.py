@@ -12,8 +12,8 @@ import typer
 from hyperattention.config import PRESETS, RANGES, SELECTORS, Config
 from hyperattention.errors import UsageError
 from hyperattention.export.choices import DEVICES, DTYPES
+from hyperattention.export.entry import AsJson, Quiet, numbers, one_of
 from hyperattention.export.interrupt import EXIT_CODE as INTERRUPTED
-from hyperattention.validate.commands.options import AsJson, Quiet, numbers, one_of
 
 EXAMPLE = "hyperattention bench --attention --preset blocks,paper --lengths 4096,32768,131072"
 _ALONE, _MODEL, _TUNED = (dict[str, Any](rich_help_panel=name) for name in ("With --attention", "With OUT", "Attributes of the op"))

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from hyperattention.errors import UsageError
-from hyperattention.validate.commands.options import AsJson, Quiet
+from hyperattention.export.entry import AsJson, Quiet
 
 EXAMPLE = "hyperattention compare out/odd out/all --html compare.html"
 Html = Annotated[Optional[Path], typer.Option("--html", metavar="FILE", help="Write the comparison as a page too; it needs no network.")]

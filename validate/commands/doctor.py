@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from hyperattention.validate.commands.options import AsJson, Quiet
+from hyperattention.export.entry import AsJson, Quiet
 
 EXAMPLE = "hyperattention doctor --json"
 

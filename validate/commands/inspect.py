@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hyperattention.errors import EnvironmentFault
-from hyperattention.validate.commands.options import AsJson, Quiet
+from hyperattention.export.entry import AsJson, Quiet
 
 EXAMPLE = "hyperattention inspect out --json"
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.markup import escape
 
 from hyperattention.errors import AccuracyFailed
 from hyperattention.export import gate_options, interrupt
-from hyperattention.export.console import Reporter
-from hyperattention.export.entry import AsJson, Quiet, numbers, one_of
+
+if TYPE_CHECKING:
+    from hyperattention.export.console import Reporter
 
 Folder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder that export-model wrote.")]
 Gates = Annotated[Optional[list[str]], typer.Option("--gate", metavar="NAME=VALUE", help=gate_options.help_text())]
@@ -29,7 +30,7 @@ def save(report: dict, folder: Path, out: Path | None) -> list[Path]:
     return written
 
 
-def say(report: dict, written: list[Path], reporter: Reporter) -> None:
+def say(report: dict, written: list[Path], reporter: "Reporter") -> None:
     """The verdict and the gates; AccuracyFailed where one was not met."""
     reporter.gates(report)
     reporter.say(f"Report: {escape(str(written[-1]))}")
@@ -39,6 +40,3 @@ def say(report: dict, written: list[Path], reporter: Reporter) -> None:
         advice = "Approximate fewer layers (--layers) or raise num_blocks"
         raise AccuracyFailed(f"gates not met: {names}; the report says where. {advice}", found)
     reporter.answer(found)
-
-
-__all__ = ["AsJson", "Folder", "Gates", "Quiet", "numbers", "one_of", "save", "say"]

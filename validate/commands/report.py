@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from hyperattention.errors import UsageError
+from hyperattention.export.entry import AsJson, Quiet
 from hyperattention.export.gate_options import parse_gates, with_gates
-from hyperattention.validate.commands.options import AsJson, Folder, Gates, Quiet, save, say
+from hyperattention.validate.commands.options import Folder, Gates, save, say
 
 EXAMPLE = "hyperattention report out --recheck --gate kl=0.01 --gate top1=0.95"
 Recheck = Annotated[bool, typer.Option("--recheck", help="Judge the saved numbers again, under the saved limits and every --gate.")]

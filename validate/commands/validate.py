@@ -9,8 +9,9 @@ import typer
 from rich.markup import escape
 
 from hyperattention.export.choices import DEVICES
+from hyperattention.export.entry import AsJson, Quiet, numbers, one_of
 from hyperattention.export.gate_options import check_kind, kind_of, parse_gates, with_gates
-from hyperattention.validate.commands.options import AsJson, Folder, Gates, Quiet, numbers, one_of, save, say
+from hyperattention.validate.commands.options import Folder, Gates, save, say
 
 EXAMPLE = "hyperattention validate out --model models/byte-lm-4m --text held-out.txt --gate kl=0.01"
 
