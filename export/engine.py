@@ -22,6 +22,8 @@ from hyperattention.export.engine_plugin import register_plugin
 from hyperattention.library import TRT_LIBRARY
 
 if TYPE_CHECKING:
+    import torch
+
     from hyperattention.export.plan import ExportPlan
 
 ONNX_FILE, ENGINE_FILE, CACHE_FILE, LOG_FILE = "model.trt.onnx", "model.engine", "timing.cache", "build.log"
@@ -132,6 +134,23 @@ def read_engine(path: Path, library: Path, logger: Any = None) -> Any:
             f"GPU that built it: build it again here"
         )
     return engine
+
+
+def tensor_dtype(trt: Any, dtype: Any) -> torch.dtype:
+    """torch's dtype of one of TensorRT's. Raises EnvironmentFault for a type that no tensor of ours has."""
+    import torch
+
+    table = {
+        trt.float32: torch.float32,
+        trt.float16: torch.float16,
+        trt.bfloat16: torch.bfloat16,
+        trt.int32: torch.int32,
+        trt.int64: torch.int64,
+        trt.bool: torch.bool,
+    }
+    if dtype not in table:
+        raise EnvironmentFault(f"the engine has a tensor of type {dtype}, which is not carried; export the model again")
+    return table[dtype]
 
 
 def layer_names(engine: Any) -> list[str]:

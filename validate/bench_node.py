@@ -11,14 +11,8 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from hyperattention.config import DOMAIN, OP_TYPE, Config
+from hyperattention.validate.ort_session import ONNX_TYPES
 
-ONNX_TYPES = {
-    torch.bfloat16: TensorProto.BFLOAT16,
-    torch.float16: TensorProto.FLOAT16,
-    torch.float32: TensorProto.FLOAT,
-    torch.int32: TensorProto.INT32,
-    torch.int64: TensorProto.INT64,
-}
 MICROSOFT = "com.microsoft"
 # TensorRT 10.6 reads this release of the format; later ones came after it. ONNX's own Attention needs a newer one.
 IR_VERSION, OPSET = 9, 17

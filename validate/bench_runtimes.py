@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperattention.export.engine import tensor_dtype
 from hyperattention.library import ort_library_path, trt_library_path
-from hyperattention.validate.bench_node import ONNX_TYPES
+from hyperattention.validate.ort_session import ONNX_TYPES
 
 
 class OrtNode:
@@ -47,7 +48,7 @@ class OrtNode:
         self.binding, self.held = self.session.io_binding(), {**feed, **outputs}
         for name, tensor in self.held.items():
             bind = self.binding.bind_output if name in outputs else self.binding.bind_input
-            bind(name, self.device, 0, int(ONNX_TYPES[tensor.dtype]), tuple(tensor.shape), tensor.data_ptr())
+            bind(name, self.device, 0, ONNX_TYPES[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
         if self.device == "cuda":
             torch.cuda.synchronize()
 
@@ -119,9 +120,8 @@ class EngineRunner:
         for i in range(self.engine.num_io_tensors):
             name = self.engine.get_tensor_name(i)
             if self.engine.get_tensor_mode(name) == self.trt.TensorIOMode.OUTPUT:
-                kind = {self.trt.bfloat16: torch.bfloat16, self.trt.float16: torch.float16, self.trt.float32: torch.float32}
-                shape = tuple(self.context.get_tensor_shape(name))
-                self.outputs[name] = torch.full(shape, float("nan"), dtype=kind[self.engine.get_tensor_dtype(name)], device="cuda")
+                shape, dtype = tuple(self.context.get_tensor_shape(name)), tensor_dtype(self.trt, self.engine.get_tensor_dtype(name))
+                self.outputs[name] = torch.full(shape, float("nan"), dtype=dtype, device="cuda")
                 self.context.set_tensor_address(name, self.outputs[name].data_ptr())
         torch.cuda.synchronize()
 

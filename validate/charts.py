@@ -6,7 +6,8 @@ import math
 from statistics import fmean
 
 from hyperattention.export.gate_options import LANGUAGE
-from hyperattention.validate.plots import Chart, Series, Span, bar_chart, line_chart, range_chart, seconds_text, short
+from hyperattention.validate.plots import Chart, Series, Span, bar_chart, line_chart, range_chart, short
+from hyperattention.validate.report_format import seconds
 
 OURS, WINDOW = "ours", "window + sinks"
 _MOST_SERIES = 4  # colours, shapes
@@ -36,7 +37,7 @@ def time_chart(report: dict) -> Chart | None:
     for key, name, colour in (("ours_s", OURS, 1), ("exact_s", "exact, same backend", 3), ("torch_exact_s", "PyTorch exact", 4)):
         points = [(row["length"], row[key]) for row in sorted(report["time"], key=lambda row: row["length"]) if row.get(key)]
         series.append(Series(name, points, colour, dashed=key == "torch_exact_s"))
-    return line_chart("Time of one forward pass by length", series, "", True, tick=seconds_text)
+    return line_chart("Time of one forward pass by length", series, "", True, tick=seconds)
 
 
 def row_histogram(report: dict) -> dict | None:

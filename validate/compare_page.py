@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from hyperattention.validate.compare_text import sentences, tables
-from hyperattention.validate.plots import Chart, Series, line_chart, seconds_text
+from hyperattention.validate.plots import Chart, Series, line_chart
 from hyperattention.validate.report import templates
+from hyperattention.validate.report_format import seconds
 
 _MOST_OUTPUTS = 3
 
@@ -33,5 +34,5 @@ def _chart(found: dict[str, Any], rows: list[dict], key: str, what: str) -> Char
         points = [(row["length"], row["pair"][i][key]) for row in rows if row["pair"][i] and row["pair"][i][key]]
         series.append(Series(name, points, i + 1, dashed=i == 1))
     if key == "ours_s":
-        return line_chart(f"{what} by length", series, "", True, tick=seconds_text)
+        return line_chart(f"{what} by length", series, "", True, tick=seconds)
     return line_chart(f"{what} by length", series, what, True)

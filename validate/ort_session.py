@@ -26,6 +26,7 @@ DTYPES = {
     "tensor(float16)": (torch.float16, 10),
     "tensor(bfloat16)": (torch.bfloat16, 16),
 }
+ONNX_TYPES = dict(DTYPES.values())  # ONNX's code by torch's dtype
 
 
 def provider_of(device: torch.device) -> str:

@@ -50,11 +50,6 @@ def tick_text(value: float) -> str:
     return f"{value:.4f}".rstrip("0").rstrip(".")
 
 
-def seconds_text(value: float) -> str:
-    """A tick of an axis of seconds."""
-    return f"{value:g} s" if value >= 1 else f"{1000 * value:g} ms" if value >= 1e-3 else f"{1e6 * value:g} µs"
-
-
 def _nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     span = high - low or 1.0
     step = 10 ** math.floor(math.log10(span / count))

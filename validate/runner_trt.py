@@ -28,7 +28,7 @@ class TensorRTRunner(ModelRunner):
         self.backend = "TensorRT"
 
     def activate_impl(self) -> None:
-        from hyperattention.export.engine import read_engine
+        from hyperattention.export.engine import read_engine, tensor_dtype
 
         self.engine = read_engine(self.path, self.library)
         import tensorrt as trt
@@ -41,7 +41,7 @@ class TensorRTRunner(ModelRunner):
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         self.inputs = [n for n in names if self.engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
         self.outputs = [n for n in names if n not in self.inputs]
-        self.dtypes = {n: _torch_dtype(trt, self.engine.get_tensor_dtype(n)) for n in names}
+        self.dtypes = {n: tensor_dtype(trt, self.engine.get_tensor_dtype(n)) for n in names}
         self.buffers: dict[str, Tensor] = {}
         self.runs = 0
 
@@ -75,17 +75,3 @@ class TensorRTRunner(ModelRunner):
     def deactivate_impl(self) -> None:
         del self.context, self.engine, self.stream, self.buffers, self.inputs, self.outputs, self.dtypes, self.runs
         torch.cuda.empty_cache()
-
-
-def _torch_dtype(trt, dtype) -> torch.dtype:
-    table = {
-        trt.float32: torch.float32,
-        trt.float16: torch.float16,
-        trt.bfloat16: torch.bfloat16,
-        trt.int32: torch.int32,
-        trt.int64: torch.int64,
-        trt.bool: torch.bool,
-    }
-    if dtype not in table:
-        raise EnvironmentFault(f"the engine has a tensor of type {dtype}, which this runner does not carry")
-    return table[dtype]

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from hyperattention import reference
 from hyperattention.config import Config
-from hyperattention.validate.bench_node import ONNX_TYPES, Heads, attention_node, make_model, op_model
+from hyperattention.validate.bench_node import Heads, attention_node, make_model, op_model
 from hyperattention.validate.bench_runtimes import EngineRunner as Runner
 from hyperattention.validate.bench_runtimes import build_engine as build
+from hyperattention.validate.ort_session import ONNX_TYPES
 
 __all__ = ["Heads", "Runner", "build", "compare", "op_model", "random_inputs", "random_tables", "table_inputs", "token_model"]
 
