@@ -17,11 +17,11 @@ from hyperattention.export.load import inspect_source, load_model
 from hyperattention.export.patch import install
 from hyperattention.export.plan import make_plan
 from hyperattention.validate.baseline import Baseline, approximating
-from hyperattention.validate.compare import tensor_error, token_metrics
 from hyperattention.validate.cost import Keys, count_keys, keys_per_query, window_baseline, window_keys
 from hyperattention.validate.feeds import feed
 from hyperattention.validate.inputs import windows
 from hyperattention.validate.layers import layer_rows
+from hyperattention.validate.metrics import tensor_error, token_metrics
 from hyperattention.validate.operators import Operator
 from hyperattention.validate.regimes import prefill_exact_decode
 from hyperattention.validate.window import window_attention, window_config, window_operator

@@ -17,7 +17,8 @@ from torch import Tensor
 from hyperattention.config import Config
 from hyperattention.errors import UsageError
 from hyperattention.reference import exact_attention
-from hyperattention.validate.compare import (
+from hyperattention.validate.inputs import NEEDLE_DIGITS, Corpus, load_corpus, needle, recalled, windows
+from hyperattention.validate.metrics import (
     attention_error,
     by_position,
     compare_functions,
@@ -26,7 +27,6 @@ from hyperattention.validate.compare import (
     tensor_error,
     token_metrics,
 )
-from hyperattention.validate.inputs import NEEDLE_DIGITS, Corpus, load_corpus, needle, recalled, windows
 
 # --- metrics -----------------------------------------------------------------------------------------------------------
 

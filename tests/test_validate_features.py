@@ -33,7 +33,7 @@ from hyperattention.validate.measure import Extent, measure
 from hyperattention.validate.operators import Operator, one_thread, reference_operator
 from hyperattention.validate.report import read
 from hyperattention.validate.runners import OrtRunner, TorchRunner
-from hyperattention.validate.workbench import Bench
+from hyperattention.validate.workbench import Workbench
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LONGEST = 203
@@ -317,7 +317,7 @@ def measured(tower: tuple[Source, Any], kernels: vb.ReferenceKernels) -> dict:
         TorchRunner(replaced, operator, "under test") as backend,
         TorchRunner(replaced, reference_operator(), "reference") as definition,
     ):
-        bench = Bench(replaced, replaced.plan, exact, backend, None, backend, operator, kernels, 0, 0, lambda text: None)
+        bench = Workbench(replaced, replaced.plan, exact, backend, None, backend, operator, kernels, 0, 0, lambda text: None)
         report = measure(bench, definition, material, Extent({150: 1}))
     return {**report, "kind": "features", "plan_summary": plan_summary(replaced.plan), "inputs": material.describe()}
 

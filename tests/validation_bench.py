@@ -25,7 +25,7 @@ from hyperattention.validate.inputs import Corpus, load_corpus
 from hyperattention.validate.measure import Extent, measure
 from hyperattention.validate.operators import Operator, one_thread, reference_operator
 from hyperattention.validate.runners import TorchRunner
-from hyperattention.validate.workbench import Bench
+from hyperattention.validate.workbench import Workbench
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, TEXT = ROOT / "models" / "byte-lm-4m", ROOT / "tests" / "data" / "heldout.txt"
@@ -124,7 +124,7 @@ def corpus() -> Corpus:
 
 
 @contextlib.contextmanager
-def bench(kernels: ReferenceKernels) -> Iterator[tuple[Bench, TorchRunner]]:
+def bench(kernels: ReferenceKernels) -> Iterator[tuple[Workbench, TorchRunner]]:
     """Active runners with `kernels` under test in every place where the native library stands, and the definition."""
     patched = model()
     operator = Operator("kernels under test", lambda *problem: kernels.forward(*problem))
@@ -134,7 +134,7 @@ def bench(kernels: ReferenceKernels) -> Iterator[tuple[Bench, TorchRunner]]:
         TorchRunner(patched, operator, "under test") as backend,
         TorchRunner(patched, reference_operator(), "reference") as definition,
     ):
-        yield Bench(patched, patched.plan, exact, backend, None, backend, operator, kernels, TAIL, 0, lambda text: None), definition
+        yield Workbench(patched, patched.plan, exact, backend, None, backend, operator, kernels, TAIL, 0, lambda text: None), definition
 
 
 def measured(kernels: ReferenceKernels) -> dict:

@@ -11,7 +11,11 @@ from torch import Tensor
 
 from hyperattention.export.patch import Patched
 from hyperattention.validate.baseline import Baseline, approximating
-from hyperattention.validate.compare import (
+from hyperattention.validate.feeds import IDS, LENGTHS
+from hyperattention.validate.hard_inputs import hard_rows
+from hyperattention.validate.inputs import DEPTHS, Corpus, needle, recalled, windows
+from hyperattention.validate.layers import layer_rows
+from hyperattention.validate.metrics import (
     TokenMetrics,
     by_position,
     estimate,
@@ -19,13 +23,9 @@ from hyperattention.validate.compare import (
     tensor_error,
     token_metrics,
 )
-from hyperattention.validate.feeds import IDS, LENGTHS
-from hyperattention.validate.hard_inputs import hard_rows
-from hyperattention.validate.inputs import DEPTHS, Corpus, needle, recalled, windows
-from hyperattention.validate.layers import layer_rows
 from hyperattention.validate.regimes import ALL_BLOCK, TAIL_BLOCK, prefill_backend, prefill_exact_decode, token_feed
 from hyperattention.validate.runners import Forward
-from hyperattention.validate.workbench import Bench, Measured, check_finite, is_exact, not_finite, time_row, timed
+from hyperattention.validate.workbench import Measured, Workbench, check_finite, is_exact, not_finite, time_row, timed
 
 
 def every_position(patched: Patched) -> Forward:
@@ -39,7 +39,7 @@ def every_position(patched: Patched) -> Forward:
     return forward
 
 
-def measure_length(bench: Bench, corpus: Corpus, length: int, count: int, hard: bool) -> Measured:
+def measure_length(bench: Workbench, corpus: Corpus, length: int, count: int, hard: bool) -> Measured:
     """One length over `count` windows; with `hard` also what inputs that hurt do to its layers. The baseline reads the first window.
 
     Raises UsageError where exact attention itself answers NaN or infinity.
@@ -107,7 +107,7 @@ def measure_length(bench: Bench, corpus: Corpus, length: int, count: int, hard: 
     return Measured(row, time_row(bench, length, seconds, exact_seconds, torch_seconds), layers, baseline, hard_inputs)
 
 
-def measure_needle(bench: Bench, corpus: Corpus, length: int, seed: int, prompts: int) -> dict:
+def measure_needle(bench: Workbench, corpus: Corpus, length: int, seed: int, prompts: int) -> dict:
     """Digits recalled at four depths, teacher forced, by exact attention and in both regimes; `prompts` prompts a depth."""
     rows = []
     for depth in DEPTHS:

@@ -11,19 +11,19 @@ from torch import Tensor
 
 from hyperattention.config import Config
 from hyperattention.export.patch import Captured
-from hyperattention.validate.compare import TokenMetrics, estimate, spread, summarise, token_metrics
 from hyperattention.validate.cost import keys_per_query, window_keys
 from hyperattention.validate.inputs import Window
+from hyperattention.validate.metrics import TokenMetrics, estimate, spread, summarise, token_metrics
 from hyperattention.validate.regimes import ALL_BLOCK, TAIL_BLOCK, language_model, prefill_exact_decode
 from hyperattention.validate.window import NAME, window_config, window_operator
-from hyperattention.validate.workbench import Bench
+from hyperattention.validate.workbench import Workbench
 
 
 @dataclass
 class Baseline:
     """The baseline at one length; a language model's windows are added one by one."""
 
-    bench: Bench
+    bench: Workbench
     length: int
     everywhere: list[TokenMetrics] = field(default_factory=list)
     tails: list[TokenMetrics] = field(default_factory=list)

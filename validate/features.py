@@ -16,11 +16,11 @@ from torch import Tensor
 
 from hyperattention.errors import UsageError
 from hyperattention.validate.baseline import Baseline, approximating
-from hyperattention.validate.compare import estimate, tensor_error
 from hyperattention.validate.feeds import Feed, Material, without_padding
 from hyperattention.validate.hard_inputs import hard_rows
 from hyperattention.validate.layers import layer_rows
-from hyperattention.validate.workbench import Bench, Measured, check_finite, not_finite, nothing_approximates, time_row, timed
+from hyperattention.validate.metrics import estimate, tensor_error
+from hyperattention.validate.workbench import Measured, Workbench, check_finite, not_finite, nothing_approximates, time_row, timed
 
 ROW_BLOCK = 64  # neighbouring rows that count as one observation
 
@@ -80,7 +80,7 @@ def judged(answer: Mapping[str, Tensor], given: Feed) -> dict[str, Tensor]:
     return {name: without_padding(value, given) for name, value in answer.items() if value.is_floating_point()}
 
 
-def measure_features(bench: Bench, material: Material, length: int, count: int, hard: bool) -> Measured:
+def measure_features(bench: Workbench, material: Material, length: int, count: int, hard: bool) -> Measured:
     """One length over at most `count` feeds; with `hard` also what inputs that hurt do to its layers.
 
     Raises UsageError where exact attention itself answers NaN or infinity, and where no output is floating.

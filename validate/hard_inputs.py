@@ -15,9 +15,9 @@ from torch import Tensor
 
 from hyperattention.config import Config
 from hyperattention.export.patch import Captured
-from hyperattention.validate.compare import spread, tensor_error
 from hyperattention.validate.distributions import DISTRIBUTIONS, Problem, Sizes, approximates, some_rows
 from hyperattention.validate.layers import seeds_of
+from hyperattention.validate.metrics import spread, tensor_error
 from hyperattention.validate.operators import Operator
 from hyperattention.validate.window import window_operator
 

@@ -23,9 +23,9 @@ from hyperattention.config import Config
 from hyperattention.export.plan import ExportPlan
 from hyperattention.native import Library
 from hyperattention.selection import Geometry, Plan, make_plan
-from hyperattention.validate.compare import TensorError, compare_functions, tensor_error
 from hyperattention.validate.configs import configs
 from hyperattention.validate.feeds import Feed, is_padded, shortened
+from hyperattention.validate.metrics import TensorError, compare_functions, tensor_error
 from hyperattention.validate.operators import one_thread
 from hyperattention.validate.runners import ModelRunner
 

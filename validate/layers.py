@@ -12,8 +12,8 @@ from torch import Tensor
 from hyperattention.config import Config
 from hyperattention.export.switched import Captured
 from hyperattention.native import Library
-from hyperattention.validate.compare import attention_error, row_errors, tensor_error
 from hyperattention.validate.implementation import check_plan
+from hyperattention.validate.metrics import attention_error, row_errors, tensor_error
 from hyperattention.validate.operators import Operator
 from hyperattention.validate.window import window_operator
 

@@ -17,7 +17,7 @@ from hyperattention.validate.implementation import broken_output, check_length, 
 from hyperattention.validate.inputs import DEPTHS, Corpus, needle
 from hyperattention.validate.runners import TorchRunner
 from hyperattention.validate.signature import keys_follow, length_range
-from hyperattention.validate.workbench import Bench, Measured, is_exact, measure_time, nothing_approximates
+from hyperattention.validate.workbench import Measured, Workbench, is_exact, measure_time, nothing_approximates
 
 EXTRA_SEEDS = 4
 NEEDLE_PROMPTS = 4
@@ -33,7 +33,7 @@ class Extent:
     seed: int = 0
 
 
-def measure(bench: Bench, definition: TorchRunner, material: Material, extent: Extent) -> dict:
+def measure(bench: Workbench, definition: TorchRunner, material: Material, extent: Extent) -> dict:
     """The parts of report.json that are numbers. `definition` runs the plan by the reference; all runners are active.
 
     Raises UsageError where the model's own exact attention answers no numbers.
@@ -62,14 +62,14 @@ def steps_of(extent: Extent) -> int:
     return 16 + hard_steps() + sum(4 * n + 5 for n in windows) + 3 * len(extent.time_lengths) + (needle_steps(1) if extent.needle else 0)
 
 
-def _at_length(bench: Bench, material: Material, length: int, count: int, hard: bool) -> Measured:
+def _at_length(bench: Workbench, material: Material, length: int, count: int, hard: bool) -> Measured:
     if kind_of(bench.plan.task) == LANGUAGE:
         assert isinstance(material, TextMaterial)
         return measure_length(bench, material.corpus, length, count, hard)
     return measure_features(bench, material, length, count, hard)
 
 
-def _implementation(bench: Bench, definition: TorchRunner, material: Material, lengths: tuple[int, ...], seed: int) -> dict:
+def _implementation(bench: Workbench, definition: TorchRunner, material: Material, lengths: tuple[int, ...], seed: int) -> dict:
     """Both halves, a little above exact_below (at the shortest length where nothing approximates)."""
     length, given, captured = _captured(bench, material, lengths)
     rows, spread = [], []
@@ -101,7 +101,7 @@ def check_needle(plan: ExportPlan, material: Material, extent: Extent) -> None:
     needle(corpus, max(extent.windows), DEPTHS[0], extent.seed)
 
 
-def _captured(bench: Bench, material: Material, lengths: tuple[int, ...]) -> tuple[int, Feed, list[Captured]]:
+def _captured(bench: Workbench, material: Material, lengths: tuple[int, ...]) -> tuple[int, Feed, list[Captured]]:
     """A length where something approximates, as short as can be, its feed and the attention calls of exact attention there."""
     low, high = length_range(bench.plan)
     if keys_follow(bench.plan):
@@ -124,7 +124,7 @@ def _needle_corpus(plan: ExportPlan, material: Material) -> Corpus | None:
     return corpus if corpus is not None and corpus.tokens == "bytes" else None
 
 
-def _needle(bench: Bench, material: Material, length: int, extent: Extent) -> dict | None:
+def _needle(bench: Workbench, material: Material, length: int, extent: Extent) -> dict | None:
     cuda, corpus = bench.device.type == "cuda", _needle_corpus(bench.plan, material)
     wanted = extent.needle if extent.needle is not None else cuda
     if corpus is None or not wanted:

@@ -15,24 +15,24 @@ from hyperattention.validate.feeds import Feed, feed
 from hyperattention.validate.inputs import Window
 from hyperattention.validate.operators import Operator
 from hyperattention.validate.signature import batch_rows
-from hyperattention.validate.workbench import Bench
+from hyperattention.validate.workbench import Workbench
 
 TAIL_BLOCK = 64  # neighbouring tokens of the exact tail that count as one observation
 ALL_BLOCK = 256
 
 
-def token_feed(bench: Bench, ids: Tensor) -> Feed:
+def token_feed(bench: Workbench, ids: Tensor) -> Feed:
     """The feed of ids int [1, S], in as many equal rows as the export takes at least."""
     return feed(ids, rows=batch_rows(bench.plan))
 
 
-def language_model(bench: Bench) -> Patched:
+def language_model(bench: Workbench) -> Patched:
     """The model of a language task, which runs on token ids and a cache."""
     assert isinstance(bench.patched, Patched)
     return bench.patched
 
 
-def prefill_exact_decode(bench: Bench, window: Window, operator: Operator | None = None) -> Tensor:
+def prefill_exact_decode(bench: Workbench, window: Window, operator: Operator | None = None) -> Tensor:
     """Logits [tail, vocabulary] of the last positions, which attend exactly over the approximate prefill's keys and values.
 
     The prompt is read by the backend where it answers a cache, else in PyTorch; in PyTorch by `operator` where one is given.
@@ -59,6 +59,6 @@ def _cache(answer: dict, device: torch.device):
     return cache
 
 
-def prefill_backend(bench: Bench) -> str:
+def prefill_backend(bench: Workbench) -> str:
     """Who reads the prompt in the regime prefill, exact decode."""
     return bench.backend.backend if bench.plan.task == "prefill" else f"PyTorch, op by {bench.operator.name}"

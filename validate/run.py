@@ -27,7 +27,7 @@ from hyperattention.validate.operators import native_library, native_operator, r
 from hyperattention.validate.report import SCHEMA
 from hyperattention.validate.runners import TorchRunner
 from hyperattention.validate.signature import length_range
-from hyperattention.validate.workbench import Bench
+from hyperattention.validate.workbench import Workbench
 
 WINDOWS = (4, 2, 1)
 TAIL = 512
@@ -117,7 +117,7 @@ def validate(options: Options, step: Callable[[str], None], say: Callable[[str],
             stack.enter_context(backend_exact)
         repeats = 5 if device.type == "cuda" else 0
         tail = min(options.tail, min(lengths) // 2) if forward else 0
-        bench = Bench(patched, plan, exact, backend, backend_exact, scorer, operator, kernels, tail, repeats, step)
+        bench = Workbench(patched, plan, exact, backend, backend_exact, scorer, operator, kernels, tail, repeats, step)
         measured = measure(bench, definition, material, extent)
         step("proving what ran in all of it")
         proofs = prove([backend, *([backend_exact] if backend_exact else [])])

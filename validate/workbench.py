@@ -20,7 +20,7 @@ from hyperattention.validate.runners import ModelRunner, TorchRunner
 
 
 @dataclass
-class Bench:
+class Workbench:
     """The active runners of one validation and the model they share."""
 
     patched: ReplacedModel
@@ -73,7 +73,7 @@ def timed(runner: ModelRunner, given: Mapping[str, Tensor], repeats: int) -> lis
     return seconds
 
 
-def measure_time(bench: Bench, given: Mapping[str, Tensor], length: int) -> dict:
+def measure_time(bench: Workbench, given: Mapping[str, Tensor], length: int) -> dict:
     """Time only, for lengths past what the model was trained for: a row of report.json's `time`."""
     row: dict = {"length": length, "backend": bench.backend.backend, "exact_s": None, "torch_exact_s": None, "time_only": True}
     for key, runner in (("ours_s", bench.backend), ("exact_s", bench.backend_exact), ("torch_exact_s", bench.exact)):
@@ -90,7 +90,7 @@ def measure_time(bench: Bench, given: Mapping[str, Tensor], length: int) -> dict
     return {**row, "runs": max(1, bench.repeats)}
 
 
-def time_row(bench: Bench, length: int, ours: list[float], exact: float | None, torch_exact: list[float]) -> dict:
+def time_row(bench: Workbench, length: int, ours: list[float], exact: float | None, torch_exact: list[float]) -> dict:
     """A row of report.json's `time` at a length whose accuracy was measured; medians, in seconds."""
     return {
         "length": length,
