@@ -18,7 +18,9 @@ from mistakes import (
     code,
     cuda_without_a_runtime,
     cut,
+    damaged_engine,
     edit,
+    engine_without_plugin,
     export,
     file,
     finished,
@@ -215,6 +217,8 @@ _VALIDATE = [
     check("validate-needle-of-tokens", 2, "--needle plants a prompt of bytes", "--needle", "--lengths", "64"),
     check("validate-needle-too-short", 2, "512 is too short", "--needle", "--text", file("text", b"\x03" * 600), of=spoilt(of_bytes)),
     check("engine-of-another-gpu", 3, "model.engine cannot run here", "--backend", "tensorrt", of=spoilt(other_engine), patch=other_gpu),
+    check("engine-damaged", 2, "model.engine changed or missing", "--backend", "tensorrt", of=spoilt(damaged_engine)),
+    check("engine-without-the-plugin", 3, "plugin", "--backend", "tensorrt", of=spoilt(engine_without_plugin), patch=other_gpu),
     check("onnxruntime-too-old", 3, "does not take libhyperattention_ort.so", "--lengths", "64", patch=old_onnxruntime),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hyperattention.export.bundle import MANIFEST
-from hyperattention.library import ABI_VERSION, ORT_LIBRARY, ort_library_path
+from hyperattention.library import ABI_VERSION, ORT_LIBRARY, TRT_LIBRARY, ort_library_path
 
 # One layer of full attention over rows of 3 to 64 vectors.
 TOWER = """
@@ -228,6 +229,21 @@ def other_engine(folder: Path) -> None:
     (folder / "model.engine").write_bytes(b"engine")
     host = {"tensorrt": "10.6.0", "compute_capability": "9.0", "gpu": "NVIDIA H200", "driver": "580.65.06", "plugin_build": "0"}
     edit(MANIFEST, engine={"tensorrt": "10.6.0", "host": host, "layers": 9, "plugin_layers": ["attention"]})(folder)
+
+
+def damaged_engine(folder: Path) -> None:
+    """An engine of which the end was lost on its way here."""
+    other_engine(folder)
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    edit(MANIFEST, files={**files, "model.engine": {"bytes": 12, "sha256": hashlib.sha256(b"engine whole").hexdigest()}})(folder)
+
+
+def engine_without_plugin(folder: Path) -> None:
+    """An engine that was moved without the plugin's library."""
+    other_engine(folder)
+    (folder / TRT_LIBRARY).unlink(missing_ok=True)
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    edit(MANIFEST, files={name: entry for name, entry in files.items() if name != TRT_LIBRARY})(folder)
 
 
 def no_libraries(patch: pytest.MonkeyPatch, place: Place) -> None:
