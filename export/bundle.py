@@ -17,7 +17,7 @@ from typing import Any
 
 from hyperattention import __version__
 from hyperattention.errors import UsageError
-from hyperattention.export.files import sha256, write_whole
+from hyperattention.export.files import ENGINE, MODEL, TWIN, sha256, write_whole
 from hyperattention.export.plan import ExportPlan
 from hyperattention.library import ORT_LIBRARY, TRT_LIBRARY
 
@@ -65,17 +65,17 @@ class Bundle:
     @property
     def model_onnx(self) -> Path:
         """The ONNX file with the function body."""
-        return self.folder / "model.onnx"
+        return self.folder / MODEL
 
     @property
     def trt_onnx(self) -> Path:
         """Its twin for TensorRT."""
-        return self.folder / "model.trt.onnx"
+        return self.folder / TWIN
 
     @property
     def engine(self) -> Path | None:
         """The TensorRT engine, where one was built."""
-        return self._present("model.engine")
+        return self._present(ENGINE)
 
     @property
     def ort_library(self) -> Path | None:

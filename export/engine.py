@@ -19,6 +19,7 @@ from hyperattention.export.bundle import Bundle
 from hyperattention.export.engine_check import EngineHost, check_engine
 from hyperattention.export.engine_log import BuildLog, Progress, Share, make_logger, make_monitor
 from hyperattention.export.engine_plugin import register_plugin
+from hyperattention.export.files import ENGINE, TWIN
 from hyperattention.library import TRT_LIBRARY
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from hyperattention.export.plan import ExportPlan
 
-ONNX_FILE, ENGINE_FILE, CACHE_FILE, LOG_FILE = "model.trt.onnx", "model.engine", "timing.cache", "build.log"
+CACHE_FILE, LOG_FILE = "timing.cache", "build.log"
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,9 @@ def build_engine(
         except KeyboardInterrupt:
             share.cancelled = True
             raise
-    (folder / ENGINE_FILE).write_bytes(data)
+    (folder / ENGINE).write_bytes(data)
     seconds = time.perf_counter() - start
-    engine = read_engine(folder / ENGINE_FILE, library, logger)
+    engine = read_engine(folder / ENGINE, library, logger)
     return EngineInfo(
         tensorrt=trt.__version__,
         host=EngineHost.here(library),
@@ -114,7 +115,7 @@ def load_engine(folder: Path, logger: Any = None) -> Any:
     for warning in check_engine(bundle):
         warnings.warn(warning, RuntimeWarning, stacklevel=2)
     if bundle.engine is None or bundle.trt_library is None:
-        raise UsageError(f"{folder} lacks {ENGINE_FILE} or {TRT_LIBRARY}; run export-model again")
+        raise UsageError(f"{folder} lacks {ENGINE} or {TRT_LIBRARY}; run export-model again")
     return read_engine(bundle.engine, bundle.trt_library, logger)
 
 
@@ -174,11 +175,11 @@ def _build(trt: Any, logger: Any, log: BuildLog, share: Share, folder: Path, pla
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     # The parser lives as long as the network, which may point into its copy of the weights.
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(folder / ONNX_FILE)):
+    if not parser.parse_from_file(str(folder / TWIN)):
         for i in range(parser.num_errors):
             error = parser.get_error(i)
             log.write("ERROR", f"{error.node_name() or 'the model'} ({error.node_operator() or 'no node'}): {error.desc()}")
-        raise log.failure(f"TensorRT {trt.__version__} cannot parse {ONNX_FILE}")
+        raise log.failure(f"TensorRT {trt.__version__} cannot parse {TWIN}")
     return _serialise(trt, builder, network, log, share, folder / CACHE_FILE, plan, workspace)
 
 

@@ -1,4 +1,4 @@
-"""Files of an output folder: written whole or not at all, given a second name, told by their digest."""
+"""Files of an output folder: their names; written whole or not at all, given a second name, told by their digest."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import hashlib
 import os
 import shutil
 from pathlib import Path
+
+MODEL, DATA, TWIN, ENGINE = "model.onnx", "model.onnx.data", "model.trt.onnx", "model.engine"
 
 
 def write_whole(path: Path, text: str) -> None:

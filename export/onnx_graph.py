@@ -15,13 +15,13 @@ from onnx import ModelProto, helper, shape_inference
 
 from hyperattention.config import DOMAIN, OP_TYPE
 from hyperattention.errors import ExportFailed
+from hyperattention.export.files import DATA, MODEL, TWIN
 from hyperattention.export.onnx_body import attention_function
 from hyperattention.export.onnx_schema import register_schema
 from hyperattention.export.onnx_widen import widen
 from hyperattention.export.plan import ExportPlan
 from hyperattention.export.source import ReplacedModel
 
-MODEL, DATA, TWIN = "model.onnx", "model.onnx.data", "model.trt.onnx"
 # protobuf cannot hold 2 GB; the rest of the graph needs some of it.
 EXTERNAL_THRESHOLD = 2**31 - 2**26
 Progress = Callable[[str], None]

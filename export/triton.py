@@ -16,7 +16,7 @@ import onnx
 from hyperattention.errors import ExportFailed
 from hyperattention.export.bundle import Bundle
 from hyperattention.export.choices import MODULE
-from hyperattention.export.files import link
+from hyperattention.export.files import DATA, ENGINE, MODEL, link
 from hyperattention.export.plan import ExportPlan
 from hyperattention.export.source import torch_dtype
 from hyperattention.library import ORT_LIBRARY, TRT_LIBRARY
@@ -41,9 +41,7 @@ def write_repository(folder: Path, name: str) -> list[str]:
     models = []
     if bundle.ort_library is not None:
         models.append(f"{base}_onnxruntime")
-        files = {"model.onnx": "model.onnx", ORT_LIBRARY: ORT_LIBRARY}
-        if (folder / "model.onnx.data").is_file():
-            files["model.onnx.data"] = "model.onnx.data"
+        files = {name: name for name in (MODEL, DATA, ORT_LIBRARY) if (folder / name).is_file()}
         library = f"{models[-1]}/1/{ORT_LIBRARY}"
         # Without a GPU ONNX Runtime has arithmetic for fp32 alone.
         kind = "KIND_AUTO" if bundle.plan.dtype == "fp32" else "KIND_GPU"
@@ -51,7 +49,7 @@ def write_repository(folder: Path, name: str) -> list[str]:
         _model(folder, root / models[-1], files, _config(models[-1], "onnxruntime", batch, inputs, outputs, kind) + rest)
     if bundle.engine is not None and bundle.trt_library is not None:
         models.append(f"{base}_tensorrt")
-        files = {"model.plan": "model.engine", TRT_LIBRARY: TRT_LIBRARY}
+        files = {"model.plan": ENGINE, TRT_LIBRARY: TRT_LIBRARY}
         _model(folder, root / models[-1], files, _config(models[-1], "tensorrt", batch, inputs, outputs, "KIND_GPU"))
     (root / "README.md").write_text(_readme(bundle, models, batch, inputs), encoding="utf-8")
     return models

@@ -324,6 +324,16 @@ def test_a_signal_waits_for_what_belongs_together() -> None:
         signal.signal(signal.SIGINT, before)
 
 
+def test_an_undoing_that_fails_is_said_and_the_others_happen(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    done: list[object] = []
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(os, "_exit", done.append)
+    with interrupt.undoing(lambda: done.append("undone")), interrupt.undoing(lambda: str(1 // 0)):
+        interrupt._leave(False)
+    said = capfd.readouterr().err
+    assert done == ["undone", 130] and "not everything was undone (ZeroDivisionError" in said and "nothing was left" not in said
+
+
 def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hyperattention.validate.report.render", lambda report, template: "new")
     (tmp_path / "report.json").write_text("old")
