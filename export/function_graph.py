@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 import hyperattention.op  # noqa: F401  registers torch.ops.hyperattention.attention
-from hyperattention.config import SCALES
+from hyperattention.config import MOST_HEAD_DIM, SCALES
 from hyperattention.errors import UnsupportedModel
 from hyperattention.export.source import AttentionLayer
 
@@ -157,6 +157,8 @@ def _shape_problem(q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any]) -> st
         return f"attention in {kinds}; the operator takes fp32, fp16 or bf16"
     if not all(isinstance(t.shape[axis], int) for t in (q, k, v) for axis in (1, 3)):
         return "a number of heads or a head size that varies"
+    if not 0 < min(q.shape[3], v.shape[3]) <= max(q.shape[3], v.shape[3]) <= MOST_HEAD_DIM:
+        return f"heads of size {q.shape[3]} and {v.shape[3]}; the operator takes 1 to {MOST_HEAD_DIM}"
     if not all(_equal(q.shape[0], t.shape[0]) for t in (k, v)):
         return f"batches that are not proved equal ({q.shape[0]}, {k.shape[0]} and {v.shape[0]}), so one is broadcast"
     heads_q, heads_kv = q.shape[1], k.shape[1]

@@ -239,13 +239,14 @@ def make_plan(
         _check_cache(source, lengths[2])
     decided = []
     for order, layer in enumerate(source.layers):
-        scale = 0.0 if abs(layer.scale * layer.head_dim**0.5 - 1) < 1e-6 else layer.scale
-        config = replace(base, causal=int(layer.causal), scale=base.scale or scale, seed=layer_seed(seed, layer.index))
         if layer.problem is not None:
             if order in chosen and layers[0].isdigit():
                 raise UnsupportedModel(f"layer {layer.index} ({layer.name}) cannot be replaced: {layer.problem}; leave it out of --layers")
             decided.append(LayerPlan(layer.index, layer.name, "native", layer.problem, None))
-        elif order in chosen:
+            continue  # its sizes and scale may be none that a Config takes
+        scale = 0.0 if abs(layer.scale * layer.head_dim**0.5 - 1) < 1e-6 else layer.scale
+        config = replace(base, causal=int(layer.causal), scale=base.scale or scale, seed=layer_seed(seed, layer.index))
+        if order in chosen:
             mode = "exact" if preset == "exact" else "approximate"
             decided.append(LayerPlan(layer.index, layer.name, mode, f"chosen by --layers {layers}", config))
         elif keep_exact == "op":

@@ -181,3 +181,15 @@ class EveryKind(nn.Module):
 def every_kind():
     shapes = ({0: "batch", 2: "sequence"}, {0: "batch", 2: "keys"})
     return EveryKind(), (torch.randn(2, 4, 7, 6), torch.randn(2, 4, 5, 6)), shapes
+
+
+class OutOfRange(nn.Module):
+    """A call that the operator takes between heads that are too large, values that are, and a scale below 0."""
+
+    def forward(self, q: Tensor) -> tuple[Tensor, ...]:
+        attend, large = F.scaled_dot_product_attention, q.repeat(1, 1, 1, 43)
+        return attend(large, large, q), attend(q, q, large), attend(q, q, q), attend(q, q, q, scale=-0.5)
+
+
+def out_of_range():
+    return OutOfRange(), (torch.randn(1, 4, 7, 6),), ({2: "sequence"},)

@@ -52,6 +52,14 @@ def test_every_kind_of_call_is_taken_or_listed_with_its_reason() -> None:
     assert len(set(names)) == 14 and names[0] == "EveryKind" and names[1] == "EveryKind#2" and "weights" in names
 
 
+def test_what_is_out_of_the_operators_range_stays_and_the_rest_is_planned() -> None:
+    plan = make_plan(opened("out_of_range").ranged({}, NONE), layers="all")
+    assert [layer.mode for layer in plan.layers] == ["native", "native", "approximate", "native"]
+    reasons = [layer.reason for layer in plan.layers if layer.config is None]
+    sizes = "heads of size {} and {}; the operator takes 1 to 256"
+    assert reasons == [sizes.format(258, 6), sizes.format(6, 258), "scale -0.5 on the logits; the operator takes one above 0"]
+
+
 def test_a_causal_call_is_taken_only_where_rows_and_keys_are_proved_equal() -> None:
     own, cross, unproved = opened("decoder").layers
     assert (own.name, own.causal, own.problem, own.heads_q, own.heads_kv) == ("own", True, None, 4, 2)
