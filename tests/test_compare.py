@@ -134,8 +134,9 @@ def changed(what: str, **changes: Any) -> dict:
         (changed("environment", machine={"processor": "processor", "cores": 8, "memory_gb": 23.5, "gpu": None}), "cores", ["time"]),
         (changed("environment", machine={"processor": "processor", "cores": 2, "memory_gb": 23.5, "gpu": "H200"}), "GPU", ["time"]),
         (changed("environment", versions={"torch": "2.11.0"}), "version of torch", ["time"]),
+        (changed("environment", busy="The machine was busy."), "load on the machine", ["time"]),
     ],
-    ids=["text", "random", "windows", "lengths", "tail", "dtype", "backend", "processor", "cores", "gpu", "torch"],
+    ids=["text", "random", "windows", "lengths", "tail", "dtype", "backend", "processor", "cores", "gpu", "torch", "load"],
 )
 def test_what_makes_it_unfair_is_named(report: dict, what: str, affects: list[str], make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = make("a", samples.report()), make("b", report)

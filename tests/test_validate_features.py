@@ -319,7 +319,8 @@ def measured(tower: tuple[Source, Any], kernels: vb.ReferenceKernels) -> dict:
     ):
         bench = Workbench(replaced, replaced.plan, exact, backend, None, backend, operator, kernels, 0, 0, lambda text: None)
         report = measure(bench, definition, material, Extent({150: 1}))
-    return {**report, "kind": "features", "plan_summary": plan_summary(replaced.plan), "inputs": material.describe()}
+    beside = {"kind": "features", "environment": {"busy": None}, "plan_summary": plan_summary(replaced.plan)}
+    return {**report, **beside, "inputs": material.describe()}
 
 
 GATES = {"selection", "op error", "model error", "cosine", "norm ratio", "hard"}

@@ -46,7 +46,7 @@ def test_a_written_report_follows_the_schema(kind: str, schema: jsonschema.Draft
 
 def test_a_measured_report_follows_the_schema(schema: jsonschema.Draft202012Validator) -> None:
     measured, sample = vb.measured(vb.ReferenceKernels()), samples.report()
-    measured["inputs"] = {**sample["inputs"], **measured["inputs"]}
+    measured |= {"inputs": {**sample["inputs"], **measured["inputs"]}, "environment": sample["environment"]}
     report = judge({**sample, **measured, "plan": vb.model().plan.to_json()}, Limits())
     schema.validate(json.loads(json.dumps(report)))
     assert Page(render(report, "report.html.jinja")).table("Gate")
@@ -120,6 +120,12 @@ def test_verdict_speaks_of_speed_and_length() -> None:
     assert judged([])["speedup"] is None
     beyond = judged([(2048, 1.0, 3.0), (4096, 1.0, 9.0)])  # where only time was measured there is no headline
     assert beyond["speedup"] == 3.0 and "9.00x at 4,096 tokens" in beyond["speed"]
+
+
+def test_a_busy_machine_stands_beside_the_speed() -> None:
+    environment = {**samples.report()["environment"], "busy": "The machine was busy."}
+    assert samples.report(environment=environment)["verdict"]["small_print"] == ["The machine was busy."]
+    assert samples.report(environment=environment, time=[])["verdict"]["small_print"] == []
 
 
 def test_the_rival_is_the_fastest_exact_attention() -> None:

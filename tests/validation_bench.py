@@ -141,7 +141,8 @@ def measured(kernels: ReferenceKernels) -> dict:
     """A report's numbers at one length above exact_below, with what the gates need beside them."""
     with bench(kernels) as (under_test, definition):
         report = measure(under_test, definition, TextMaterial(corpus()), Extent({LENGTH: 1}))
-    return {**report, "kind": "language", "plan_summary": plan_summary(model().plan), "inputs": corpus().describe()}
+    beside = {"kind": "language", "environment": {"busy": None}, "plan_summary": plan_summary(model().plan)}
+    return {**report, **beside, "inputs": corpus().describe()}
 
 
 def failing(report: dict, limits: Limits = Limits()) -> set[str]:

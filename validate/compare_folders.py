@@ -112,6 +112,7 @@ def unfair(a: Side, b: Side) -> list[dict]:
     check("backend", [r["backend"], s["backend"]], TIME)
     for key, what in (("processor", "processor"), ("cores", "cores"), ("gpu", "GPU")):
         check(what, [x["environment"]["machine"].get(key) for x in (r, s)], TIME)
+    check("load on the machine", ["busy" if x["environment"].get("busy") else "quiet" for x in (r, s)], TIME)
     for package in ("torch", "onnxruntime-gpu", "tensorrt"):
         check(f"version of {package}", [x["environment"]["versions"].get(package) for x in (r, s)], TIME)
     return found

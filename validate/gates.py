@@ -135,7 +135,7 @@ def verdict(report: dict, gates: list[Gate]) -> dict:
         "safe": (True if real else None) if not failed else False,  # None: random inputs can condemn, but not clear
         "failed": [g.name for g in failed],
         "headline": _headline(failed, bool(approximate), report),
-        "small_print": [f"Advice, not a gate: of the hard inputs, {g.where} fails." for g in gates if g.advisory and not g.passed],
+        "small_print": _small_print(gates, report["environment"].get("busy") if speedup else None),
         "speed": _speed(longest, speedup, from_length, [row for row in time if row["time_only"]], report),
         "speedup": speedup,
         "speedup_length": longest["length"] if longest else None,
@@ -143,6 +143,12 @@ def verdict(report: dict, gates: list[Gate]) -> dict:
         "exact_below": report["plan_summary"]["exact_below"],
         "measured_approximate": bool(approximate),
     }
+
+
+def _small_print(gates: list[Gate], busy: str | None) -> list[str]:
+    """What stands below the headline: gates that are advice and fail, and a warning about the speed."""
+    advice = [f"Advice, not a gate: of the hard inputs, {g.where} fails." for g in gates if g.advisory and not g.passed]
+    return [*advice, busy] if busy else advice
 
 
 _NOT_JUDGED = {

@@ -146,7 +146,7 @@ def validate(options: Options, step: Callable[[str], None], say: Callable[[str],
         "backend": backend.backend,
         "provenance": [proof.to_json() for proof in proofs],
         **measured,
-        "environment": environment.describe(device, bundle.libraries),
+        "environment": {**environment.describe(device, bundle.libraries), "busy": busy},
         "notes": notes + result_notes(plan, measured),
     }
     return judge(report, options.limits)
