@@ -112,6 +112,7 @@ def export_model(
     from hyperattention.export import plan as planning
     from hyperattention.export.console import Reporter
     from hyperattention.export.source import Trust, default_dtype, open_source, parse_image_size
+    from hyperattention.export.validation import check_material
 
     reporter = Reporter(quiet, as_json)
     attributes = dict(
@@ -154,6 +155,7 @@ def export_model(
         raise UsageError(f"--inputs: there is no file {inputs}; give an .npz file with one array for each input of the model")
     if timing_cache is not None and not timing_cache.is_file():
         raise UsageError(f"--timing-cache: there is no file {timing_cache}; give timing.cache of an earlier export with an engine")
+    check_material(source, plan, text, inputs)
     gate_options.parse_gates(gate or [], gate_options.kind_of(plan.task))
     _check_validation(lengths, device, plan.seq)
     if validate and device == "cuda":

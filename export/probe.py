@@ -72,7 +72,10 @@ def probe(model: PreTrainedModel, feed: Mapping[str, Any]) -> Probed:
             model(**accepted(model, feed))
     except _REFUSALS as error:
         reason = one_line(error)
-        raise UnsupportedModel(f"{architecture} does not run on the meta device ({reason}), so its layers cannot be planned") from error
+        raise UnsupportedModel(
+            f"{architecture} does not run on the meta device ({reason}), so its layers cannot be planned; save the part that is to be "
+            f"exported by itself (its vision or text model), or write FILE.py:FUNCTION"
+        ) from error
     if not found and _unseen(model, found):
         raise UnsupportedModel(
             f"{architecture} does not go through transformers' AttentionInterface, so its attention cannot be replaced; "

@@ -16,11 +16,30 @@ from hyperattention.errors import BuildFailed, EnvironmentFault, ExportFailed, H
 from hyperattention.export import interrupt
 from hyperattention.export.bundle import REPORT
 from hyperattention.export.console import Reporter, numbered
+from hyperattention.export.gate_options import LANGUAGE, kind_of
+from hyperattention.export.plan import ExportPlan
+from hyperattention.export.source import Source
 
 VALIDATE = (sys.executable, "-m", "hyperattention.validate", "run")
 _BY_CODE: dict[int, type[HyperAttentionError]] = {e.exit_code: e for e in (UsageError, EnvironmentFault, ExportFailed, BuildFailed)}
 _PR_SET_PDEATHSIG = 1  # Linux's prctl.h
 _prctl = ctypes.CDLL(None).prctl
+
+
+def reads_text(source: Source, plan: ExportPlan) -> bool:
+    """Whether the model is measured on token ids made of text."""
+    return "input_ids" in (entry.name for entry in plan.inputs) and source.kind in ("language", "encoder")
+
+
+def check_material(source: Source, plan: ExportPlan, text: Path | None, inputs: Path | None) -> None:
+    """Raises UsageError where --text or --inputs is not what the model reads."""
+    if inputs is not None and kind_of(plan.task) == LANGUAGE:
+        raise UsageError(f"--inputs is for --task features and for functions; a language model ({plan.task}) is judged on --text FILE")
+    if inputs is not None and text is not None:
+        raise UsageError("--text and --inputs are given together; give the one that holds what the model reads")
+    if text is not None and not reads_text(source, plan):
+        names = ", ".join(entry.name for entry in plan.inputs)
+        raise UsageError(f"--text is for models that read text; {source.name} reads {names}: give real ones with --inputs FILE.npz")
 
 
 def validate(model: str, folder: Path, options: tuple[str, ...], reporter: Reporter) -> dict[str, Any]:

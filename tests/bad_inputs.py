@@ -153,6 +153,8 @@ _CHECKS = [
     export("gate-negative", 2, "--gate top1 is -1.0; it takes a number from 0 to 1", "--gate", "top1=-1"),
     export("gate-twice", 2, "--gate kl is given twice", "--gate", "kl=1", "--gate", "kl=2"),
     export("gate-of-another-kind", 2, "does not judge a report of kind language", "--gate", "cosine=0.9"),
+    export("text-for-a-model-of-arrays", 2, "--text is for models that read text", "--text", file("text"), model=_TOWER),
+    export("inputs-for-a-model-of-text", 2, "is judged on --text FILE", "--inputs", arrays(x=np.zeros(3))),
     export("device-unknown", 2, "--device is 'gpu'; it takes one of auto, cpu, cuda", "--device", "gpu"),
     export("device-cuda-without-one", 3, "PyTorch sees no CUDA device", "--device", "cuda", patch=no_cuda),
     export("engine-required-without-a-gpu", 3, "run it on a GPU host", "--require-engine", patch=no_cuda),

@@ -10,8 +10,9 @@ from hyperattention.export.function import FunctionSource
 from hyperattention.export.gate_options import LANGUAGE, kind_of
 from hyperattention.export.plan import ExportPlan
 from hyperattention.export.source import Source
+from hyperattention.export.validation import check_material, reads_text
 from hyperattention.validate.arrays import load_arrays, load_examples
-from hyperattention.validate.feeds import IDS, Material, RandomMaterial, TextMaterial
+from hyperattention.validate.feeds import Material, RandomMaterial, TextMaterial
 from hyperattention.validate.inputs import load_corpus
 from hyperattention.validate.signature import length_range
 
@@ -26,22 +27,16 @@ def choose_material(
     Raises UsageError for a text or arrays that the model does not read, that are broken or too short, and for a length that was not
     exported.
     """
-    reads_text = IDS in (entry.name for entry in plan.inputs) and source.kind in ("language", "encoder")
+    check_material(source, plan, text, inputs)
+    of_text = reads_text(source, plan)
     low, high = length_range(plan)
-    top = min(high, source.max_positions or high) if reads_text else high
+    top = min(high, source.max_positions or high) if of_text else high
     if inputs is not None:
-        if kind_of(plan.task) == LANGUAGE:
-            raise UsageError(f"--inputs is for --task features and for functions; a language model ({plan.task}) is judged on --text FILE")
-        if text is not None:
-            raise UsageError("--text and --inputs are given together; give the one that holds what the model reads")
-        arrays = load_arrays(inputs, plan, source.vocab_size if reads_text else 0)
+        arrays = load_arrays(inputs, plan, source.vocab_size if of_text else 0)
         return arrays, check_lengths(plan, lengths or default_lengths(low, min(top, max(low, arrays.longest or top))))
-    if reads_text:
+    if of_text:
         chosen = check_lengths(plan, lengths or default_lengths(low, top, several=kind_of(plan.task) != LANGUAGE))
         return TextMaterial(load_corpus(text, plan.input_ids, Path(source.model), source.vocab_size, seed, max(chosen))), chosen
-    if text is not None:
-        names = ", ".join(entry.name for entry in plan.inputs)
-        raise UsageError(f"--text is for models that read text; {source.name} reads {names}: give real ones with --inputs FILE.npz")
     if isinstance(source, FunctionSource):
         material = load_examples(plan, source.examples(), f"example inputs of {source.name}")
     else:
