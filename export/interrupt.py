@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: undo what is half done, then leave at once with 130.
+"""Ctrl-C, SIGTERM and a terminal that is closed: undo what is half done, then leave at once with 130.
 
 An exception raised by a signal handler can surface inside a destructor or a native callback, where Python drops it and the
 export would run on to its end, or worse. So the handler itself undoes, says so and ends the process.
@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Callable, Iterator
 
 EXIT_CODE = 130
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _undo: list[Callable[[], str | None]] = []
 
 
@@ -29,8 +29,10 @@ def undoing(action: Callable[[], str | None]) -> Iterator[None]:
 
 @contextmanager
 def handled(as_json: bool) -> Iterator[None]:
-    """Inside: both signals end the process this way, with an object on stdout too when `as_json`. For a command's main thread."""
-    before = {number: signal.signal(number, lambda *_: _leave(as_json)) for number in _SIGNALS}
+    """Inside: the signals end the process this way, with an object on stdout too when `as_json`. For a command's main thread."""
+    outlives = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # started by nohup
+    taken = [number for number in _SIGNALS if not (outlives and number == signal.SIGHUP)]
+    before = {number: signal.signal(number, lambda *_: _leave(as_json)) for number in taken}
     try:
         yield
     finally:
@@ -40,7 +42,7 @@ def handled(as_json: bool) -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Inside: both signals wait until the block has ended. For the few file operations that belong together."""
+    """Inside: the signals wait until the block has ended. For the few file operations that belong together."""
     waiting: list[int] = []
     before = {number: signal.signal(number, lambda received, _: waiting.append(received)) for number in _SIGNALS}
     try:
@@ -62,7 +64,8 @@ def _leave(as_json: bool) -> None:
         except Exception as error:  # the others have to be undone all the same
             kept.append(f"not everything was undone ({type(error).__name__}: {error})")
     message = "interrupted; " + ("; ".join(filter(None, kept)) or "nothing was left behind")
-    if as_json:
-        os.write(1, (json.dumps({"error": message, "exit_code": EXIT_CODE}) + "\n").encode())
-    os.write(2, f"{message}\n".encode())
+    with suppress(OSError):  # whoever read this may be gone, as a closed terminal is
+        if as_json:
+            os.write(1, (json.dumps({"error": message, "exit_code": EXIT_CODE}) + "\n").encode())
+        os.write(2, f"{message}\n".encode())
     os._exit(EXIT_CODE)

@@ -120,6 +120,12 @@ def test_two_exports_into_one_out(model: Path, tmp_path: Path, place: Path) -> N
     assert first.send(signal.SIGTERM) == 130 and left(place) == []
 
 
+def test_a_closed_terminal_leaves_nothing_behind(model: Path, tmp_path: Path, place: Path) -> None:
+    run = Run(tmp_path, model, place / "out", pause="engine")
+    run.wait_for_pause()
+    assert run.send(signal.SIGHUP) == 130 and left(place) == []
+
+
 # --- full disk -------------------------------------------------------------------------------------------------------
 
 
