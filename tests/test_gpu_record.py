@@ -45,7 +45,8 @@ def model_report() -> dict[str, Any]:
         "approximation": [{"length": 8192, "all_positions": regime, "prefill_exact_decode": None}],
         "time": [],
         "needle": None,
-        "gates": [{"name": "KL", "value": 0.001, "limit": 0.005, "passed": True}],
+        "gates": [{"name": "KL", "value": 0.001, "limit": 0.005, "passed": True, "advisory": False}],
+        "hard_inputs": [{"distribution": "needle", "passed": True}],
         "verdict": {"headline": "Safe."},
     }
 
@@ -67,6 +68,12 @@ def folder(tmp_path: Path) -> Path:
     checks = {"bf16": {"passed": True, "seconds": 1.0, "4097": {"o_error": 0.1}}}
     (out / "engines/engine_run.json").write_text(json.dumps({"tensorrt": "10.6", "checks": checks}))
     (out / "attention.json").write_text(json.dumps(benchmark()))
+    (out / "kinds").mkdir()
+    (out / "kinds/kinds.json").write_text(json.dumps({"image": {"passed": True, "seconds": 1.0}}))
+    times = {"problem": {"text": "alone"}, "rows": [{"length": 4096, "contender": "ours", "median_s": 0.001}]}
+    for name in ("bench-attention", "bench-model"):
+        (out / name).mkdir()
+        (out / name / "bench.json").write_text(json.dumps(times))
     for name in gpu_record.MODELS:
         (out / name / "report").mkdir(parents=True)
         (out / name / "report/report.json").write_text(json.dumps(model_report()))
@@ -128,6 +135,7 @@ WRONG = {
     "engine check": _set("steps", "engines", "engines", "failures", to=1),
     "missed target": _set("steps", "attention", "benchmark", "rows", 0, "ms", "plugin", to=1000.0),
     "runtime failed": _set("steps", "attention", "benchmark", "failed", to={"ort": "no"}),
+    "kind failed": _set("steps", "kinds", "kinds", "image", "passed", to=False),
     "gate": _set("steps", "validate-odd", "model", "gates", "KL", "passed", to=False),
     "malformed": _set("steps", "cuda", "tests", to=3),
 }

@@ -60,6 +60,15 @@ def read_engines(folder: Path) -> dict[str, Any]:
     return {"tensorrt": report["tensorrt"], "passed": passed, "failures": len(checks) - passed, "checks": checks}
 
 
+def read_bench(file: Path) -> dict[str, Any]:
+    """What was timed, and medians in seconds by length and contender."""
+    report = json.loads(file.read_text())
+    rows: dict[str, dict[str, float]] = {}
+    for row in report["rows"]:
+        rows.setdefault(str(row["length"]), {})[row["contender"]] = row["median_s"]
+    return {"problem": report["problem"]["text"], "seconds": rows}
+
+
 def read_model(folder: Path, name: str) -> dict[str, Any]:
     """The figures of one validated export: both regimes by length, needle, times, implementation error, gates."""
     report = json.loads((folder / name / "report" / "report.json").read_text())
@@ -73,6 +82,7 @@ def read_model(folder: Path, name: str) -> dict[str, Any]:
         "op_ratio": max(row["ratio"] for row in report["implementation"]["per_op"]),
         "model_ratio": max(row["ratio"] for row in report["implementation"]["whole_model"]),
     }
+    judging = [g for g in report["gates"] if not g["advisory"]]
     return {
         "model": report["model"]["name"],
         "preset": report["plan"]["preset"],
@@ -82,7 +92,8 @@ def read_model(folder: Path, name: str) -> dict[str, Any]:
         "approximation": approximation,
         "time": report["time"],
         "needle": report.get("needle"),
-        "gates": {g["name"]: {"value": g["value"], "limit": g["limit"], "passed": g["passed"]} for g in report["gates"]},
+        "gates": {g["name"]: {"value": g["value"], "limit": g["limit"], "passed": g["passed"]} for g in judging},
+        "hard_inputs": {row["distribution"]: row["passed"] for row in report["hard_inputs"]},
         "headline": report["verdict"]["headline"],
     }
 
@@ -95,6 +106,10 @@ def read_step(folder: Path, name: str) -> dict[str, Any]:
         return {"benchmark": json.loads((folder / "attention.json").read_text())}
     if name.startswith("validate-"):
         return {"model": read_model(folder, name.removeprefix("validate-"))}
+    if name == "kinds":
+        return {"kinds": json.loads((folder / "kinds" / "kinds.json").read_text())}
+    if name.startswith("bench-"):
+        return {"bench": read_bench(folder / name / "bench.json")}
     readers = {"engines": ("engines", read_engines), "sanitizer": ("tools", read_sanitizer)}
     if name in readers:
         key, reader = readers[name]

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 RECORD = ROOT / "docs" / "gpu_verification.json"
 SCHEMA = 1
 MODELS = ("odd", "all", "paper", "prefill")
-STEPS = ("cuda", "engines", "ort", "sanitizer", "attention", "export-exact")
+STEPS = ("cuda", "engines", "ort", "sanitizer", "attention", "kinds", "bench-attention", "bench-model", "export-exact")
 STEPS += tuple(f"{verb}-{name}" for name in MODELS for verb in ("export", "validate"))
 
 
@@ -71,6 +71,9 @@ def _refuted(step: dict[str, Any]) -> str:
     for suite in suites:
         if suite["failures"] or suite["errors"] or suite["skipped"] or not suite["passed"]:
             return f"{suite['passed']} tests passed, {suite['failures']} failed, {suite['errors']} broke, {suite['skipped']} were skipped"
+    broken = [name for name, row in step.get("kinds", {}).items() if not row["passed"]]
+    if broken:
+        return f"{', '.join(broken)} failed"
     if "benchmark" in step:
         results = rounded(check_targets(step["benchmark"]["rows"]))
         if [r["met"] for r in results] != [r["met"] for r in step["benchmark"]["targets"]]:

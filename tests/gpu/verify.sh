@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # One full verification on a GPU host: kernels against the reference and at random, engines of one node, ONNX Runtime's CUDA
-# provider, compute-sanitizer, timing against exact attention and the released code, and a model taken to validated engines.
-#   tests/gpu/verify.sh OUT [MODEL TEXT]      steps: STEPS="cuda engines ort sanitizer attention model" (default: all)
+# provider, compute-sanitizer, timing against exact attention and the released code, models of every kind and a language model taken
+# to validated engines, and `hyperattention bench`.
+#   tests/gpu/verify.sh OUT [MODEL TEXT]      steps: STEPS="cuda engines ort sanitizer attention kinds model bench" (default: all; bench needs what model built)
 #                                             exports of the step model: MODELS="odd all paper prefill" (default: all)
 # UPSTREAM=DIR: a checkout of the released HyperAttention code, for the step attention. Needs python3 with torch, transformers,
 # pytest and Polygraphy, TensorRT's Python module (engines, attention, model), onnxruntime-gpu (engines, ort, attention), both libraries in
@@ -11,7 +12,7 @@ set -uo pipefail
 cd "$(dirname "$0")/../.."
 out=$(mkdir -p "${1:?usage: verify.sh OUT [MODEL TEXT]}" && cd "$1" && pwd)
 model=${2:-models/byte-lm-4m} text=${3:-tests/data/heldout.txt}
-all="cuda engines ort sanitizer attention model"
+all="cuda engines ort sanitizer attention kinds model bench"
 steps=" ${STEPS:-$all} "
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HYPERATTENTION_NO_SKIP=1
 python=${PYTHON:-python3}
@@ -45,8 +46,14 @@ sanitize() {  # the four tools side by side: each is bound by one core
   return $status
 }
 
+bench() {  # bench NAME ARGUMENT...
+  "$python" -m hyperattention.validate bench "${@:2}" --max-seconds 3 --output "$out/$1"
+}
+
 # One export without validation, then the validation with the exact engine as rival: both regimes, needle in both.
 export_engine() {
+  local cache="$out/exact/timing.cache"  # the layers around the attention are the same in all of them
+  [ -f "$cache" ] && set -- "$@" --timing-cache "$cache"
   "$python" -m hyperattention.export "$model" "$out/$1" "${@:2}" --dtype bf16 --input-ids bytes --require-engine --no-validate \
     --min-seq 1 --opt-seq 32768 --max-seq 131072
 }
@@ -60,6 +67,7 @@ wanted engines && step engines "$python" tests/gpu/engine_run.py --out "$out/eng
 wanted ort && step ort tests ort -m gpu tests/gpu/test_ort_cuda.py
 wanted sanitizer && step sanitizer sanitize
 wanted attention && step attention "$python" tests/gpu/bench_attention.py --json "$out/attention.json" ${UPSTREAM:+--upstream "$UPSTREAM"}
+wanted kinds && step kinds "$python" tests/gpu/kinds_run.py --out "$out/kinds"
 if wanted model; then
   [ -f "$out/exact/manifest.json" ] || step export-exact export_engine exact --preset exact --layers all
   for name in ${MODELS:-odd all paper prefill}; do
@@ -75,5 +83,10 @@ if wanted model; then
     step "export-$name" export_engine "$name" "${choice[@]}"
     step "validate-$name" validate "$name" "${against[@]}"
   done
+fi
+if wanted bench; then
+  lengths=(--lengths 4096,16384,65536,131072)
+  step bench-attention bench bench-attention --attention --preset blocks,paper "${lengths[@]}"
+  step bench-model bench bench-model "$out/all" --model "$model" --exact-engine "$out/exact/model.engine" "${lengths[@]}"
 fi
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }
