@@ -216,6 +216,7 @@ _VALIDATE = [
     check("validate-backend-unknown", 2, "--backend is 'cpu'", "--backend", "cpu"),
     check("validate-tensorrt-without-an-engine", 2, "holds no model.engine", "--backend", "tensorrt"),
     check("validate-on-cuda-without-one", 3, "PyTorch sees no CUDA device", "--device", "cuda", patch=no_cuda),
+    check("validate-exact-engine-of-no-tensorrt", 2, "is for --backend tensorrt", "--exact-engine", at("engine"), "--lengths", "64"),
     check("validate-needle-of-tokens", 2, "--needle plants a prompt of bytes", "--needle", "--lengths", "64"),
     check("validate-needle-too-short", 2, "512 is too short", "--needle", "--text", file("text", b"\x03" * 600), of=spoilt(of_bytes)),
     check("engine-of-another-gpu", 3, "model.engine cannot run here", "--backend", "tensorrt", of=spoilt(other_engine), patch=other_gpu),

@@ -66,6 +66,8 @@ def make_runners(
         if not exact_engine.is_file():
             raise UsageError(f"--exact-engine {exact_engine} does not exist; export with --preset exact and give its model.engine")
         return engine, TensorRTRunner(plan, exact_engine, bundle.trt_library, "TensorRT engine, exact")
+    if exact_engine is not None:
+        raise UsageError("--exact-engine is for --backend tensorrt; here ONNX Runtime runs the result and its exact twin: leave it out")
     model = bundle.model_onnx
     if plan.dtype != bundle.plan.dtype:
         assert replaced is not None, "a twin is exported from the model"
