@@ -64,7 +64,7 @@ def _implementation_gates(report: dict, limits: Limits) -> list[Gate]:
     if not models:
         raise UsageError("the report holds no comparison of the whole model with its reference; run the validation again")
     ratios = [(row["ratio"], row["case"]) for row in models]
-    meaning = "backend against reference, over two reference runs whose embeddings differ by one ulp"
+    meaning = "backend against reference, over two reference runs whose embeddings and floating inputs differ by one ulp"
     return [*gates, _gate("model error", "implementation", ratios, limits.model_error, "<=", meaning)]
 
 
