@@ -7,6 +7,7 @@ of the user's own. The stages behind it know these classes alone.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ class AttentionLayer:
 
 
 @dataclass(frozen=True)
-class Source:
+class Source(ABC):
     """A model as its front end found it.
 
     `model` is what the user gave and is never written to OUT; `name` is, and holds no path. `dims`, `keys` and `rows` are the
@@ -123,12 +124,12 @@ class Source:
         """sha256 by name of what the model is made of beside the files that `model` names."""
         return {}
 
+    @abstractmethod
     def load(self, plan: "ExportPlan", device: torch.device | str = "cpu") -> "ReplacedModel":
         """The model with its weights, in the plan's dtype, in eval mode, with its attention replaced as `plan` says.
 
         Raises UsageError for weights that are unreadable or do not fit, UnsupportedModel where a planned layer is not there.
         """
-        raise NotImplementedError
 
 
 class ReplacedModel(Protocol):
