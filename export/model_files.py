@@ -6,6 +6,7 @@ Nothing in here runs code of the model's: pickled weights and code beside them a
 from __future__ import annotations
 
 import json
+import re
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Iterator
@@ -17,6 +18,10 @@ from transformers import AutoConfig
 
 from hyperattention.errors import UnsupportedModel, UsageError, one_line
 from hyperattention.export.source import Trust
+
+# Far above every real model. What lies beyond is a slip of the pen, and building it, even without memory, takes minutes or fails in a
+# way that names nothing. Fields by what transformers' configurations call them: num_hidden_layers, n_layer, encoder_layers, n_embd.
+_MOST = {r"(num|n)_\w*layers?|\w*_layers|n_layer": 10_000, r"(hidden|vocab|intermediate|embedding)\w*_size|d_model|n_embd": 2**31}
 
 
 @contextmanager
@@ -60,6 +65,7 @@ def _read(path: Path, trust: Trust, say: Callable[[str], None]) -> Any:
     data = _json(file)
     if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
         raise UsageError(f"{file} names no model_type; it must be the config.json that transformers saved")
+    _check_sizes(file, data)
     code = isinstance(data.get("auto_map"), dict)
     if data["model_type"] not in transformers.CONFIG_MAPPING and not (code and trust.code):
         runs = "or give --trust-remote-code to run the model's own (auto_map in config.json)" if code else "nothing in the directory is run"
@@ -81,6 +87,16 @@ def _read(path: Path, trust: Trust, say: Callable[[str], None]) -> Any:
         if type(error).__module__.startswith("huggingface_hub"):
             raise UsageError(f"{problem}: {one_line(error)}; check its values") from error
         raise
+
+
+def _check_sizes(file: Path, data: dict[str, Any], part: str = "") -> None:
+    """Raises UsageError for a size above _MOST, in the configuration or in one of its parts (text_config, encoder)."""
+    for name, value in data.items():
+        if isinstance(value, dict):
+            _check_sizes(file, value, f"{part}{name}.")
+        for pattern, most in _MOST.items():
+            if isinstance(value, (int, float)) and value > most and re.fullmatch(pattern, name):
+                raise UsageError(f"{file}: {part}{name} is {value}; export-model takes at most {most}: check its values")
 
 
 def _json(file: Path) -> Any:
@@ -123,14 +139,29 @@ def _check_tokenizer(path: Path) -> None:
         raise UsageError(f"{file} is broken ({one_line(error)}); copy the model's directory again") from error
 
 
+def _indexed(index: Path) -> list[str]:
+    """The weight files that an index names. Raises UsageError."""
+    found = _json(index)
+    names = found.get("weight_map") if isinstance(found, dict) else None
+    files = list(names.values()) if isinstance(names, dict) else []
+    if files and all(isinstance(name, str) for name in files):
+        return sorted(set(files))
+    if not isinstance(found, dict):
+        what = f"a {type(found).__name__} in place of an object"
+    elif "weight_map" not in found:
+        what = f"no weight_map (it holds {', '.join(map(str, found)) or 'nothing'})"
+    else:
+        what = "a weight_map that names no file" if names == {} else "a weight_map that is no object of file names"
+    raise UsageError(
+        f'{index} is broken: found {what}; it takes {{"weight_map": {{"TENSOR": "FILE.safetensors", ...}}}}: copy the model\'s directory '
+        f"again, or remove the index where model.safetensors holds all weights"
+    )
+
+
 def _check_weights(path: Path, trust: Trust) -> None:
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        try:
-            names = sorted(set(_json(index)["weight_map"].values()))
-            files = [path / name for name in names]
-        except (KeyError, AttributeError, TypeError) as error:
-            raise UsageError(f"{index} is broken ({one_line(error)}); copy the model's directory again") from error
+        files = [path / name for name in _indexed(index)]
     else:
         files = sorted(path.glob("*.safetensors"))
         pickled = sorted(file.name for file in path.glob("pytorch_model*.bin"))
