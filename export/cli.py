@@ -111,6 +111,7 @@ def export_model(
     from hyperattention.export import memory, pipeline
     from hyperattention.export import plan as planning
     from hyperattention.export.console import Reporter
+    from hyperattention.export.folder import check_out
     from hyperattention.export.source import Trust, default_dtype, open_source, parse_image_size
     from hyperattention.export.validation import check_material
 
@@ -128,11 +129,13 @@ def export_model(
         trust=Trust(pickle=allow_pickle, code=trust_remote_code),
         say=lambda text: reporter.say(escape(text)),
     ).ranged(ranges, (min_seq, opt_seq, max_seq))
+    check_out(out, source.directory)
+    given = {name: value for name, value in attributes.items() if value is not None}
     plan = planning.make_plan(
         source,
         layers=layers,
         preset=preset,
-        attributes={name: value for name, value in attributes.items() if value is not None},
+        attributes=given,
         dtype=dtype or default_dtype(source),
         seq=planning.sequence_range(source, min_seq, opt_seq, max_seq),
         batch=planning.parse_batch(batch or "1"),
@@ -140,7 +143,11 @@ def export_model(
         seed=seed,
         keep_exact=keep_exact,
     )
-    warnings = planning.warnings(plan, source.max_positions)
+    checks = {"--text": text, "--inputs": inputs, "--lengths": lengths or None, "--device": device, "--gate": gate or None}
+    warnings = planning.warnings(plan, source.max_positions) + planning.idle_attributes(preset, given)
+    if not validate:
+        idle = [option for option, value in checks.items() if value not in (None, "auto")]
+        warnings += [f"{option} has no effect: --no-validate measures nothing" for option in idle]
     items, missing, obstacle = memory.predict(source, plan), pipeline.missing_parts(), pipeline.engine_obstacle(source, plan)
     items.append(memory.Item("disk", pipeline.disk_bytes(source, plan, missing), "at most, beside OUT, while the export runs"))
     reporter.plan(plan, source.architecture)

@@ -24,6 +24,34 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux's fcntl.h and fs.h
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EOPNOTSUPP, errno.EPERM)
 
 
+def check_out(out: Path, model: Path | None) -> None:
+    """Before any work, and writing nothing: raises UsageError where `out` lies in the directory `model` (None: MODEL is none), or is
+    one that `output_folder` would refuse for what is there."""
+    out = _named(out)
+    if model is not None:
+        inner, outer = Path(os.path.realpath(out)), Path(os.path.realpath(model))
+        if inner.is_relative_to(outer):
+            raise UsageError(
+                f"OUT {out} {'is' if inner == outer else 'lies in'} the directory MODEL, which is read only; give a folder outside {outer}"
+            )
+    try:
+        _check_replaceable(out, "OUT ")
+    except OSError as error:
+        raise _unwritable(out, error) from error
+
+
+def refuse_output(folder: Path, option: str) -> None:
+    """Raises UsageError where `folder` lies in an output of export-model, which would take a file put there for somebody else's."""
+    real = Path(os.path.realpath(folder))
+    for parent in (real, *real.parents):
+        if _listed(parent) is not None:
+            where = "is" if parent == real else f"lies in {parent},"
+            raise UsageError(
+                f"{option} {folder} {where} an output of export-model, which holds only what export-model wrote, or it could not be "
+                f"replaced; give a folder outside it"
+            )
+
+
 @contextmanager
 def output_folder(out: Path, resume: bool = False, say: Callable[[str], None] = lambda text: None) -> Iterator[Path]:
     """A folder beside `out` that takes its name when the block ends well or raises AccuracyFailed.
@@ -32,9 +60,7 @@ def output_folder(out: Path, resume: bool = False, say: Callable[[str], None] = 
     what an earlier run left. A finished output of ours is replaced. Raises UsageError where `out` is a file or a link, holds
     something else, cannot be written, or is being written by another process.
     """
-    out = Path(os.path.abspath(out))
-    if not out.name:
-        raise UsageError(f"OUT is {out}, the root of the file system; give a folder that does not exist yet")
+    out = _named(out)
     # All named before anything is made, so that an interruption at any point finds it.
     work, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
     lock = Lock(out.with_name(f".{out.name}.lock"))
@@ -85,7 +111,19 @@ def _begin(out: Path, work: Path, old: Path, lock: Lock, checked: list[Path]) ->
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise UsageError(f"OUT {out} cannot be written: {error.strerror}; give a folder you may write to") from error
+        raise _unwritable(out, error) from error
+
+
+def _named(out: Path) -> Path:
+    """`out` from the root on. Raises UsageError for the root itself."""
+    out = Path(os.path.abspath(out))
+    if not out.name:
+        raise UsageError(f"OUT is {out}, the root of the file system; give a folder that does not exist yet")
+    return out
+
+
+def _unwritable(out: Path, error: OSError) -> UsageError:
+    return UsageError(f"OUT {out} cannot be written: {error.strerror}; give a folder you may write to")
 
 
 def _recover(out: Path, old: Path) -> None:
