@@ -5,11 +5,14 @@ A row's arguments are words, or functions of `Place` that prepare a path first. 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from mistakes import (
     TOWER,
     Argument,
     Bad,
+    Place,
     all_parts,
     arrays,
     at,
@@ -53,6 +56,12 @@ _HEADS_OF_12 = made("llama", head_dim=12)
 _TOWER = code("def build" + TOWER.partition("def build")[2])
 
 
+def _linked(place: Place) -> Path:
+    """OUT in MODEL, reached through a link elsewhere."""
+    (place.scratch / "link").symlink_to(place.whole)
+    return place.scratch / "link" / "out"
+
+
 def _feed(name: str, code: int, words: str, *options: Argument) -> Bad:
     """A row of hyperattention validate on the function's output."""
     return tool(name, code, words, "validate", tower, "--model", _TOWER, *options)
@@ -74,7 +83,15 @@ _MODELS = [
     export("config-not-text", 2, "is not valid JSON", model=broken(write("config.json", b"\xff\xfe\x00"))),
     export("config-nested-too-deep", 2, "is not valid JSON", model=broken(write("config.json", "[" * 100_000))),
     export("architecture-unknown", 2, "is unknown to transformers", model=broken(edit("config.json", model_type="hyperion"))),
+    export("layers-absurd", 2, "num_hidden_layers is 1000000000; export", model=broken(edit("config.json", num_hidden_layers=10**9))),
+    export("layers-absurd-in-a-part", 2, "text.n_layer is 10001", model=broken(edit("config.json", text={"n_layer": 10001}))),
+    export("vocabulary-absurd", 2, "vocab_size is 1000000000000", model=broken(edit("config.json", vocab_size=10**12))),
     export("weights-truncated", 2, "truncated or broken", model=broken(cut("model.safetensors"))),
+    export("weights-index-empty", 2, "found no weight_map", model=broken(write("model.safetensors.index.json", "{}"))),
+    export("weights-index-a-list", 2, "found a list", model=broken(write("model.safetensors.index.json", "[]"))),
+    export(
+        "weights-index-of-numbers", 2, "no object of file", model=broken(write("model.safetensors.index.json", '{"weight_map": {"a": 3}}'))
+    ),
     export("weights-missing", 2, "holds no weights", model=broken(lambda folder: (folder / "model.safetensors").unlink())),
     export("weights-pickled", 2, "pytorch_model.bin", model=broken(pickled)),
     export("weights-not-a-number", 2, "NaN", model=broken(not_a_number)),
@@ -96,7 +113,11 @@ _OUT = [
     export("out-is-a-link", 2, "is a link; give a folder", to=link),
     export("out-is-the-root", 2, "the root of the file system", to="/"),
     export("out-is-empty", 2, "OUT", to=""),
-    export("out-is-the-model", 2, "which export-model did not write", to=whole),
+    export("out-is-the-model", 2, "is the directory MODEL", to=whole),
+    export("out-in-the-model", 2, "lies in the directory MODEL", to=lambda place: place.whole / "out"),
+    export("out-in-the-model-dry-run", 2, "lies in the directory MODEL", "--dry-run", to=lambda place: place.whole / "new" / "out"),
+    export("out-in-the-model-by-a-link", 2, "lies in the directory MODEL", "--dry-run", to=_linked),
+    export("out-holds-other-files-dry-run", 2, "which export-model did not write", "--dry-run", to=foreign("notes.txt")),
     export("out-holds-other-files", 2, "holds notes.txt, which export-model did not write", to=foreign("notes.txt")),
     export("out-holds-another-manifest", 2, "holds manifest.json, which export-model did not", to=foreign(MANIFEST)),
     export("out-is-being-written", 2, "another export-model (process 4711) is writing", patch=other_export),
@@ -285,6 +306,11 @@ _BENCH = [
     tool("bench-rival-to-divide-by-unknown", 2, "--against is", "bench", "--attention", "--against", "flash", "--lengths", "64"),
     tool("bench-dtype-unknown", 2, "--dtype", "bench", "--attention", "--dtype", "int8"),
     tool("bench-over-the-profile", 2, "513", "bench", finished, "--lengths", "513"),
+    tool("bench-into-the-output", 2, "is an output of export-model", "bench", finished, "--output", finished),
+    tool("bench-into-a-folder-of-the-output", 2, "give a folder outside it", "bench", finished, "--output", lambda p: p.finished / "bench"),
+    tool("bench-alone-into-an-output", 2, "is an output of export-model", "bench", "--attention", "--output", finished),
+    tool("bench-output-a-file", 2, "is no folder; it takes one", "bench", "--attention", "--output", file("made")),
+    tool("bench-output-below-a-file", 2, "is no folder", "bench", finished, "--output", lambda p: file("made")(p) / "bench"),
     tool("compare-with-nowhere", 2, "there is no folder", "compare", finished, at("nowhere")),
     tool("compare-with-no-output", 2, "holds no manifest.json", "compare", at(""), finished),
     tool("compare-one", 2, "Missing argument 'OUT2'", "compare", finished),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from hyperattention.errors import EnvironmentFault
+from hyperattention.errors import EnvironmentFault, UsageError
 from hyperattention.export.console import readable
 from hyperattention.export.files import write_whole
+from hyperattention.export.folder import refuse_output
 from hyperattention.validate.bench_statistics import add_ratios
 from hyperattention.validate.bench_timing import Contender, LeftOut, Timings
 from hyperattention.validate.report_format import NOTHING, seconds
@@ -37,6 +39,16 @@ def record(
         "rows": found.rows,
         "left_out": [asdict(left) for left in [*missing, *found.left_out]],
     }
+
+
+def check_output(folder: Path) -> None:
+    """Before anything is measured. Raises UsageError where `folder` is a file or below one, or lies in an output of export-model."""
+    there = next((path for path in (folder, *folder.absolute().parents) if os.path.lexists(path)), None)
+    if there is not None and not there.is_dir():
+        raise UsageError(
+            f"--output {folder}: {there} is no folder; it takes one, or a name for one, for {RECORD} and {CHART}; give another"
+        )
+    refuse_output(folder, "--output")
 
 
 def write(report: dict[str, Any], folder: Path) -> list[Path]:

@@ -88,7 +88,7 @@ def command(
     from hyperattention.export.console import Reporter
     from hyperattention.export.source import Trust
     from hyperattention.validate import bench_run
-    from hyperattention.validate.bench_record import write
+    from hyperattention.validate.bench_record import check_output, write
     from hyperattention.validate.bench_timing import Settings, stoppable
 
     tuned = dict(
@@ -101,6 +101,7 @@ def command(
         raise UsageError("bench takes either an OUT or --attention; " + ("both were given" if attention else "neither was given"))
     trusted = {"allow_pickle": allow_pickle or None, "trust_remote_code": trust_remote_code or None}
     _refuse(attention, {"preset": preset, "rivals": rivals, **shape, **tuned}, {"model": model, "exact_engine": exact_engine, **trusted})
+    check_output(output)
     chosen = numbers("--lengths", lengths)
     common: dict[str, Any] = dict(
         lengths=chosen, device=device, against=against, seed=seed, threads=threads, settings=Settings(repeats, max_seconds)
