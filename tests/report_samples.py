@@ -236,3 +236,18 @@ def report(kind: str = "language", limits: Limits | None = None, **changes: Any)
         **changes,
     }
     return judge(whole, limits or Limits())
+
+
+def exact_report(op_layers: list[int], kind: str = "language") -> dict:
+    """A report of an export in which no layer approximates; `op_layers` are those that the op's exact path computes."""
+    whole = report(kind)
+    summary = {
+        **whole["plan_summary"],
+        "approximate_layers": [],
+        "op_layers": op_layers,
+        "exact_below": 2**31 - 1,
+        "attributes": {},
+        "seeds": {},
+    }
+    rows = [{**row, "exact": True} for row in whole["approximation"]]
+    return report(kind, plan_summary=summary, approximation=rows, layers=[], baseline=[], hard_inputs=[])

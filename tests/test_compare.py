@@ -99,6 +99,14 @@ def test_numbers_are_those_of_the_reports(make: Make) -> None:
     assert found["unfair"] == [] and found["verdicts"][0]["safe"] and not found["verdicts"][1]["safe"]
 
 
+def test_a_speed_without_approximation_is_not_shown_as_one(make: Make, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    code, out, _ = run([make("a", samples.report()), make("b", samples.exact_report([])), "--html", page], capsys)
+    html = page.read_text()
+    assert code == 0 and html.count("<strong>Safe, 4.13×</strong>") == 1 and html.count("<strong>Safe</strong>") == 1
+    assert "No layer approximates; the difference is the runtime" in html and "No layer approximates" in " ".join(out.split())
+
+
 def test_plans_are_told_where_they_differ(make: Make) -> None:
     other = plan((0, 1, 2), preset="paper", seq=(1, 4096, 16384))
     layers = tuple(replace(n, config=replace(n.config, num_blocks=16)) if n.config else n for n in other.layers)

@@ -77,6 +77,16 @@ def test_the_first_screen_answers(kind: str) -> None:
     assert 'class="verdict open"' in above and "<strong>Not judged</strong>" in above and "Not judged on" in above
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_screen_claims_no_speed_where_nothing_approximates(kind: str) -> None:
+    report = samples.exact_report([], kind)
+    above = render(report, "report.html.jinja").split("<h2>")[0]
+    assert "<strong>Nothing approximated</strong>" in above and "<strong>None</strong><small>no layer approximates</small>" in above
+    assert "4.13× at 32,768 tokens is the runtime" in above and report["verdict"]["speed"].replace("'", "&#39;") in above
+    assert "<strong>4.13×" not in above and "faster from" not in above
+    assert report["verdict"]["speed"] in render(report, "report.md.jinja")
+
+
 def test_the_order_is_that_of_interest() -> None:
     text = page(samples.report()).text
     order = [

@@ -122,6 +122,25 @@ def test_verdict_speaks_of_speed_and_length() -> None:
     assert beyond["speedup"] == 3.0 and "9.00x at 4,096 tokens" in beyond["speed"]
 
 
+@pytest.mark.parametrize("op_layers", [[], [0, 1, 2, 3]], ids=["model's own attention", "op's exact path"])
+def test_where_no_layer_approximates_the_speed_is_not_ours(op_layers: list[int]) -> None:
+    report = samples.exact_report(op_layers)
+    verdict = report["verdict"]
+    assert verdict["speedup"] == pytest.approx(4.13, abs=0.005) and verdict["faster_from"] is None and verdict["safe"] is True
+    assert verdict["speed"].startswith(
+        f"No layer approximates; the difference is the runtime's{' and our exact kernels' * bool(op_layers)}"
+    )
+    assert (
+        "4.13x the speed" in verdict["speed"] and "0 of 4 layers approximate" in verdict["speed"] and "faster from" not in verdict["speed"]
+    )
+
+
+def test_lengths_below_exact_below_claim_no_speed() -> None:
+    rows = [{**row, "exact": True} for row in samples.report()["approximation"]]
+    verdict = samples.report(approximation=rows)["verdict"]
+    assert verdict["speed"].startswith("No layer approximates at the lengths measured; ") and verdict["faster_from"] is None
+
+
 def test_a_busy_machine_stands_beside_the_speed() -> None:
     environment = {**samples.report()["environment"], "busy": "The machine was busy."}
     assert samples.report(environment=environment)["verdict"]["small_print"] == ["The machine was busy."]

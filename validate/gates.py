@@ -126,7 +126,7 @@ def verdict(report: dict, gates: list[Gate]) -> dict:
     longest = judged[-1] if judged else None
     speedup = fastest_exact(longest) / longest["ours_s"] if longest else None
     from_length = None
-    for row in reversed(judged):
+    for row in reversed(judged if approximate else []):  # what nothing approximates is not faster by our doing
         if fastest_exact(row) <= row["ours_s"]:
             break
         from_length = row["length"]
@@ -136,7 +136,7 @@ def verdict(report: dict, gates: list[Gate]) -> dict:
         "failed": [g.name for g in failed],
         "headline": _headline(failed, bool(approximate), report),
         "small_print": _small_print(gates, report["environment"].get("busy") if speedup else None),
-        "speed": _speed(longest, speedup, from_length, [row for row in time if row["time_only"]], report),
+        "speed": _speed(longest, speedup, from_length, [row for row in time if row["time_only"]], bool(approximate), report),
         "speedup": speedup,
         "speedup_length": longest["length"] if longest else None,
         "faster_from": from_length,
@@ -181,13 +181,25 @@ def fastest_exact(row: dict) -> float | None:
     return min((row[key] for key in ("exact_s", "torch_exact_s") if row.get(key)), default=None)
 
 
-def _speed(longest: dict | None, speedup: float | None, from_length: int | None, beyond: list[dict], report: dict) -> str:
+def _speed(
+    longest: dict | None, speedup: float | None, from_length: int | None, beyond: list[dict], approximate: bool, report: dict
+) -> str:
     if longest is None or speedup is None:
         return "Speed against exact attention was not measured."
     summary = report["plan_summary"]
     part = f"{len(summary['approximate_layers'])} of {summary['layers']} layers approximate"
     where = f"{longest['length']:,} tokens (whole model, {part}, {longest['backend']})"
     text = f"{speedup:.2f}x the speed of the fastest exact attention measured at {where}"
-    text = f"No faster at the lengths measured: {text}" if from_length is None else f"{text}; faster from {from_length:,} tokens on"
+    if not approximate:
+        text = f"{_unapproximated(summary)}: {text}"
+    else:
+        text = f"No faster at the lengths measured: {text}" if from_length is None else f"{text}; faster from {from_length:,} tokens on"
     timed = [f"{fastest_exact(row) / row['ours_s']:.2f}x at {row['length']:,} tokens" for row in beyond]
     return f"{text}. Time only, accuracy not measured: {', '.join(timed)}." if timed else f"{text}."
+
+
+def _unapproximated(summary: dict) -> str:
+    """Whose a difference in time is where nothing was approximated: the runtime's, and where the op ran, its exact kernels'."""
+    whose = "the runtime's and our exact kernels'" if summary["op_layers"] else "the runtime's"
+    where = " at the lengths measured" if summary["approximate_layers"] else ""
+    return f"No layer approximates{where}; the difference is {whose}"
