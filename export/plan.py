@@ -20,6 +20,7 @@ MAX_BATCH = 4096
 DEFAULT_LONGEST = 32768
 _SEQUENCE = "the sequence range (--min-seq, --opt-seq, --max-seq)"
 _CHOICES = {"task": TASKS, "dtype": DTYPES, "input_ids": INPUT_IDS, "keep_exact": KEEP_EXACT}
+_READ_BY = {"pool_size": "blocks", "num_projections": "sortlsh"}  # attributes that only one selector reads
 # Python's \d and isdigit take digits of every script, and superscripts.
 _SPAN = "[0-9]{1,18}(-[0-9]{1,18})?"
 
@@ -179,6 +180,19 @@ def warnings(plan: ExportPlan, max_positions: int | None) -> list[str]:
         found.append(f"no sequence is longer than exact_below in layers {', '.join(map(str, below))}: they never approximate")
     if not plan.approximate and plan.preset != "exact":
         found.append("no layer approximates; every layer of the result is exact")
+    return found
+
+
+def idle_attributes(preset: str, attributes: Mapping[str, int | float | str]) -> list[str]:
+    """One sentence for each attribute given that the preset or the selector does not read (docs/operator.md, attributes)."""
+    selector = attributes.get("selector", PRESETS[preset].selector)
+    found = []
+    for name in attributes:
+        option = f"--{name.replace('_', '-')}"
+        if preset == "exact":
+            found.append(f"{option} has no effect: --preset exact approximates nothing")
+        elif _READ_BY.get(name, selector) != selector:
+            found.append(f"{option} has no effect: the selector {selector} does not read it, {_READ_BY[name]} does")
     return found
 
 

@@ -55,6 +55,43 @@ def test_dry_run_prints_every_decision_and_writes_nothing(model: Path, tmp_path:
     assert "trained for 512" in result.err and "never approximate" in result.err
 
 
+@dataclass(frozen=True)
+class Idle:
+    """Options of which `without_effect` change nothing, and why."""
+
+    name: str
+    options: tuple[str, ...]
+    without_effect: tuple[str, ...]
+    why: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+_CHECKS = ("--text", __file__, "--lengths", "64", "--device", "cpu", "--gate", "kl=1", "--gate", "top1=0.5")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Idle("no-validation", ("--no-validate", *_CHECKS), ("--text", "--lengths", "--device", "--gate"), "--no-validate measures nothing"),
+        Idle("no-validation-of-defaults", ("--no-validate",), (), ""),
+        Idle("validation", _CHECKS, (), ""),
+        Idle("preset-exact", ("--preset", "exact", "--sinks", "7", "--num-blocks", "2"), ("--num-blocks", "--sinks"), "approximates"),
+        Idle("blocks", ("--num-projections", "3", "--pool-size", "8"), ("--num-projections",), "the selector blocks does not read it"),
+        Idle("paper", ("--preset", "paper", "--num-projections", "3", "--pool-size", "8"), ("--pool-size",), "selector sortlsh does not"),
+        Idle("selector", ("--selector", "sortlsh", "--pool-size", "8", "--num-blocks", "2"), ("--pool-size",), "blocks does"),
+    ],
+    ids=str,
+)
+def test_an_option_without_effect_is_said(case: Idle, model: Path, tmp_path: Path, export: Runner) -> None:
+    result = export(model, tmp_path / "out", "--dry-run", "--json", *case.options)
+    assert result.code == 0, result.err
+    found = [warning for warning in json.loads(result.out)["warnings"] if "has no effect" in warning]
+    assert tuple(warning.partition(" ")[0] for warning in found) == case.without_effect
+    assert all(case.why in warning for warning in found)
+
+
 def test_dry_run_as_json(model: Path, tmp_path: Path, export: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYPERATTENTION_LIBRARY_DIR", str(tmp_path))
     result = export(model, tmp_path / "out", "--dry-run", "--json", "--sinks", "7", "--seed", "5")
