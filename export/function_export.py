@@ -11,7 +11,7 @@ from typing import Any, Iterator
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from hyperattention.errors import ExportFailed, UnsupportedModel, UsageError
 from hyperattention.export.function_call import code_place, kind, named
@@ -85,8 +85,8 @@ def _leaves(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str
 def export_program(name: str, flat: Flat, examples: dict[str, Tensor], axes: Axes) -> ExportedProgram:
     """The graph of `flat` by torch.export, its attention calls whole.
 
-    Raises UsageError where the module fails on its own examples, by file and line, ExportFailed where only torch.export does, and
-    UnsupportedModel for a module that writes to its buffers.
+    Raises UsageError where the module fails on its own examples, by file and line, or answers them differently each time, ExportFailed
+    where only torch.export fails, and UnsupportedModel for a module that writes to its buffers.
     """
     tensors = tuple(traced_examples(examples, axes).values())
     shapes = tuple({number: axis.spec for number, axis in axes[key].items()} for key in examples)
@@ -96,9 +96,11 @@ def export_program(name: str, flat: Flat, examples: dict[str, Tensor], axes: Axe
     except UsageError:
         raise
     except Exception as error:  # torch.export passes on whatever the module and the tracer raise
-        _check_runs(name, flat, tuple(examples.values()))
+        _run(name, flat, tuple(examples.values()))
         raise ExportFailed(_words(name, error, tuple(examples))) from error
     _check_pure(name, program, examples)
+    if _draws(program):
+        _check_repeatable(name, flat, tuple(examples.values()))
     return program
 
 
@@ -131,10 +133,41 @@ def _viewed(node: Node) -> Node:
     return node
 
 
-def _check_runs(name: str, flat: Flat, tensors: tuple[Tensor, ...]) -> None:
+def _draws(program: ExportedProgram) -> bool:
+    """Whether the graph holds an operator that draws random numbers; only then is running the module worth its time."""
+    graphs = (module.graph for module in program.graph_module.modules() if isinstance(module, GraphModule))
+    for node in (node for graph in graphs for node in graph.nodes):
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            names = [argument.name for argument in node.target._schema.arguments]
+            given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+            # Dropout that is switched off, by whichever of its arguments, draws nothing.
+            switches = [name for name in ("train", "training", "dropout_p") if name in names]
+            if not switches or all(given.get(name) for name in switches):
+                return True
+    return False
+
+
+def _check_repeatable(name: str, flat: Flat, tensors: tuple[Tensor, ...]) -> None:
+    """Raises UsageError for outputs that differ between two runs on the same inputs: no comparison with exact attention could hold."""
+    first, second = (_run(name, flat, tensors) for _ in range(2))
+    outputs = [output for output, one, other in zip(flat.outputs, first, second, strict=True) if not _same(one, other)]
+    if outputs:
+        more = f" and {len(outputs) - 3} more" if len(outputs) > 3 else ""
+        raise UsageError(
+            f"the module of {name} answers the same inputs differently twice (output {', '.join(outputs[:3])}{more}); make it "
+            f"deterministic (no dropout, no torch.rand in forward)"
+        )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def _run(name: str, flat: Flat, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The module's answer, each run on inputs of its own. Raises UsageError, by file and line, where the user's code fails."""
     try:
         with torch.no_grad():
-            flat(*tensors)
+            return flat(*(tensor.clone() for tensor in tensors))
     except UsageError:
         raise
     except Exception as error:  # the user's code may raise anything

@@ -163,7 +163,7 @@ class EveryKind(nn.Module):
         return (
             attend(q, k, k),
             attend(q, q, q, attn_mask=mask),
-            attend(q, k, k, dropout_p=0.25),
+            attend(q, k, k, dropout_p=0.25) * 0,  # an answer that differs each time is refused
             attend(q, k, k, scale=-0.5),
             attend(q, k, k, is_causal=True),
             attend(q[0], k[0], k[0]),

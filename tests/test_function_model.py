@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hyperattention import reference
 from hyperattention.config import Config
-from hyperattention.errors import UnsupportedModel
+from hyperattention.errors import UnsupportedModel, UsageError
 from hyperattention.export.bundle import Bundle
 from hyperattention.export.cli import main
 from hyperattention.export.function import FunctionSource
@@ -231,6 +231,51 @@ def test_a_module_that_writes_to_its_tensors_is_refused(line: str, words: str, t
         open_source(f"{file}:build")
     file.write_text(file.read_text().replace(line, "pass"))
     assert open_source(f"{file}:build").layers[0].problem is None
+
+
+_RANDOM = "nn.functional.dropout({}, 0.5, training=True)"
+
+
+@pytest.mark.parametrize(
+    ("answer", "outputs"),
+    [
+        (f"x, {_RANDOM.format('x')}", "output_1"),
+        ("{'a': x, 'b': x + torch.rand(7), 'c': torch.rand_like(x)}", "b, c"),
+        ("nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.5)", "output_0"),
+        ("torch.where(torch.rand_like(x) < 0.5, x, torch.nan)", "output_0"),
+    ],
+    ids=["dropout", "rand", "attention-dropout", "nan-here-and-there"],
+)
+def test_a_module_that_answers_differently_each_time_is_refused(answer: str, outputs: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=rf"answers the same inputs differently twice \(output {outputs}\); make it deterministic"):
+        open_source(attending(tmp_path, answer))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "nn.functional.dropout(x, 0.5, training=self.training)",
+        "torch.nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.0)",
+        f"{_RANDOM.format('x')} * 0, x / 0 * 0 + {_RANDOM.format('x')}",  # 0 and NaN, whatever was dropped
+        f"x.argmax(-1), x > 0, {_RANDOM.format('x')}.shape[0] * x",
+    ],
+    ids=["dropout-off", "attention-without-dropout", "zero-and-nan", "drawn-for-its-shape"],
+)
+def test_a_module_that_answers_the_same_each_time_is_taken(answer: str, tmp_path: Path) -> None:
+    assert open_source(attending(tmp_path, answer)).layers[0].problem is None
+
+
+def attending(folder: Path, answer: str) -> str:
+    """FILE.py:build of a module that returns `answer`, an expression of x, which is attention of its input."""
+    file = folder / "attends.py"
+    file.write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Attends(nn.Module):\n"
+        "    def forward(self, q):\n        x = nn.functional.scaled_dot_product_attention(q, q, q)\n"
+        f"        return {answer}\n"
+        "def build():\n    return Attends(), (torch.randn(2, 3, 5, 7),)\n"
+    )
+    return f"{file}:build"
 
 
 @pytest.fixture
