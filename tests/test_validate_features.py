@@ -174,7 +174,9 @@ def test_command(case: Case, exported: Callable[[Case], tuple[Path, str]], folde
     if case.arrays:
         np.savez(folder / "real.npz", **case.arrays)
         more += ["--inputs", str(folder / "real.npz")]
-    assert validated(out, model, *more) == 0, capsys.readouterr()
+    code, said = validated(out, model, *more), capsys.readouterr()
+    assert code == 0, said
+    vb.check_steps(said.err)
     report = read(out / "report" / "report.json")
     assert report["kind"] == "features" and report["inputs"]["kind"] == case.kind
     assert report["verdict"]["safe"] is (None if case.kind == "random" else True) and report["verdict"]["failed"] == []

@@ -12,6 +12,7 @@ import onnx
 import pytest
 import tiny
 import torch
+import validation_bench as vb
 
 from hyperattention.errors import EnvironmentFault, UsageError
 from hyperattention.export.bundle import Bundle, finish, write_draft
@@ -97,7 +98,9 @@ def _validate(folder: Path, model: Path, text: Path, *more: str, gates: dict[str
 )
 def test_command(case: Case, exported: Callable[[Case], Path], model: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = exported(case)
-    assert _validate(folder, model, text, "--lengths", f"{LENGTH},40", "--tail", "19") == 0, capsys.readouterr()
+    code, said = _validate(folder, model, text, "--lengths", f"{LENGTH},40", "--tail", "19"), capsys.readouterr()
+    assert code == 0, said
+    vb.check_steps(said.err)
     report = read(folder / "report" / "report.json")
     ops = 1 if case.keep_exact == "onnx" else 2
     assert [len(p["found"]) for p in report["provenance"]] == [ops] * (1 if case.layers == "none" else 2)
@@ -248,9 +251,12 @@ def test_inspect(exported: Callable[[Case], Path], tmp_path: Path, capsys: pytes
     assert "CHANGED" in capsys.readouterr().out
 
 
-def test_times_past_the_trained_length_are_marked(exported: Callable[[Case], Path], model: Path, text: Path) -> None:
+def test_times_past_the_trained_length_are_marked(
+    exported: Callable[[Case], Path], model: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = exported(Case())
     assert _validate(folder, model, text, "--lengths", "70", "--time-lengths", "390") == 0
+    vb.check_steps(capsys.readouterr().err)
     rows = read(folder / "report" / "report.json")["time"]
     assert [(row["length"], row["time_only"], row["exact_s"] > 0) for row in rows] == [(70, False, True), (390, True, True)]
     assert "time only" in (folder / "report" / "report.html").read_text()

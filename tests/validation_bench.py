@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hyperattention.config import Config
+from hyperattention.export.console import numbered
 from hyperattention.export.load import inspect_source, load_model
 from hyperattention.export.patch import Patched, install
 from hyperattention.export.plan import make_plan
@@ -143,6 +144,13 @@ def measured(kernels: ReferenceKernels) -> dict:
         report = measure(under_test, definition, TextMaterial(corpus()), Extent({LENGTH: 1}))
     beside = {"kind": "language", "environment": {"busy": None}, "plan_summary": plan_summary(model().plan)}
     return {**report, **beside, "inputs": corpus().describe()}
+
+
+def check_steps(errors: str) -> None:
+    """Steps are counted one by one up to a total that is right from the first on."""
+    steps = [found for found in map(numbered, errors.splitlines()) if found]
+    assert [done for _, done, _ in steps] == list(range(len(steps))) and len(steps) > 9
+    assert {total for *_, total in steps} == {len(steps)}, [text for text, *_ in steps]
 
 
 def failing(report: dict, limits: Limits = Limits()) -> set[str]:

@@ -58,13 +58,18 @@ def check_length(plan: ExportPlan, shortest: int) -> int:
     return max(min(shortest, max(wanted, default=shortest)), min(plan.seq[0], shortest))
 
 
+def padded_length(length: int) -> int:
+    """Valid tokens of the padded cases: about three quarters, no multiple of a block; not above 0 where `length` is too short for one."""
+    return length - length // 4 - 3
+
+
 def op_cases(captured: list) -> list[OpCase]:
     """The first approximate layer whole, padded and on the exact path; the last rows of the others (or of the only one)."""
     approximate = [c for c in captured if not c.is_exact]
     first, *others = approximate or captured[:1]
     length = first.k.shape[2]
     rows = min(ROWS, length)
-    valid = length - length // 4 - 3
+    valid = padded_length(length)
     k, v = first.k.clone(), first.v.clone()
     k[:, :, valid:], v[:, :, valid:] = POISON, POISON
     lengths = torch.full((first.q.shape[0],), valid, dtype=torch.int32, device=first.q.device)
@@ -186,7 +191,7 @@ def check_model(
     One row for each case and floating output: what the backend answers against the same rows of the reference. The keys and values of a
     prefill are left to the regime that decodes over them.
     """
-    valid = length - length // 4 - 3
+    valid = padded_length(length)
     cases = [("whole window", length, given)]
     if is_padded(backend.plan) and valid > 0:
         cases.append(("padded", valid, shortened(given, valid)))

@@ -9,10 +9,9 @@ from hyperattention.errors import UsageError
 from hyperattention.export.gate_options import LANGUAGE, kind_of
 from hyperattention.export.plan import ExportPlan
 from hyperattention.export.switched import Captured
-from hyperattention.validate.approximation import measure_length, measure_needle, needle_steps
+from hyperattention.validate.approximation import measure_length, measure_needle
 from hyperattention.validate.features import measure_features
 from hyperattention.validate.feeds import Feed, Material, TextMaterial
-from hyperattention.validate.hard_inputs import hard_steps
 from hyperattention.validate.implementation import broken_output, check_length, check_model, check_op, op_cases, seeds_spread
 from hyperattention.validate.inputs import DEPTHS, Corpus, needle
 from hyperattention.validate.runners import TorchRunner
@@ -56,12 +55,6 @@ def measure(bench: Workbench, definition: TorchRunner, material: Material, exten
     return report
 
 
-def steps_of(extent: Extent) -> int:
-    """About how many steps `measure` reports, for the progress bar."""
-    windows = extent.windows.values()
-    return 16 + hard_steps() + sum(4 * n + 5 for n in windows) + 3 * len(extent.time_lengths) + (needle_steps(1) if extent.needle else 0)
-
-
 def _at_length(bench: Workbench, material: Material, length: int, count: int, hard: bool) -> Measured:
     if kind_of(bench.plan.task) == LANGUAGE:
         assert isinstance(material, TextMaterial)
@@ -103,12 +96,8 @@ def check_needle(plan: ExportPlan, material: Material, extent: Extent) -> None:
 
 def _captured(bench: Workbench, material: Material, lengths: tuple[int, ...]) -> tuple[int, Feed, list[Captured]]:
     """A length where something approximates, as short as can be, its feed and the attention calls of exact attention there."""
-    low, high = length_range(bench.plan)
-    if keys_follow(bench.plan):
-        shortest = next((n for n in lengths if not is_exact(bench.plan, n)), lengths[0])
-        lengths = (min(high, max(low, check_length(bench.plan, shortest))),)
     found = []
-    for length in lengths:  # how many keys each of them means, only a run tells
+    for length in implementation_lengths(bench.plan, lengths):
         given = material.feeds(bench.plan, length, 1)[0]
         bench.step(f"{length:,} tokens: Q, K, V of every layer")
         with bench.patched.capture() as captured:
@@ -119,14 +108,28 @@ def _captured(bench: Workbench, material: Material, lengths: tuple[int, ...]) ->
     return found[0]
 
 
+def implementation_lengths(plan: ExportPlan, lengths: tuple[int, ...]) -> tuple[int, ...]:
+    """The lengths to try for the implementation, until something approximates: one where the length tells, else all, as a run must."""
+    if not keys_follow(plan):
+        return lengths
+    low, high = length_range(plan)
+    shortest = next((n for n in lengths if not is_exact(plan, n)), lengths[0])
+    return (min(high, max(low, check_length(plan, shortest))),)
+
+
+def needle_prompts(plan: ExportPlan, material: Material, extent: Extent, cuda: bool) -> int:
+    """Prompts at each depth of the needle; 0 where it is not asked for, or the model cannot read them."""
+    wanted = extent.needle if extent.needle is not None else cuda
+    if not wanted or _needle_corpus(plan, material) is None:
+        return 0
+    return NEEDLE_PROMPTS if cuda else 1
+
+
 def _needle_corpus(plan: ExportPlan, material: Material) -> Corpus | None:
     corpus = material.corpus if isinstance(material, TextMaterial) and kind_of(plan.task) == LANGUAGE else None
     return corpus if corpus is not None and corpus.tokens == "bytes" else None
 
 
 def _needle(bench: Workbench, material: Material, length: int, extent: Extent) -> dict | None:
-    cuda, corpus = bench.device.type == "cuda", _needle_corpus(bench.plan, material)
-    wanted = extent.needle if extent.needle is not None else cuda
-    if corpus is None or not wanted:
-        return None
-    return measure_needle(bench, corpus, length, extent.seed, NEEDLE_PROMPTS if cuda else 1)
+    corpus, prompts = _needle_corpus(bench.plan, material), needle_prompts(bench.plan, material, extent, bench.device.type == "cuda")
+    return measure_needle(bench, corpus, length, extent.seed, prompts) if corpus is not None and prompts else None

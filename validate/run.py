@@ -22,11 +22,12 @@ from hyperattention.validate.backends import BACKENDS, check_engines, choose, ma
 from hyperattention.validate.describe import plan_notes, plan_summary, result_notes
 from hyperattention.validate.gates import Limits, judge
 from hyperattention.validate.material import LENGTHS, check_lengths, choose_material
-from hyperattention.validate.measure import EXTRA_SEEDS, Extent, check_needle, measure, steps_of
+from hyperattention.validate.measure import EXTRA_SEEDS, Extent, check_needle, measure
 from hyperattention.validate.operators import native_library, native_operator, reference_operator
 from hyperattention.validate.report import SCHEMA
 from hyperattention.validate.runners import TorchRunner
 from hyperattention.validate.signature import length_range
+from hyperattention.validate.steps import count_steps
 from hyperattention.validate.workbench import Workbench
 
 WINDOWS = (4, 2, 1)
@@ -69,8 +70,10 @@ class Options:
             )
 
 
-def validate(options: Options, step: Callable[[str], None], say: Callable[[str], None] = lambda text: None) -> dict:
+def validate(options: Options, counted: Callable[[int], Callable[[str], None]], say: Callable[[str], None] = lambda text: None) -> dict:
     """Measures the folder and returns the report, gates and verdict included. `say` gets one sentence before foreign code runs.
+
+    `counted` gets the number of steps once it is known, and returns what is called as each begins.
 
     Raises EnvironmentFault where the backend cannot run or ran something else than was built, UsageError for bad options.
     """
@@ -96,6 +99,8 @@ def validate(options: Options, step: Callable[[str], None], say: Callable[[str],
         notes.append(f"Past {source.max_positions:,} tokens, which the model was trained for, only the time was measured.")
     busy = environment.busy_note()
     notes += [busy] if busy else []
+    rival = bool(plan.approximate) if backend_kind == "ort" else options.exact_engine is not None
+    step = counted(count_steps(plan, material, extent, plan.dtype != bundle.plan.dtype, rival, device.type == "cuda"))
     step("loading the model")
     patched = source.load(plan, device)
     with contextlib.ExitStack() as stack:
@@ -191,8 +196,3 @@ def _extent(options: Options, lengths: tuple[int, ...]) -> Extent:
     each = counts * len(lengths) if len(counts) == 1 else tuple(counts[min(i, len(counts) - 1)] for i in range(len(lengths)))
     windows = dict(sorted(zip(lengths, each, strict=True)))
     return Extent(windows, options.time_lengths, options.needle, options.seed)
-
-
-def count_steps(options: Options) -> int:
-    """About how many steps `validate` reports, for the progress bar."""
-    return steps_of(_extent(options, options.lengths or LENGTHS))

@@ -45,7 +45,7 @@ def command(
     from hyperattention.export.bundle import Bundle
     from hyperattention.export.console import Reporter
     from hyperattention.export.source import Trust
-    from hyperattention.validate.run import Options, count_steps, validate
+    from hyperattention.validate.run import Options, validate
 
     gates = parse_gates(gate or [])
     options = Options(
@@ -69,5 +69,5 @@ def command(
     check_kind(gates, kind_of(Bundle.open(folder).plan.task))
     reporter = Reporter(quiet, as_json)
     with reporter.stage("validation"):
-        report = validate(options, reporter.counted(count_steps(options)), lambda text: reporter.say(escape(text)))
+        report = validate(options, reporter.counted, lambda text: reporter.say(escape(text)))
     say(report, save(report, folder / "report", folder), reporter)
