@@ -314,6 +314,7 @@ _BENCH = [
     tool("compare-with-nowhere", 2, "there is no folder", "compare", finished, at("nowhere")),
     tool("compare-with-no-output", 2, "holds no manifest.json", "compare", at(""), finished),
     tool("compare-one", 2, "Missing argument 'OUT2'", "compare", finished),
+    tool("compare-page-in-an-export", 2, "which holds only", "compare", finished, finished, "--html", lambda p: p.finished / "page.html"),
     tool("compare-page-nowhere", 2, "cannot be written", "compare", finished, finished, "--html", at("nowhere/page.html")),
     tool("report-gate-without-recheck", 2, "add --recheck", "report", finished, "--gate", "kl=1"),
 ]

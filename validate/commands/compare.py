@@ -29,9 +29,12 @@ def command(
     from rich.table import Table
 
     from hyperattention.export.console import Reporter
+    from hyperattention.export.folder import refuse_output
     from hyperattention.validate.compare_folders import compare
     from hyperattention.validate.compare_text import sentences, tables
 
+    if html is not None:
+        refuse_output(html, "--html")
     found, reporter = compare(first, second), Reporter(quiet, as_json)
     for sentence in sentences(found):
         reporter.warn(sentence)
