@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Callable
+from typing import Any, Callable, cast
 
 import torch
 import transformers
@@ -154,7 +154,7 @@ def load_model(source: TransformersSource, dtype: torch.dtype, device: torch.dev
         # the same from plain matmuls.
         with quiet():
             model.set_experts_implementation("batched_mm")
-    return model.to(device).eval()
+    return cast(Any, model).to(device).eval()  # transformers wraps `to` so that its first argument reads as the model
 
 
 def _refuse(names: list[str], what: str, source: Source) -> None:

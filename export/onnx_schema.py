@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import onnx
 import torch
@@ -75,14 +75,15 @@ def translation_table() -> dict[Any, Any]:
     from onnxscript import opset18, values
 
     register_schema()
+    onnx18 = cast(Any, opset18)  # its annotations tell apart types that a traced value has only when it runs
     opset = values.Opset(DOMAIN, VERSION)
     names = tuple(Config().attributes())
 
     def translate(q: Any, k: Any, v: Any, lengths: Any = None, *values_: Any, **named: Any) -> Any:
         given = {**dict(zip(names, values_, strict=False)), **named}
         if lengths is None:
-            keys = opset18.Cast(opset18.Shape(k, start=2, end=3), to=TensorProto.INT32)
-            lengths = opset18.Expand(keys, opset18.Shape(k, start=0, end=1))
+            keys = onnx18.Cast(onnx18.Shape(k, start=2, end=3), to=TensorProto.INT32)
+            lengths = onnx18.Expand(keys, onnx18.Shape(k, start=0, end=1))
         return opset.HyperAttention(q, k, v, lengths, **given)
 
     assert _op is not None

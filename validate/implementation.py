@@ -144,7 +144,7 @@ def check_plan(captured, kernels: Library) -> int:
     return _plan_differences(plan, kernels, (case.q, case.k, case.v, case.config), case)
 
 
-def _plan_differences(plan: Plan, kernels: Library, problem: tuple, case: OpCase) -> int:
+def _plan_differences(plan: Plan, kernels: Library, problem: tuple[Tensor, Tensor, Tensor, Config], case: OpCase) -> int:
     index, weight = kernels.samples(*problem, case.lengths)
     found = int((kernels.select(*problem, case.lengths) != plan.selection).sum())
     return found + int((index != plan.sample_index).sum()) + int((weight != plan.sample_weight).sum())

@@ -180,7 +180,8 @@ class _OneNumber(Threshold):
     def passed(self, metric_values: dict) -> bool:
         return bool(metric_values[self.FIELD] <= self.limit)
 
-    def describe(self, metric_values: dict) -> tuple[str, bool]:
+    # Polygraphy's own has no annotation, and a body that returns None alone.
+    def describe(self, metric_values: dict) -> tuple[str, bool]:  # pyright: ignore[reportIncompatibleMethodOverride]
         passed = self.passed(metric_values)
         return f"{self.FIELD}: {metric_values[self.FIELD]:.4g} (limit {self.limit:.4g}) | {'PASSED' if passed else 'FAILED'}", passed
 
@@ -212,7 +213,9 @@ class NormRatioResult(CompareResult):
 
 
 class _ErrorCompareFunc(BaseCompareFunc):
-    """Compares the outputs both runners have, by one number of `tensor_error`; the first runner is ours."""
+    """Compares the outputs both runners have, by one number of `tensor_error`; the first runner is ours. Subclasses name the result."""
+
+    _RESULT_CLASS: type[RelativeL2Result | NormRatioResult]
 
     def __init__(self, limit: float) -> None:
         self.limit = limit
