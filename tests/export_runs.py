@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import time
 from pathlib import Path
@@ -123,13 +124,24 @@ def _library(scratch: Path, name: str) -> Path:
 class Run:
     """export-model in a process of its own, forked from a server that has the imports done."""
 
-    def __init__(self, scratch: Path, *arguments: object, pause: str | None = None, full: str | None = None, limit: int | None = None):
-        """`limit`: the largest file that the process may write, in bytes; then nothing is stood in for but what `pause` names."""
+    def __init__(
+        self,
+        scratch: Path,
+        *arguments: object,
+        pause: str | None = None,
+        full: str | None = None,
+        limit: int | None = None,
+        nohup: bool = False,
+    ):
+        """`limit`: the largest file that the process may write, in bytes; then nothing is stood in for but what `pause` names.
+
+        `nohup`: whether it was started to outlive its terminal, whatever these tests were.
+        """
         self.scratch, self.log = scratch, scratch / "log"
         (scratch / "at").unlink(missing_ok=True)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(_PRELOAD))
-        self.process = context.Process(target=_main, args=(scratch, [str(a) for a in arguments], pause, full, limit))
+        self.process = context.Process(target=_main, args=(scratch, [str(a) for a in arguments], pause, full, limit, nohup))
         self.process.start()
 
     @property
@@ -165,7 +177,8 @@ class Run:
         return json.loads(self.log.with_suffix(".out").read_text())
 
 
-def _main(scratch: Path, arguments: list[str], pause: str | None, full: str | None, limit: int | None) -> None:
+def _main(scratch: Path, arguments: list[str], pause: str | None, full: str | None, limit: int | None, nohup: bool) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
     for number, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open((scratch / "log").with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     if limit is not None:

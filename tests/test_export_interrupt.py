@@ -126,6 +126,15 @@ def test_a_closed_terminal_leaves_nothing_behind(model: Path, tmp_path: Path, pl
     assert run.send(signal.SIGHUP) == 130 and left(place) == []
 
 
+def test_an_export_that_nohup_started_outlives_its_terminal(model: Path, tmp_path: Path, place: Path) -> None:
+    run = Run(tmp_path, model, place / "out", pause="engine", nohup=True)
+    run.wait_for_pause()
+    os.kill(run.pid, signal.SIGHUP)
+    run.process.join(0.5)
+    assert run.process.is_alive()
+    assert run.send(signal.SIGTERM) == 130 and left(place) == []
+
+
 # --- full disk -------------------------------------------------------------------------------------------------------
 
 
