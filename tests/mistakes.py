@@ -92,26 +92,23 @@ def finished(place: Place) -> Path:
     return place.finished
 
 
-def broken(change: Callable[[Path], object]) -> Callable[[Place], Path]:
-    """A copy of the model after `change`."""
-
+def _changed(name: str, original: Callable[[Place], Path], change: Callable[[Path], object]) -> Callable[[Place], Path]:
     def prepare(place: Place) -> Path:
-        copy = commands.copy(place.whole, place.scratch / "model")
+        copy = commands.copy(original(place), place.scratch / name)
         change(copy)
         return copy
 
     return prepare
+
+
+def broken(change: Callable[[Path], object]) -> Callable[[Place], Path]:
+    """A copy of the model after `change`."""
+    return _changed("model", lambda place: place.whole, change)
 
 
 def spoilt(change: Callable[[Path], object]) -> Callable[[Place], Path]:
     """A copy of the output after `change`."""
-
-    def prepare(place: Place) -> Path:
-        copy = commands.copy(place.finished, place.scratch / "done")
-        change(copy)
-        return copy
-
-    return prepare
+    return _changed("done", lambda place: place.finished, change)
 
 
 def made(model_type: str, **overrides: Any) -> Callable[[Place], Path]:
