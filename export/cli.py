@@ -143,10 +143,11 @@ def export_model(
         seed=seed,
         keep_exact=keep_exact,
     )
-    checks = {"--text": text, "--inputs": inputs, "--lengths": lengths or None, "--device": device, "--gate": gate or None}
+    given_checks = [("--text", text), ("--inputs", inputs), ("--lengths", lengths or None), ("--device", device)]
+    checks = [(option, str(value)) for option, value in given_checks if value is not None] + [("--gate", limit) for limit in gate or []]
     warnings = planning.warnings(plan, source.max_positions) + planning.idle_attributes(preset, given)
     if not validate:
-        idle = [option for option, value in checks.items() if value not in (None, "auto")]
+        idle = dict.fromkeys(option for option, value in checks if value != "auto")
         warnings += [f"{option} has no effect: --no-validate measures nothing" for option in idle]
     items, missing, obstacle = memory.predict(source, plan), pipeline.missing_parts(), pipeline.engine_obstacle(source, plan)
     items.append(memory.Item("disk", pipeline.disk_bytes(source, plan, missing), "at most, beside OUT, while the export runs"))
@@ -176,18 +177,7 @@ def export_model(
         triton=triton,
         timing_cache=timing_cache,
         validate=validate,
-        validation=tuple(
-            part
-            for option, value in (
-                ("--text", text),
-                ("--inputs", inputs),
-                ("--lengths", lengths or None),
-                ("--device", device),
-                *(("--gate", text) for text in gate or []),
-            )
-            if value is not None
-            for part in (option, str(value))
-        )
+        validation=tuple(part for check in checks for part in check)
         + ("--allow-pickle",) * allow_pickle
         + ("--trust-remote-code",) * trust_remote_code,
     )
