@@ -185,15 +185,17 @@ HA_INLINE Sample draw_sample(const HaAttributes& a, int64_t total, int64_t s, in
 struct Node {
   Range rows, keys;  // query row indices (live and dead), keys behind the sinks and inside the length
   int64_t start;     // of its draws' counter: the first position of its rows' segment (rule 11)
+  int64_t live;      // rows that are not dead (rule 3): its first ones
   HA_INLINE bool empty() const { return rows.size() == 0 || keys.size() == 0; }
 };
 
 HA_INLINE Node Geometry::node(int level, int64_t m, int64_t length) const {
   const int64_t from = min64(a.sinks, length);
-  if (!a.causal) return {{0, seq_q}, {from, length}, 0};
+  if (!a.causal) return {{0, seq_q}, {from, length}, 0, live_rows(length)};
   const int64_t size = segment(level), middle = (2 * m + 1) * size;
   const int64_t low = max64(max64(middle, first()) - first(), 0), high = min64(middle + size - first(), seq_q);
-  return {{low, max64(high, low)}, {max64(middle - size, from), min64(middle, length)}, middle};
+  const int64_t live = max64(0, min64(live_rows(length), high) - low);
+  return {{low, max64(high, low)}, {max64(middle - size, from), min64(middle, length)}, middle, live};
 }
 
 // Key blocks, in the node's sorted order, that query block `block` meets; `live` = live rows of the node (rule 28).

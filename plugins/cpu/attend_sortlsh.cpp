@@ -22,8 +22,7 @@ class SortWorker : TileWorker {
     if (node.empty()) return;
     const int32_t* rows = rows_ + ((b * g_.heads_q + head) * g_.levels() + level) * g_.seq_q;
     const int32_t* keys = keys_ + ((b * g_.heads_kv + head_kv) * g_.levels() + level) * g_.seq_k + node.keys.start;
-    const int64_t live = max64(0, min64(node.rows.stop, g_.live_rows(length)) - node.rows.start);
-    const Range taken = taken_blocks(a, block, live, node.keys.size());
+    const Range taken = taken_blocks(a, block, node.live, node.keys.size());
     const Range heavy{taken.start * a.block_size, min64(taken.stop * a.block_size, node.keys.size())};
     const int64_t stop = min64(node.rows.start + (block + 1) * a.block_size, node.rows.stop);
     for (int64_t first = node.rows.start + block * a.block_size; first < stop; first += kRows) {

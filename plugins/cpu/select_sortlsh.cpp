@@ -107,9 +107,9 @@ void select_sortlsh(const HaParams& params, int32_t* plan, Workers& workers) {
         return sort_members(memory.key_ranks + line * g.seq_k, node.keys, g.a.num_projections, slots, scratch);
       }
       int32_t* slots = plan + (line * levels + name.level) * g.seq_q;
-      const int64_t live = max64(min64(node.rows.stop, g.live_rows(length)), node.rows.start);
-      sort_members(memory.query_ranks + line * g.seq_q, {node.rows.start, live}, g.a.num_projections, slots, scratch);
-      for (int64_t row = live; row < node.rows.stop; ++row) slots[row] = int32_t(row);
+      const int64_t dead = node.rows.start + node.live;
+      sort_members(memory.query_ranks + line * g.seq_q, {node.rows.start, dead}, g.a.num_projections, slots, scratch);
+      for (int64_t row = dead; row < node.rows.stop; ++row) slots[row] = int32_t(row);
     };
   });
 }

@@ -106,10 +106,7 @@ void launch_type(const HashArgs& args) {
 }  // namespace
 
 void launch_hash(const HashArgs& args) {
-#define HA_CASE(T, DTYPE) \
-  if (args.p.dtype == DTYPE) return launch_type<T>(args);
-  HA_ELEMENT_TYPES(HA_CASE)
-#undef HA_CASE
+  with_elements(args.p.dtype, [&](auto element) { launch_type<decltype(element)>(args); });
 }
 
 }  // namespace ha

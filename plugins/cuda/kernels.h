@@ -15,9 +15,6 @@ struct Bfloat16;
   HA_ATTEND_SIZES(X, Bfloat16, HA_BFLOAT16) \
   HA_ATTEND_SIZES(X, float, HA_FLOAT32)
 
-// X(element type, HaDtype) of everything that reads Q and K before attention.
-#define HA_ELEMENT_TYPES(X) X(float, HA_FLOAT32) X(Half, HA_FLOAT16) X(Bfloat16, HA_BFLOAT16)
-
 // Quantised pools of one tensor: values int8 [batch, heads, count, stride], scales float [batch, heads, count].
 struct Pools {
   int8_t* values;

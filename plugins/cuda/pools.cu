@@ -135,10 +135,7 @@ void launch_type(const PoolArgs& args) {
 }  // namespace
 
 void launch_pools(const PoolArgs& args) {
-#define HA_CASE(T, DTYPE) \
-  if (args.p.dtype == DTYPE) return launch_type<T>(args);
-  HA_ELEMENT_TYPES(HA_CASE)
-#undef HA_CASE
+  with_elements(args.p.dtype, [&](auto element) { launch_type<decltype(element)>(args); });
 }
 
 }  // namespace ha

@@ -50,7 +50,7 @@ HA_DEVICE Span find_span(const SortArgs& args, const Geometry& g) {
   const Node node = g.node(span.level, m, length);
   if (node.empty()) return span;
   span.node = span.sorted = span.queries ? node.rows : node.keys;
-  if (span.queries) span.sorted.stop = max64(span.sorted.start, min64(span.sorted.stop, g.live_rows(length)));
+  if (span.queries) span.sorted.stop = span.sorted.start + node.live;
   return span;
 }
 

@@ -45,7 +45,7 @@ struct NodeWalk {
     last = int(min64(first + S::kTileRows, node.rows.size()) - 1);
     row_start = int(node.rows.start);
     row_stop = int(node.rows.stop);
-    live = int(max64(0, min64(g.live_rows(length) - row_start, node.rows.size())));
+    live = int(node.live);
     key_start = int(node.keys.start);
     key_stop = int(key_start + node.keys.size());
     draw_start = uint32_t(node.start);
