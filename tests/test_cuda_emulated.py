@@ -45,7 +45,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
     if not compiler:
         pytest.skip("g++ is missing")
     folder = tmp_path_factory.mktemp("emulated")
-    sources = [*sorted((ROOT / "plugins/cuda").glob("*.cu")), ROOT / "plugins/config.cpp", ROOT / "tests/emulation/emulator.cpp"]
+    sources = [*sorted((ROOT / "plugins/cuda").glob("[!s]*.cu")), *sorted((ROOT / "plugins/cuda").glob("s[!m]*.cu")), ROOT / "plugins/config.cpp", ROOT / "tests/emulation/emulator.cpp"]
 
     def build(source: Path) -> Path:
         target = folder / (source.stem + ".o")

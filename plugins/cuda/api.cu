@@ -1,11 +1,15 @@
 // The exported ha_cuda_* functions: checks, scratch, and the order of the stages on the caller's stream.
 #include "config.h"
-#include "kernels.h"
+#include "launch.cuh"
+#include "sm90_kernels.h"
 
 namespace ha {
 
 #define HA_DECLARE(T, DTYPE, P) extern template void launch_attend<T, P>(const AttendArgs&);
 HA_ATTEND_INSTANCES(HA_DECLARE)
+#undef HA_DECLARE
+#define HA_DECLARE(T, DTYPE, P) extern template void launch_hopper<T, P>(const AttendArgs&);
+HA_HOPPER_INSTANCES(HA_DECLARE)
 #undef HA_DECLARE
 
 namespace {
@@ -116,6 +120,17 @@ void attend(const HaParams& p) {
     const Workspace w = workspace(g);
     args.lse = reinterpret_cast<float*>(scratch(p, w.bytes) + w.lse);
   }
+#if HA_HOPPER
+  if (uses_hopper(g, p.dtype, compute_capability())) {
+    const int padded = hopper_head(max64(g.head_dim, g.head_dim_v));
+#define HA_CASE(T, DTYPE, P)                                               \
+  if constexpr (has_padded_head(P)) {                                      \
+    if (p.dtype == DTYPE && padded == P) return launch_hopper<T, P>(args); \
+  }
+    HA_HOPPER_INSTANCES(HA_CASE)
+#undef HA_CASE
+  }
+#endif
   const int padded = padded_head(g.head_dim, g.head_dim_v);
 #define HA_CASE(T, DTYPE, P)                                               \
   if constexpr (has_padded_head(P)) {                                      \

@@ -33,6 +33,7 @@ namespace ha {
 
 HA_DEVICE int thread_index() { return int(threadIdx.x); }
 HA_DEVICE int64_t block_index() { return int64_t(blockIdx.x); }
+HA_DEVICE int64_t grid_size() { return int64_t(gridDim.x); }
 HA_DEVICE unsigned char* shared_memory() {
   extern __shared__ __align__(1024) unsigned char ha_shared_memory[];
   return ha_shared_memory;

@@ -20,6 +20,26 @@ inline void require_success(cudaError_t status, const char* what) {
   throw Error(HA_FAILED, std::string(what) + " failed: " + cudaGetErrorString(status));
 }
 
+// An attribute of the current device, asked for once a device.
+template <cudaDeviceAttr kAttribute>
+int device_attribute() {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];
+  int device = 0, value = 0;
+  require_success(cudaGetDevice(&device), "cudaGetDevice");
+  if (device < kDevices) value = known[device].load(std::memory_order_relaxed);
+  if (!value) {
+    require_success(cudaDeviceGetAttribute(&value, kAttribute, device), "cudaDeviceGetAttribute");
+    if (device < kDevices) known[device].store(value, std::memory_order_relaxed);
+  }
+  return value;
+}
+inline int64_t processor_count() { return device_attribute<cudaDevAttrMultiProcessorCount>(); }
+// 90 for compute capability 9.0.
+inline int compute_capability() {
+  return 10 * device_attribute<cudaDevAttrComputeCapabilityMajor>() + device_attribute<cudaDevAttrComputeCapabilityMinor>();
+}
+
 template <auto kKernel>
 void grant_shared_memory(size_t bytes) {
   constexpr size_t kDefault = 48 * 1024;

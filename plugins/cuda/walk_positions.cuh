@@ -35,7 +35,7 @@ struct PositionWalk {
     return max(0, min(far, length) - a.sinks);
   }
 
-  HA_DEVICE bool pairs() const { return S::kPairs && a.block_size == S::kKeys; }
+  HA_DEVICE bool pairs() const { return S::kPairs && a.block_size == S::kPairBlock; }
 
   // One thread fills in tile `tile` of a batch row and head ...
   HA_DEVICE void start(const HaParams& p, const AttendConfig& config, const Geometry& g, int64_t tile, int64_t batch, int64_t head_) {
@@ -100,7 +100,9 @@ struct PositionWalk {
     total += sink_steps;
     if (!listed) return;
     if (pairs()) {
-      heavy_steps = 2 * max(counts[0], counts[1]);
+      // Owned pairs alternate between the query blocks.
+      const int most = max(counts[0], counts[1]);
+      heavy_steps = 2 * (S::kOwnedPairs ? (most + 1) / 2 : most);
     } else {
       for (int q = 0; q < query_blocks; ++q) heavy_steps += steps_of<S::kKeys>(counts[q] * a.block_size);
     }
@@ -128,9 +130,17 @@ struct PositionWalk {
     j -= local_steps + sink_steps;
     if (j < heavy_steps && pairs()) {
       step.part = Part::kPair;
-      const int at = j / 2, part = j % 2 * (S::kKeys / 2);
-      step.lower = at < counts[0] ? chosen[at] * S::kKeys + part : -1;
-      step.upper = at < counts[1] ? chosen[a.num_blocks + at] * S::kKeys + part : -1;
+      if constexpr (S::kOwnedPairs) {
+        const int at = j / 2 * 2;
+        step.owner = j % 2;
+        const int32_t* const blocks = chosen + step.owner * a.num_blocks;
+        step.lower = at < counts[step.owner] ? blocks[at] * S::kPairBlock : -1;
+        step.upper = at + 1 < counts[step.owner] ? blocks[at + 1] * S::kPairBlock : -1;
+      } else {
+        const int at = j / 2, part = j % 2 * (S::kKeys / 2);
+        step.lower = at < counts[0] ? chosen[at] * S::kKeys + part : -1;
+        step.upper = at < counts[1] ? chosen[a.num_blocks + at] * S::kKeys + part : -1;
+      }
     } else if (j < heavy_steps) {
       step.part = Part::kList;
       for (int steps; j >= (steps = steps_of<S::kKeys>(counts[step.owner] * a.block_size)); ++step.owner) j -= steps;
@@ -145,14 +155,21 @@ struct PositionWalk {
 
   HA_DEVICE Mode mode(const Step& step, int w) const {
     const int from = warp_first[w], to = warp_last[w];
-    if (from > to) return Mode::kSkip;
-    if (step.part == Part::kSample) return Mode::kBiased;
+    if (step.part == Part::kSample) return from > to && !S::kOwnedPairs ? Mode::kSkip : Mode::kBiased;
+    if (S::kOwnedPairs && step.part == Part::kList) return Mode::kBiased;
+    if (!S::kOwnedPairs && from > to) return Mode::kSkip;
     if (step.part == Part::kList) {
       const int start = (first_query_block + step.owner) * a.block_size;
       return to >= start && from < start + a.block_size ? Mode::kBiased : Mode::kSkip;
     }
     // Both bounds grow with the position.
     const bool pair = step.part == Part::kPair;
+    if constexpr (S::kOwnedPairs) {
+      if (pair && w != step.owner) return Mode::kSkip;
+      const Bounds low = bounds_at(step.part, from, far(from)), high = bounds_at(step.part, to, far(to));
+      const bool all = min(step.lower, step.upper) >= high.low && max(step.lower, step.upper) + S::kKeys / 2 <= low.high;
+      return all ? Mode::kPlain : Mode::kMasked;
+    }
     const int start = pair && w >= S::kWarps / 2 ? step.upper : step.lower, stop = start + (pair ? S::kKeys / 2 : S::kKeys);
     const Bounds low = bounds_at(step.part, from, far(from)), high = bounds_at(step.part, to, far(to));
     if (start < 0 || start >= high.high || stop <= low.low) return Mode::kSkip;

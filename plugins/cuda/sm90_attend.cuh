@@ -1,0 +1,72 @@
+// Attention on Hopper: one block of threads an SM works through many tiles of 128 query rows. One warp group loads, two compute
+// (sm90_loader.cuh, sm90_worker.cuh); the walks over a tile's keys are those of the portable kernels.
+#pragma once
+#include "launch.cuh"
+#include "sm90_kernels.h"
+#include "sm90_loader.cuh"
+#include "sm90_tile_map.h"
+#include "sm90_worker.cuh"
+#include "walk_nodes.cuh"
+#include "walk_positions.cuh"
+
+namespace ha {
+
+template <class T, int P, class Walk>
+HA_KERNEL(kHopperThreads, 1) hopper_kernel(const HA_CONSTANT HopperArgs args) {
+  using Block = HopperBlock<T, P, Walk>;
+  const Geometry g(args.p);
+  const HopperSchedule& schedule = args.config.schedule;
+  unsigned char* const shared = shared_memory();
+  Block block{args, shared, shared_address(shared)};
+  if (thread_index() == 0) {
+    block.init_barriers();
+    prefetch_map(args.queries);
+    prefetch_map(args.keys);
+    prefetch_map(args.values);
+  }
+  sync_block();
+  const int group = thread_index() / 128, thread = thread_index() % 128;
+  const auto each_tile = [&](auto&& body) {
+    for (int64_t turn = 0;; ++turn) {
+      const int64_t index = schedule.at(block_index(), grid_size(), turn);
+      if (turn * grid_size() >= schedule.count) break;
+      if (index >= schedule.count) continue;
+      int64_t slice, tile;
+      schedule.find(index, slice, tile);
+      body(slice, tile);
+    }
+  };
+  if (group == 0) {
+    give_registers<kLoaderRegisters>();
+    Loader<T, P, Walk> loader{block, g, thread};
+    int64_t turn = 0;
+    each_tile([&](int64_t slice, int64_t tile) { loader.run(turn++, slice, tile); });
+  } else {
+    take_registers<kWorkerRegisters>();
+    Worker<T, P, Walk> worker{block, g, group - 1, thread};
+    int64_t turn = 0;
+    each_tile([&](int64_t slice, int64_t) { worker.run(turn++, slice); });
+  }
+}
+
+template <class T, int P>
+void launch_hopper(const AttendArgs& args) {
+  const Geometry g(args.p);
+  HopperArgs hopper{args.p, args.lse, {}, {}, {}, {}};
+  hopper.queries = tile_map(args.p.q, args.p.dtype, g.batch * g.heads_q, g.seq_q, g.head_dim);
+  hopper.keys = tile_map(args.p.k, args.p.dtype, g.batch * g.heads_kv, g.seq_k, g.head_dim);
+  hopper.values = tile_map(args.p.v, args.p.dtype, g.batch * g.heads_kv, g.seq_k, g.head_dim_v);
+  const int64_t processors = processor_count();
+  const auto run = [&](auto walk, const HopperConfig& config) {
+    using Walk = decltype(walk);
+    hopper.config = config;
+    launch<hopper_kernel<T, P, Walk>>(min64(config.schedule.count, processors), kHopperThreads, size_t(config.shared.bytes), args.p.stream,
+                                      hopper);
+  };
+  if (has_nodes(g))
+    for (int level = 0; level < g.levels(); ++level) run(NodeWalk<HopperShape>{}, hopper_node_config(g, P, level));
+  // Nodes of a problem that is not causal hold every row: without sinks nothing is left.
+  if (!has_nodes(g) || g.a.causal || g.a.sinks) run(PositionWalk<HopperShape>{}, hopper_position_config(g, P));
+}
+
+}  // namespace ha
