@@ -137,13 +137,18 @@ def check_tensorrt() -> Check:
     return Check("TensorRT", OK, version)
 
 
-def check_nvcc() -> Check:
-    """The CUDA compiler; only a build from source needs it."""
+def find_nvcc() -> Path | None:
+    """The CUDA compiler: what the build fetched, `CUDA_HOME`'s or the one on the PATH."""
     root = source_root()
     places = [root / ".deps/cuda/nvidia/cu13/bin/nvcc"] if root else []
     places += [Path(os.environ["CUDA_HOME"]) / "bin/nvcc"] if "CUDA_HOME" in os.environ else []
     places += [Path(p) for p in [shutil.which("nvcc")] if p]
-    found = next((p for p in places if p.is_file()), None)
+    return next((p for p in places if p.is_file()), None)
+
+
+def check_nvcc() -> Check:
+    """The CUDA compiler; only a build from source needs it."""
+    found = find_nvcc()
     if found is None:
         return Check("nvcc", MISSING, "no CUDA compiler", "only a build from source needs it: `make native` fetches nvcc 13.0")
     text = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout

@@ -67,6 +67,8 @@ def test_native_sources_know_no_framework() -> None:
                 for prefix, sdk in adapters.items():
                     if header.startswith(sdk):
                         assert path.name.startswith(f"{prefix}_"), f"{path.name} includes {header}; only {prefix}_* may"
+                if re.match("(cute|cutlass)/", header):
+                    assert path.name.startswith("sm90_"), f"{path.name} includes {header}; only sm90_* may"
 
 
 @pytest.mark.parametrize("package", ["hyperattention", "hyperattention.export", "hyperattention.validate"])

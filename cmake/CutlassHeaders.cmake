@@ -1,0 +1,61 @@
+# CUTLASS_INCLUDE_DIR: the folder of cute/ and cutlass/ (headers alone: nothing of CUTLASS is linked or installed), or
+# CUTLASS_MISSING: why not. Order: CUTLASS_ROOT and no other place, what was fetched before, the wheel in the Python that drives the
+# build, that wheel fetched by pip. pyproject.toml does not list it: pip would install scipy, networkx and cuda-python beside it.
+set(CUTLASS_ROOT "$ENV{CUTLASS_ROOT}" CACHE PATH "CUTLASS 4, unpacked")
+set(cutlass_wheel "nvidia-cutlass==4.2.0.0")
+set(cutlass_fetched "${HYPERATTENTION_DEPS}/cutlass")
+
+# Never from the cache: the folder may be gone since.
+macro(ha_find_cutlass)
+  find_path(CUTLASS_INCLUDE_DIR NAMES cute/arch/mma_sm90_gmma.hpp PATHS ${ARGN} PATH_SUFFIXES include source/include NO_DEFAULT_PATH NO_CACHE)
+endmacro()
+
+function(ha_fetch_cutlass log)
+  file(REMOVE_RECURSE "${cutlass_fetched}")
+  file(MAKE_DIRECTORY "${cutlass_fetched}")
+  execute_process(
+    COMMAND "${Python3_EXECUTABLE}" -m pip download --quiet --no-deps --only-binary :all: --dest "${cutlass_fetched}" "${cutlass_wheel}"
+    OUTPUT_VARIABLE text ERROR_VARIABLE text)
+  file(GLOB wheel "${cutlass_fetched}/*.whl")
+  if(wheel)
+    file(ARCHIVE_EXTRACT INPUT "${wheel}" DESTINATION "${cutlass_fetched}/unpacked" PATTERNS "cutlass_library/source/include/*")
+    file(RENAME "${cutlass_fetched}/unpacked/cutlass_library/source/include" "${cutlass_fetched}/include")
+    file(REMOVE_RECURSE "${wheel}" "${cutlass_fetched}/unpacked")
+  endif()
+  set(${log} "${text}" PARENT_SCOPE)
+endfunction()
+
+unset(CUTLASS_INCLUDE_DIR)
+set(CUTLASS_MISSING "")
+set(cutlass_next "set CUTLASS_ROOT to a folder that holds include/cute of CUTLASS 4, or HYPERATTENTION_HOPPER=OFF to do without the Hopper kernels")
+if(CUTLASS_ROOT)
+  ha_find_cutlass("${CUTLASS_ROOT}")
+  set(CUTLASS_MISSING "CUTLASS_ROOT is '${CUTLASS_ROOT}', which holds no include/cute/arch/mma_sm90_gmma.hpp: ${cutlass_next}")
+else()
+  ha_find_cutlass("${cutlass_fetched}")
+  if(NOT CUTLASS_INCLUDE_DIR AND Python3_EXECUTABLE)
+    execute_process(
+      COMMAND "${Python3_EXECUTABLE}" -c "import importlib.util as u; print(u.find_spec('cutlass_library').submodule_search_locations[0])"
+      OUTPUT_VARIABLE cutlass_package OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+    if(cutlass_package)
+      ha_find_cutlass("${cutlass_package}")
+    endif()
+  endif()
+  if(NOT CUTLASS_INCLUDE_DIR AND HYPERATTENTION_FETCH AND Python3_EXECUTABLE)
+    ha_fetch_cutlass(cutlass_log)
+    ha_find_cutlass("${cutlass_fetched}")
+    set(cutlass_next "${cutlass_next}. `pip download ${cutlass_wheel}` said: ${cutlass_log}")
+  endif()
+  set(CUTLASS_MISSING "no CUTLASS headers in ${cutlass_fetched} or as the wheel nvidia-cutlass in ${Python3_EXECUTABLE}: ${cutlass_next}")
+endif()
+if(CUTLASS_INCLUDE_DIR)
+  file(STRINGS "${CUTLASS_INCLUDE_DIR}/cutlass/version.h" cutlass_version REGEX "define CUTLASS_(MAJOR|MINOR) ")
+  string(REGEX REPLACE "[^0-9;]" "" cutlass_version "${cutlass_version}")
+  string(REPLACE ";" "." cutlass_version "${cutlass_version}")
+  if(cutlass_version VERSION_LESS 4.0)
+    set(CUTLASS_MISSING "CUTLASS at ${CUTLASS_INCLUDE_DIR} is '${cutlass_version}'; 4.0 or newer is needed: ${cutlass_next}")
+    unset(CUTLASS_INCLUDE_DIR)
+  else()
+    message(STATUS "CUTLASS headers: ${cutlass_version} in ${CUTLASS_INCLUDE_DIR}")
+  endif()
+endif()
