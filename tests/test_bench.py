@@ -385,7 +385,7 @@ def test_an_output_folder_that_cannot_be_made_says_so(tmp_path: Path) -> None:
 
     (tmp_path / "file").write_text("")
     with pytest.raises(EnvironmentFault, match="--output"):
-        write({"rows": []}, tmp_path / "file" / "folder")
+        write({"kind": "attention", "rows": []}, tmp_path / "file" / "folder")
 
 
 def test_lengths_of_an_outcome_are_within_its_range() -> None:

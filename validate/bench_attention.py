@@ -50,6 +50,12 @@ class Problem:
     def sizes(self) -> Heads:
         return Heads(self.heads, self.kv_heads, self.head_dim, self.head_dim)
 
+    def text(self, head_dims: str = "") -> str:
+        """One line; `head_dims` where there are several."""
+        grouped = f" over {self.kv_heads}" if self.kv_heads != self.heads else ""
+        sizes = f"head size {head_dims or self.head_dim}, {self.dtype}, {'causal' if self.causal else 'full'}"
+        return f"Attention alone, batch {self.batch}, {self.heads} heads{grouped}, {sizes}"
+
     def inputs(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v for this length: the same for every contender and every run."""
         generator = torch.Generator(device=self.device).manual_seed(self.seed + length)

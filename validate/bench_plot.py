@@ -51,9 +51,13 @@ def heading(report: dict[str, Any]) -> str:
 
 def draw(report: dict[str, Any], path: Path) -> Path:
     """Writes `figure` to `path`."""
+    return save(figure(report), path)
+
+
+def save(made: Any, path: Path) -> Path:
+    """Writes a figure as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    made = figure(report)
     FigureCanvasAgg(made)
     made.savefig(path, format="png")
     return path

@@ -53,14 +53,16 @@ def check_output(folder: Path) -> None:
 
 def write(report: dict[str, Any], folder: Path) -> list[Path]:
     """Writes bench.json and, where anything was timed, bench.png into `folder`. Raises EnvironmentFault where that cannot be done."""
-    from hyperattention.validate.bench_plot import draw
+    from hyperattention.validate import bench_plot, bench_profile_page
 
+    profiled = report["kind"] == "profile"
+    page, shown = (bench_profile_page, report["profile"]["cases"]) if profiled else (bench_plot, report["rows"])
     path = folder / RECORD
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(report, indent=1) + "\n")
         (folder / CHART).unlink(missing_ok=True)
-        return [path, draw(report, folder / CHART)] if report["rows"] else [path]
+        return [path, page.draw(report, folder / CHART)] if shown else [path]
     except OSError as error:
         raise EnvironmentFault(f"{folder} cannot be written ({error.strerror or error}); give another folder with --output") from error
 

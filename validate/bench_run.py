@@ -101,18 +101,7 @@ def bench_attention_run(options: AttentionOptions, step: Step, stopped: Stopped)
     check_device(options.device)
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     bench_attention.check_backend(options.backend, device)
-    heads, head_dim, dtype = CUDA_SIZES if device == "cuda" else CPU_SIZES
-    heads = heads if options.heads is None else options.heads
-    problem = Problem(
-        batch=options.batch,
-        heads=heads,
-        kv_heads=heads if options.kv_heads is None else options.kv_heads,
-        head_dim=head_dim if options.head_dim is None else options.head_dim,
-        dtype=choice("--dtype", dtype if options.dtype is None else options.dtype, DTYPES),
-        causal=options.causal,
-        device=device,
-        seed=options.seed,
-    )
+    problem = problem_of(options, device)
     lengths = check_lengths(options.lengths or (CUDA_LENGTHS if device == "cuda" else CPU_LENGTHS), 1, MAX_SEQUENCE)
     with torch_threads(options.threads):
         contenders, missing = bench_attention.contenders(
@@ -120,10 +109,8 @@ def bench_attention_run(options: AttentionOptions, step: Step, stopped: Stopped)
         )
         _check_against(options.against, contenders, missing)
         found = measure(contenders, lengths, options.settings, step, stopped, bench_attention.check_outputs(problem))
-    mask = "causal" if problem.causal else "full"
-    grouped = f" over {problem.kv_heads}" if problem.kv_heads != problem.heads else ""
-    text = f"Attention alone, batch {problem.batch}, {problem.heads} heads{grouped}, head size {problem.head_dim}, {problem.dtype}, {mask}"
-    head = _head(began, {"text": text, **asdict(problem), "backend": options.backend}, options.settings, options.threads)
+    said = {"text": problem.text(), **asdict(problem), "backend": options.backend}
+    head = head_of(began, said, options.settings, options.threads)
     head |= {"clock": clock_for(device).name, "environment": environment.describe(torch.device(device), _libraries())}
     head["presets"] = {name: config.attributes() for name, config in options.presets.items()}
     return record("attention", head, contenders, missing, found, options.against)
@@ -146,7 +133,7 @@ def bench_outcome_run(options: OutcomeOptions, step: Step, stopped: Stopped) -> 
         _check_against(options.against, contenders, missing)
         found = measure(contenders, lengths, options.settings, step, stopped)
         proofs = [] if found.interrupted and not found.rows else bench_outcome.prove_active(contenders)
-    head = _head(began, subject.describe(), options.settings, options.threads)
+    head = head_of(began, subject.describe(), options.settings, options.threads)
     head |= {"clock": "wall clock from the first kernel's launch to the last one's end", "environment": subject.environment()}
     head["provenance"] = [proof.to_json() for proof in proofs]
     head["notes"] += subject.notes
@@ -154,7 +141,9 @@ def bench_outcome_run(options: OutcomeOptions, step: Step, stopped: Stopped) -> 
 
 
 def check_ours(report: dict[str, Any]) -> None:
-    """Raises EnvironmentFault, the record with it, where ours was not timed at any length."""
+    """Raises EnvironmentFault, the record with it, where ours was not timed (or profiled) at any length."""
+    if report["kind"] == "profile" and report["profile"]["cases"]:
+        return
     ours = {c["name"] for c in report["contenders"] if c["ours"]}
     if any(row["contender"] in ours for row in report["rows"]):
         return
@@ -163,7 +152,24 @@ def check_ours(report: dict[str, Any]) -> None:
     raise EnvironmentFault(message, report)
 
 
-def _head(began: float, problem: dict[str, Any], settings: Settings, threads: int) -> dict[str, Any]:
+def problem_of(options: AttentionOptions, device: str) -> Problem:
+    """The problem on "cpu" or "cuda", what was not given filled in. Raises UsageError."""
+    heads, head_dim, dtype = CUDA_SIZES if device == "cuda" else CPU_SIZES
+    heads = heads if options.heads is None else options.heads
+    return Problem(
+        batch=options.batch,
+        heads=heads,
+        kv_heads=heads if options.kv_heads is None else options.kv_heads,
+        head_dim=head_dim if options.head_dim is None else options.head_dim,
+        dtype=choice("--dtype", dtype if options.dtype is None else options.dtype, DTYPES),
+        causal=options.causal,
+        device=device,
+        seed=options.seed,
+    )
+
+
+def head_of(began: float, problem: dict[str, Any], settings: Settings, threads: int) -> dict[str, Any]:
+    """What every record begins with; `began` by the monotonic clock."""
     busy = environment.busy_note()
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -27,6 +27,14 @@ def _attribute(name: str) -> Any:
 def command(
     folder: Annotated[Optional[Path], typer.Argument(metavar="OUT", help="Folder that export-model wrote.")] = None,
     attention: Annotated[bool, typer.Option("--attention", help="Time the op alone, on random Q, K, V; no OUT is needed.")] = False,
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile",
+            help="With --attention, on a CUDA device: where the time of one call goes, by stage, with the rates reached and the share "
+            "of the roofline, instead of times beside rivals. Kernels are timed by CUPTI, parts of one kernel by differences of runs.",
+        ),
+    ] = False,
     lengths: Annotated[str, typer.Option(help="E.g. 4096,32768. (default: 1k to 16k, on a GPU 4k to 128k; of OUT what it takes)")] = "",
     device: Annotated[str, typer.Option(autocompletion=one_of(*DEVICES), help="auto, cpu or cuda.")] = "auto",
     backend: Annotated[
@@ -57,7 +65,9 @@ def command(
     kv_heads: Annotated[
         Optional[int], typer.Option(help="Heads of K and V, 1 to 4096; divides --heads. (default: --heads)", **_ALONE)
     ] = None,
-    head_dim: Annotated[Optional[int], typer.Option(help="Head size, 1 to 256. (default: 64, on a GPU 128)", **_ALONE)] = None,
+    head_dim: Annotated[
+        Optional[str], typer.Option(help="Head size, 1 to 256; with --profile also several, 64,128. (default: 64, on a GPU 128)", **_ALONE)
+    ] = None,
     dtype: Annotated[
         Optional[str],
         typer.Option(autocompletion=one_of(*DTYPES), help="fp32, fp16 or bf16. (default: fp32, on a GPU bf16)", **_ALONE),
@@ -91,6 +101,12 @@ def command(
     from hyperattention.validate.bench_record import check_output, write
     from hyperattention.validate.bench_timing import Settings, stoppable
 
+    sizes = numbers("--head-dim", head_dim or "")
+    if profile:
+        _check_profile(attention, {"rivals": rivals, "against": against})
+    elif len(sizes) > 1:
+        raise UsageError(f"--head-dim names {len(sizes)} sizes; it takes one, and several with --profile")
+
     tuned = dict(
         selector=selector, block_size=block_size, num_blocks=num_blocks, pool_size=pool_size, sample_size=sample_size,
         stratified=stratified, local_size=local_size, local_overlap=local_overlap, sinks=sinks, exact_below=exact_below,
@@ -107,11 +123,16 @@ def command(
         lengths=chosen, device=device, against=against, seed=seed, threads=threads, settings=Settings(repeats, max_seconds)
     )
     if folder is None:
+        shape["head_dim"] = sizes[0] if sizes else None
         given: dict[str, Any] = {name: value for name, value in shape.items() if value is not None}
         alone = bench_run.AttentionOptions(
             presets=_presets(preset or "blocks", tuned), rivals=_rivals(rivals or "all"), backend=backend or "library", **common, **given
         )
         run, contenders = functools.partial(bench_run.bench_attention_run, alone), len(alone.rivals) + len(alone.presets) + 1
+        if profile:
+            from hyperattention.validate.bench_profile_run import profile_run
+
+            run, contenders = functools.partial(profile_run, alone, sizes), len(alone.presets) * max(1, len(sizes))
     else:
         trust = Trust(pickle=allow_pickle, code=trust_remote_code)
         outcome = bench_run.OutcomeOptions(folder, model, trust, exact_engine, backend=backend or "auto", **common)
@@ -135,6 +156,15 @@ def _refuse(attention: bool, alone: dict[str, Any], model: dict[str, Any]) -> No
     wrong = [f"--{name.replace('_', '-')}" for name, value in other.items() if value is not None]
     if wrong:
         raise UsageError(f"{', '.join(wrong)} belong to bench with {what}; leave them out")
+
+
+def _check_profile(attention: bool, rivals: dict[str, Any]) -> None:
+    """Raises UsageError for what --profile does not go with."""
+    if not attention:
+        raise UsageError("--profile times the stages of the op alone; give it with --attention")
+    wrong = [f"--{name}" for name, value in rivals.items() if value is not None]
+    if wrong:
+        raise UsageError(f"--profile times no rivals; leave {', '.join(wrong)} out")
 
 
 def _presets(text: str, tuned: dict[str, Any]) -> dict[str, Config]:
@@ -161,6 +191,7 @@ def _rivals(text: str) -> tuple[str, ...]:
 
 def _say(report: dict[str, Any], written: list[Path], reporter: Any) -> None:
     """The table, what is left out and why, and from which length on ours is faster."""
+    from hyperattention.validate import bench_profile_page
     from hyperattention.validate.bench_record import left_out_lines, summary, table
 
     if reporter.quiet:
@@ -169,6 +200,9 @@ def _say(report: dict[str, Any], written: list[Path], reporter: Any) -> None:
     if report["rows"]:
         reporter.out.print(table(report))
     lines = [*left_out_lines(report), *(f"note: {note}" for note in report["notes"]), *summary(report)]
+    if report["kind"] == "profile":
+        reporter.out.print(bench_profile_page.table(report))
+        lines = [*bench_profile_page.lines(report), *lines]
     lines += ["interrupted: what was measured until then was kept"] if report["interrupted"] else []
     for line in [*lines, f"Written: {', '.join(str(path) for path in written)}"]:
         reporter.out.print(line, markup=False)
