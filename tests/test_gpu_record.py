@@ -15,6 +15,9 @@ import gpu_record
 import pytest
 from bench_table import TARGETS, check_targets, markdown
 from collect import collect
+from prefill_table import DEPTH, results
+from prefill_table import TARGETS as PREFILL
+from prefill_table import check_targets as prefill_targets
 
 from hyperattention.doctor import sources_id
 
@@ -31,6 +34,17 @@ def benchmark() -> dict[str, Any]:
         for t in TARGETS
     ]
     return {"rows": rows, "targets": check_targets(rows), "missing": {"cudnn": "no such kernel"}, "failed": {}}
+
+
+def prefill() -> dict[str, Any]:
+    """Engines of two depths that meet every target: the time beside attention is a tenth of the exact attention's."""
+    report: dict[str, Any] = {"fa4": {str(target.tokens): 10.0 for target in PREFILL}, "failed": {}, "engines": []}
+    for depth in (DEPTH // 8, DEPTH // 4):
+        for variant, approximate in (("exact", 0), ("half", depth // 2), ("all", depth)):
+            attention = (depth - approximate) * 11.0 + approximate * 0.5
+            rows = [{"tokens": int(tokens), "ms": depth + attention, "plugin_ms": attention} for tokens in report["fa4"]]
+            report["engines"].append({"depth": depth, "variant": variant, "approximate": approximate, "rows": rows})
+    return report | {"targets": prefill_targets(results(report))}
 
 
 def model_report() -> dict[str, Any]:
@@ -68,6 +82,8 @@ def folder(tmp_path: Path) -> Path:
     checks = {"bf16": {"passed": True, "seconds": 1.0, "4097": {"o_error": 0.1}}}
     (out / "engines/engine_run.json").write_text(json.dumps({"tensorrt": "10.6", "checks": checks}))
     (out / "attention.json").write_text(json.dumps(benchmark()))
+    (out / "prefill").mkdir()
+    (out / "prefill/prefill.json").write_text(json.dumps(prefill()))
     (out / "kinds").mkdir()
     (out / "kinds/kinds.json").write_text(json.dumps({"image": {"passed": True, "seconds": 1.0}}))
     times = {"problem": {"text": "alone"}, "rows": [{"length": 4096, "contender": "ours", "median_s": 0.001}]}
@@ -135,6 +151,8 @@ WRONG = {
     "engine check": _set("steps", "engines", "engines", "failures", to=1),
     "missed target": _set("steps", "attention", "benchmark", "rows", 0, "ms", "plugin", to=1000.0),
     "runtime failed": _set("steps", "attention", "benchmark", "failed", to={"ort": "no"}),
+    "slow engine": _set("steps", "prefill", "prefill", "engines", 5, "rows", 1, "ms", to=1000.0),
+    "engine failed": _set("steps", "prefill", "prefill", "failed", to={"exact, 4 layers": "no"}),
     "kind failed": _set("steps", "kinds", "kinds", "image", "passed", to=False),
     "gate": _set("steps", "validate-odd", "model", "gates", "KL", "passed", to=False),
     "malformed": _set("steps", "cuda", "tests", to=3),

@@ -48,13 +48,15 @@ def check_targets(rows: list[dict]) -> list[dict]:
     return results
 
 
-def _table(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+def table(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
     rows = [list(header), *map(list, lines)]
     rows.insert(1, ["---"] * len(rows[0]))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def _ms(value: float | None) -> str:
+def milliseconds(value: float | None) -> str:
+    """A table's cell: two decimals, a dash for what was not measured."""
     return "–" if value is None else f"{value:.2f}"
 
 
@@ -78,12 +80,12 @@ def times_table(rows: list[dict], causal: int) -> str:
         return f"{row['ms'][rival] / row['ms'][name]:.2f}x" if {name, rival} <= row["ms"].keys() else "–"
 
     lines = (
-        [f"`{r['preset']}`", str(r["head_dim"]), f"{r['n']:,}", *(_ms(r["ms"].get(name)) for name in present)]
+        [f"`{r['preset']}`", str(r["head_dim"]), f"{r['n']:,}", *(milliseconds(r["ms"].get(name)) for name in present)]
         + [ratio(r, "plugin", "fa4"), ratio(r, "ort", "fa4"), ratio(r, "plugin", "released")]
         for r in chosen
     )
     gains = ["plugin against FA4", "ORT against FA4", "plugin against released code"]
-    return _table(["preset", "D", "tokens", *present.values(), *gains], lines)
+    return table(["preset", "D", "tokens", *present.values(), *gains], lines)
 
 
 def memory_table(rows: list[dict], causal: int) -> str:
@@ -94,7 +96,7 @@ def memory_table(rows: list[dict], causal: int) -> str:
         [f"`{r['preset']}`", str(r["head_dim"]), f"{r['n']:,}", _mib(r["workspace"]), *(_mib(r["peak"].get(name)) for name in present)]
         for r in chosen
     )
-    return _table(["preset", "D", "tokens", "workspace", *(f"{title}, peak" for title in present.values())], lines)
+    return table(["preset", "D", "tokens", "workspace", *(f"{title}, peak" for title in present.values())], lines)
 
 
 def markdown(report: dict) -> str:

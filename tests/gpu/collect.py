@@ -106,6 +106,8 @@ def read_step(folder: Path, name: str) -> dict[str, Any]:
         return {"benchmark": json.loads((folder / "attention.json").read_text())}
     if name.startswith("validate-"):
         return {"model": read_model(folder, name.removeprefix("validate-"))}
+    if name == "prefill":
+        return {"prefill": json.loads((folder / "prefill" / "prefill.json").read_text())}
     if name == "kinds":
         return {"kinds": json.loads((folder / "kinds" / "kinds.json").read_text())}
     if name.startswith("bench-"):

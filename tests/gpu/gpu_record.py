@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import prefill_table
 from bench_table import check_targets
 
 from hyperattention.doctor import sources_id
@@ -18,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 RECORD = ROOT / "docs" / "gpu_verification.json"
 SCHEMA = 1
 MODELS = ("odd", "all", "paper", "prefill")
-STEPS = ("cuda", "engines", "ort", "sanitizer", "attention", "kinds", "bench-attention", "bench-model", "export-exact")
+STEPS = ("cuda", "engines", "ort", "sanitizer", "attention", "prefill", "kinds", "bench-attention", "bench-model", "export-exact")
 STEPS += tuple(f"{verb}-{name}" for name in MODELS for verb in ("export", "validate"))
 
 
@@ -80,6 +81,13 @@ def _refuted(step: dict[str, Any]) -> str:
             return "its rows do not give its targets"
         if step["benchmark"]["failed"] or any(r["least"] is not None and not r["met"] for r in results):
             return "a runtime failed or a target was missed"
+    if "prefill" in step:
+        found = step["prefill"]
+        results = rounded(prefill_table.check_targets(prefill_table.results(found)))
+        if [r["met"] for r in results] != [r["met"] for r in found["targets"]]:
+            return "its engines' times do not give its targets"
+        if found["failed"] or not all(r["met"] for r in results):
+            return "an engine failed or a target was missed"
     if "model" in step and not all(gate["passed"] for gate in step["model"]["gates"].values()):
         return "a gate was not met"
     return ""

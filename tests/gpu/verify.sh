@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
 # One full verification on a GPU host: kernels against the reference and at random, engines of one node, ONNX Runtime's CUDA
-# provider, compute-sanitizer, timing against exact attention and the released code, models of every kind and a language model taken
-# to validated engines, and `hyperattention bench`.
-#   tests/gpu/verify.sh OUT [MODEL TEXT]      steps: STEPS="cuda engines ort sanitizer attention kinds model bench" (default: all; bench needs what model built)
+# provider, compute-sanitizer, timing against exact attention and the released code, prefill of a model of the 6 B class, models of every
+# kind and a language model taken to validated engines, and `hyperattention bench`.
+#   tests/gpu/verify.sh OUT [MODEL TEXT]      steps: STEPS="cuda engines ort sanitizer attention prefill kinds model bench"
+#                                             (default: all; bench needs what model built)
 #                                             exports of the step model: MODELS="odd all paper prefill" (default: all)
 # UPSTREAM=DIR: a checkout of the released HyperAttention code, for the step attention. Needs python3 with torch, transformers,
-# pytest and Polygraphy, TensorRT's Python module (engines, attention, model), onnxruntime-gpu (engines, ort, attention), both libraries in
-# hyperattention/lib, built from these sources. Logs and numbers go to OUT; the exit code is 1 if any step failed. Steps may be
-# spread over several OUT; `python tests/gpu/collect.py OUT...` makes docs/gpu_verification.json of them.
+# pytest and Polygraphy, TensorRT's Python module (engines, attention, prefill, model), onnxruntime-gpu (engines, ort, attention),
+# flash-attn-4 (attention, prefill), both libraries in hyperattention/lib, built from these sources. Logs and numbers go to OUT; the
+# exit code is 1 if any step failed. Steps may be spread over several OUT; `python tests/gpu/collect.py OUT...` makes
+# docs/gpu_verification.json of them.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 out=$(mkdir -p "${1:?usage: verify.sh OUT [MODEL TEXT]}" && cd "$1" && pwd)
 model=${2:-models/byte-lm-4m} text=${3:-tests/data/heldout.txt}
-all="cuda engines ort sanitizer attention kinds model bench"
+all="cuda engines ort sanitizer attention prefill kinds model bench"
 steps=" ${STEPS:-$all} "
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HYPERATTENTION_NO_SKIP=1
 python=${PYTHON:-python3}
@@ -67,6 +69,7 @@ wanted engines && step engines "$python" tests/gpu/engine_run.py --out "$out/eng
 wanted ort && step ort tests ort -m gpu tests/gpu/test_ort_cuda.py
 wanted sanitizer && step sanitizer sanitize
 wanted attention && step attention "$python" tests/gpu/bench_attention.py --json "$out/attention.json" ${UPSTREAM:+--upstream "$UPSTREAM"}
+wanted prefill && step prefill "$python" tests/gpu/bench_prefill.py --out "$out/prefill"
 wanted kinds && step kinds "$python" tests/gpu/kinds_run.py --out "$out/kinds"
 if wanted model; then
   [ -f "$out/exact/manifest.json" ] || step export-exact export_engine exact --preset exact --layers all

@@ -1,0 +1,241 @@
+"""Prefill of a Llama shape of the 6 B class through TensorRT engines: approximate attention against exact attention, whole models.
+
+    PYTHONPATH=. python tests/gpu/bench_prefill.py --out OUT [--depths 4 8 32] [--lengths 32768 131072] [--variants exact half all paper]
+
+Random weights, one layer's tied over all layers; bf16, batch 1, the last token's logits. One engine for each depth and variant, with
+one profile over all lengths; TensorRT's timings are shared through OUT/timing.cache, which may lie there from an earlier run.
+
+The exact rivals are `--preset exact` in the same engine, and that engine with FA4's time in place of the plugin's (prefill_table.py).
+Where no depth is 32, or the time was up before it (--seconds), 32 layers follow from time(L) = a + b L of the depths measured. Every
+engine is held against PyTorch at a short length, the first depth's exact one at all lengths. OUT/prefill.json and OUT/prefill.md
+are written anew after each number. Exit code 1 when something failed or a target was missed. About eight minutes on an H200.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import prefill_table
+import torch
+from bench_attention import median_ms
+from prefill_model import VARIANTS, Model, Shape, export, write_variant
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hyperattention.errors import EnvironmentFault
+from hyperattention.export.engine import CACHE_FILE, LOG_FILE
+from hyperattention.export.files import TWIN
+from hyperattention.export.patch import install
+from hyperattention.export.plan import ExportPlan
+from hyperattention.validate.bench_rivals import flash_attention_4
+
+CHECKED = 1024  # tokens at which every engine is exact, and is held against PyTorch in fp32
+NOISE = 2.0  # times the error of PyTorch in bf16
+DIFFERENCE = 0.1  # relative, from PyTorch in bf16 at the timed lengths: rounding gives some hundredths, a wrong product about 1
+
+
+def token_ids(shape: Shape, length: int) -> Tensor:
+    """Random ids int64 [1, length], always the same."""
+    return torch.randint(shape.vocabulary, (1, length), generator=torch.Generator().manual_seed(length))
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """Relative L2 distance of two tensors of one shape."""
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The last token's logits of exact attention in PyTorch, fp32 [vocabulary]: of the model by length, and of its fp32 twin at CHECKED."""
+
+    logits: dict[int, Tensor]
+    twin: Tensor
+
+
+def torch_logits(model: PreTrainedModel, plan: ExportPlan, shape: Shape, lengths: Sequence[int]) -> Expected:
+    """PyTorch's answers at CHECKED and at `lengths`. Turns the model into its fp32 twin."""
+    device = next(model.parameters()).device
+    patched = install(model, plan)
+
+    def run(length: int) -> Tensor:
+        feed = {"input_ids": token_ids(shape, length).to(device), "lengths": torch.tensor([length], dtype=torch.int32, device=device)}
+        with patched.mode("exact"):
+            return patched.run(feed)["logits"].float().flatten()
+
+    found = {length: run(length) for length in (CHECKED, *lengths)}
+    model.float()
+    return Expected(found, run(CHECKED))
+
+
+def fa4_times(shape: Shape, lengths: Sequence[int], budget_ms: float) -> dict[int, float]:
+    """Milliseconds of FA4 for one layer's causal attention, by length. Raises ImportError without FA4."""
+    rival, found = flash_attention_4(), {}
+    for length in lengths:
+        q, k, v = (
+            torch.randn(1, heads, length, shape.head_dim, device="cuda", dtype=torch.bfloat16)
+            for heads in (shape.heads, shape.heads_kv, shape.heads_kv)
+        )
+        found[length] = median_ms(rival(q, k, v, True), budget_ms)
+    return found
+
+
+class Bench:
+    """One run: `engine` makes a context manager of (folder, plan) as prefill_engine.PrefillEngine is one; `report` grows."""
+
+    def __init__(self, options: argparse.Namespace, engine: Callable[[Path, ExportPlan], Any], device: str) -> None:
+        self.options, self.engine, self.device, self.start = options, engine, device, time.perf_counter()
+        self.cache = options.out / CACHE_FILE
+        self.report: dict[str, Any] = {"shape": asdict(options.shape), "lengths": options.lengths}
+        self.report |= {"fa4": {}, "engines": [], "missing": {}, "failed": {}}
+
+    def say(self, text: str) -> None:
+        print(f"{time.perf_counter() - self.start:6.1f} s  {text}", flush=True)
+
+    def save(self) -> None:
+        """Writes what there is: a stop loses nothing but the engine under way."""
+        self.report["results"] = prefill_table.results(self.report)
+        self.report["targets"] = prefill_table.check_targets(self.report["results"])
+        self.report["seconds"] = round(time.perf_counter() - self.start, 1)
+        (self.options.out / "prefill.json").write_text(json.dumps(self.report, indent=1))
+        (self.options.out / "prefill.md").write_text(prefill_table.markdown(self.report))
+
+    def run(self) -> None:
+        """All depths that the time allows."""
+        spent, before = 0.0, 1
+        for depth in self.options.depths:
+            began = time.perf_counter()
+            ahead = began - self.start + spent * depth / before
+            if self.options.seconds and ahead > self.options.seconds:
+                self.report["missing"][f"{depth} layers"] = f"they would have ended after {ahead:.0f} of {self.options.seconds:.0f} s"
+            else:
+                try:
+                    self.depth(depth, first=not self.report["engines"])
+                except Exception as error:  # what other depths gave, or give, is worth its time
+                    self.fail(f"{depth} layers", error)
+                spent, before = time.perf_counter() - began, depth
+            self.save()
+
+    def fail(self, what: str, reason: Exception | str) -> None:
+        """Notes a failure; the exit code will be 1."""
+        text = reason if isinstance(reason, str) else f"{type(reason).__name__}: {reason}"
+        self.report["failed"][what] = text[:1000]
+        self.say(f"FAILED: {what}: {text[:1000]}")
+
+    def depth(self, depth: int, first: bool) -> None:
+        """Every variant at one depth. `first`: PyTorch runs the timed lengths too."""
+        options, folder = self.options, self.options.out / "work"
+        seq = (CHECKED, min(options.lengths), max(options.lengths))
+        model = Model(replace(options.shape, layers=depth), seq, attributes=options.attributes)
+        try:
+            loaded = model.make(folder / "model")
+            plans = {variant: model.plan(folder / "model", variant) for variant in ("exact", *options.variants)}
+            export(loaded, plans["exact"], folder / "onnx")
+            self.say(f"{depth} layers: ONNX of {(folder / 'onnx' / TWIN).stat().st_size / 2**20:,.0f} MiB")
+            expected = torch_logits(loaded.to(self.device), plans["exact"], model.shape, options.lengths if first else [])
+            del loaded
+            self.say(f"{depth} layers: PyTorch's logits")
+            of_exact: dict[int, Tensor] = {}
+            for variant in options.variants:
+                try:
+                    write_variant(folder / "onnx" / TWIN, plans[variant], folder / variant)
+                    self.measure(variant, model.shape, plans[variant], folder / variant, expected, of_exact)
+                except Exception as error:  # the other variants are still worth their time
+                    self.fail(f"{variant}, {depth} layers", error)
+                self.save()
+                if (folder / variant / LOG_FILE).is_file():
+                    shutil.copyfile(folder / variant / LOG_FILE, options.out / f"{variant}-{depth}.{LOG_FILE}")
+                shutil.rmtree(folder / variant, ignore_errors=True)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def measure(self, variant: str, shape: Shape, plan: ExportPlan, folder: Path, expected: Expected, of_exact: dict[int, Tensor]) -> None:
+        """Builds and times one engine into the report. `of_exact`: the exact engine's logits by length, which it fills."""
+        name = f"{variant}, {shape.layers} layers"
+        if self.cache.is_file():
+            shutil.copyfile(self.cache, folder / CACHE_FILE)
+        with self.engine(folder, plan) as engine:
+            if (folder / CACHE_FILE).is_file():
+                shutil.copyfile(folder / CACHE_FILE, self.cache)
+            found = {"depth": shape.layers, "variant": variant, "approximate": len(plan.approximate), **engine.build, "rows": []}
+            self.report["engines"].append(found)
+            self.say(f"{name}: built in {found['build_seconds']} s, {found['engine_bytes'] / 2**20:,.0f} MiB")
+            error = relative(self.logits(engine, shape, CHECKED, name), expected.twin)
+            found["noise_ratio"] = error / relative(expected.logits[CHECKED], expected.twin)
+            if not found["noise_ratio"] <= NOISE:
+                of = f"{found['noise_ratio']:.3g} of PyTorch's in {plan.dtype}"
+                self.fail(f"{name}, {CHECKED} tokens", f"its error is {of}, allowed is {NOISE}")
+            for tokens in self.options.lengths:
+                logits = self.logits(engine, shape, tokens, name)
+                row = {"tokens": tokens, "ms": engine.time(self.options.budget_ms)}
+                found["rows"].append(row)
+                if variant == "exact":
+                    of_exact[tokens] = logits
+                elif tokens in of_exact:
+                    row["difference"] = relative(logits, of_exact[tokens])
+                if variant == "exact" and tokens in expected.logits:
+                    row["from_torch"] = relative(logits, expected.logits[tokens])
+                    if not row["from_torch"] <= DIFFERENCE:
+                        self.fail(f"{name}, {tokens} tokens", f"{row['from_torch']:.3g} from PyTorch's logits, allowed is {DIFFERENCE}")
+            for row in found["rows"]:  # after all times: a context keeps its profiler
+                try:
+                    row |= engine.split(token_ids(shape, row["tokens"]).to(self.device))
+                except EnvironmentFault as error:  # the time stands without it
+                    self.fail(f"{name}, {row['tokens']} tokens, profile", error)
+                self.say(f"{name}: " + ", ".join(f"{key} {value:,.5g}" for key, value in row.items()))
+
+    def logits(self, engine: Any, shape: Shape, tokens: int, name: str) -> Tensor:
+        """The engine's logits of the ids of that length, fp32 [vocabulary]; one that is not finite is a failure."""
+        found = engine.logits(token_ids(shape, tokens).to(self.device))
+        if not found.isfinite().all():
+            self.fail(f"{name}, {tokens} tokens", f"{int((~found.isfinite()).sum())} of {len(found)} logits are not finite")
+        return found
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--depths", type=int, nargs="+", default=[4, 8, 32], help="numbers of layers, in this order")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 131072])
+    parser.add_argument("--variants", nargs="+", default=["exact", "half", "all"], choices=list(VARIANTS))
+    parser.add_argument("--intermediate", type=int, default=Shape.intermediate)
+    parser.add_argument("--seconds", type=float, default=0, help="begin no depth that would probably end after them (0: no limit)")
+    parser.add_argument("--budget-ms", type=float, default=1000, help="time spent on each number")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    options.shape, options.attributes = Shape(intermediate=options.intermediate), None
+    return options
+
+
+def main() -> int:
+    options = parse()
+    import tensorrt as trt
+    from prefill_engine import PrefillEngine
+
+    from hyperattention.library import build_info, trt_library_path
+
+    bench = Bench(options, PrefillEngine, "cuda")
+    machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "tensorrt": trt.__version__}
+    bench.report = {**machine, "build_id": build_info(trt_library_path())["build_id"], **bench.report}
+    bench.say(", ".join(map(str, machine.values())))
+    try:
+        bench.report["fa4"] = fa4_times(options.shape, options.lengths, options.budget_ms)
+        bench.say(f"FA4, one layer: {bench.report['fa4']}")
+    except ImportError as error:
+        bench.report["missing"]["FA4"] = str(error)
+    bench.run()
+    targets = bench.report["targets"]
+    print(prefill_table.speedup_table(bench.report["results"]))
+    print("; ".join(prefill_table.verdict(result) for result in targets))
+    return 1 if bench.report["failed"] or any(result["least"] and not result["met"] for result in targets) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

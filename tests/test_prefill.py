@@ -1,0 +1,219 @@
+"""The prefill benchmark of whole models (tests/gpu/bench_prefill.py): its arithmetic, its tied ONNX files, a run with engines made up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import bench_prefill
+import onnx
+import prefill_table
+import pytest
+import torch
+from prefill_model import VARIANTS, Model, Shape, export, write_variant
+from tiny import SMALL
+
+from hyperattention.export.files import MODEL, TWIN
+from hyperattention.export.onnx_graph import hyper_nodes
+from hyperattention.export.patch import install
+from hyperattention.export.plan import ExportPlan
+from hyperattention.library import ort_library_path
+from hyperattention.validate.ort_session import open_session, run_bound, session_options
+
+# Matrices above the size up to which the exporter folds a transposition into a copy of the weight.
+TINY = Shape(hidden=160, intermediate=192, heads=4, heads_kv=2, head_dim=40, layers=3, vocabulary=67)
+CPU = torch.device("cpu")
+
+
+def engine_row(depth: int, variant: str, tokens: int, layer: float) -> dict[str, Any]:
+    """An engine that takes 3 ms once, 10 ms a layer beside attention, `layer` ms for the attention of a layer, half of them approximate."""
+    approximate = {"exact": 0, "half": depth // 2, "all": depth}[variant]
+    place = {"depth": depth, "variant": variant, "approximate": approximate, "tokens": tokens}
+    return {**place, "ms": 3 + depth * (10 + layer), "plugin_ms": depth * layer}
+
+
+def test_a_line_goes_through_its_points_and_needs_two() -> None:
+    assert prefill_table.line([(4, 11.0), (8, 19.0)]) == pytest.approx((3, 2))
+    assert prefill_table.line([(0, 0.0), (1, 2.0), (2, 2.0)]) == pytest.approx((1 / 3, 1))
+    for points in ([], [(4, 1.0)], [(4, 1.0), (4, 2.0)]):
+        with pytest.raises(ValueError, match="two different depths"):
+            prefill_table.line(points)
+
+
+def test_two_depths_give_the_third() -> None:
+    rows = [engine_row(depth, "half", 32768, 5.0) for depth in (4, 8)]
+    found = prefill_table.extrapolated(rows)
+    assert len(found) == 1 and found[0] == {**engine_row(32, "half", 32768, 5.0), "from": [4, 8], "residual": pytest.approx(0, abs=1e-12)}
+    rows.append({**engine_row(16, "half", 32768, 5.0), "ms": 300.0})
+    assert prefill_table.extrapolated(rows)[0]["residual"] > 0.05
+    assert prefill_table.extrapolated([*rows, engine_row(32, "half", 32768, 5.0)]) == [], "what was measured is not guessed"
+    assert prefill_table.extrapolated(rows[:1]) == []
+
+
+def test_rivals_limit_and_share() -> None:
+    """10 layers of 10 ms beside attention; exact attention takes 20 ms, FA4 15 ms, approximate attention 5 ms a layer."""
+    rows = [
+        {**engine_row(10, variant, 8, layer), "ms": 10 * (10 + layer)} for variant, layer in (("exact", 20.0), ("all", 5.0), ("half", 12.5))
+    ]
+    every, half = prefill_table.compare(rows, {8: 15.0})
+    assert every["rest_ms"] == 100 and every["exact_fa4_ms"] == 250
+    assert every["over_exact_engine"] == 2.0 and every["over_fa4"] == pytest.approx(250 / 150)
+    assert every["speedup"] == every["over_fa4"], "the lower of the two"
+    assert every["limit"] == 2.5 and every["share"] == pytest.approx(2 / 3)
+    assert half["limit"] == pytest.approx(250 / 175)
+    faster = prefill_table.compare(rows, {8: 30.0})[0]
+    assert faster["speedup"] == faster["over_exact_engine"] == 2.0
+    assert prefill_table.compare(rows, {})[0]["speedup"] is None, "without FA4 there is no headline"
+
+
+def test_the_limits_of_the_targets_shape() -> None:
+    """Attention of 13.4 and 216 ms a layer beside 18.3 and 73.3 ms of the rest: the limits that the targets were set by."""
+    for tokens, layer, rest, half, every in ((32768, 13.4, 18.3, 1.27, 1.73), (131072, 216.1, 73.3, 1.60, 3.95)):
+        rows = [
+            {"depth": 32, "variant": name, "approximate": count, "tokens": tokens, "ms": 32 * (rest + layer), "plugin_ms": 32 * layer}
+            for name, count in (("exact", 0), ("half", 16), ("all", 32))
+        ]
+        found = prefill_table.compare(rows, {tokens: layer})
+        assert [round(row["limit"], 2) for row in found] == [half, every]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Model]:
+    """The tiny shape's directory, tied model and ONNX files of the exact plan."""
+    folder = tmp_path_factory.mktemp("prefill")
+    model = Model(TINY, (1, 150, 300), "fp32", SMALL)
+    loaded = model.make(folder / "model")
+    export(loaded, model.plan(folder / "model", "exact"), folder / "onnx")
+    return folder, model
+
+
+def test_layers_share_the_parameters_of_the_first(tmp_path: Path) -> None:
+    loaded: Any = Model(TINY, (1, 150, 300)).make(tmp_path)
+    layers = loaded.model.layers
+    assert len(layers) == TINY.layers and len({id(layer.self_attn) for layer in layers}) == TINY.layers
+    for layer in layers:
+        assert [id(p) for p in layer.parameters()] == [id(p) for p in layers[0].parameters()]
+    assert [layer.self_attn.layer_idx for layer in layers] == [0, 1, 2]
+
+
+def test_the_file_is_as_large_as_one_layer(exported: tuple[Path, Model]) -> None:
+    graph = onnx.load(exported[0] / "onnx" / TWIN).graph
+    stored = sum(len(tensor.raw_data) for tensor in graph.initializer)
+    one = 4 * (TINY.layer_parameters() + 2 * TINY.vocabulary * TINY.hidden)
+    assert one < stored < 1.05 * one, f"{stored} bytes of weights, a layer with both embeddings has {one}"
+    assert sum(node.op_type == "HyperAttention" for node in graph.node) == TINY.layers
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_has_the_attributes_of_its_plan(exported: tuple[Path, Model], tmp_path: Path, variant: str) -> None:
+    folder, model = exported
+    plan = model.plan(folder / "model", variant)
+    assert len(write_variant(folder / "onnx" / TWIN, plan, tmp_path)) == TINY.layers, "check_graph, inside, compares every attribute"
+    assert len(plan.approximate) == {"exact": 0, "half": 1, "all": 3, "paper": 3}[variant]
+    kept = {a.name for node in hyper_nodes(onnx.load(tmp_path / TWIN)) for a in node.attribute}
+    assert {"plugin_version", "plugin_namespace"} <= kept
+
+
+@pytest.mark.ort
+@pytest.mark.parametrize("variant", ["exact", "half", "all"])
+def test_the_tied_file_computes_what_the_model_does(exported: tuple[Path, Model], tmp_path: Path, variant: str) -> None:
+    """In ONNX Runtime, approximate layers included; an odd length and row lengths below it."""
+    folder, model = exported
+    plan = model.plan(folder / "model", variant)
+    write_variant(folder / "onnx" / MODEL, plan, tmp_path)
+    session = open_session((tmp_path / TWIN).read_bytes(), session_options(ort_library_path(), tmp_path), CPU, TWIN)
+    feed = {"input_ids": bench_prefill.token_ids(TINY, 151), "lengths": torch.tensor([151], dtype=torch.int32)}
+    found, _ = run_bound(session, feed, CPU)
+    wanted = install(model.make(tmp_path / "again"), plan).run(feed)["logits"]
+    assert bench_prefill.relative(found["logits"], wanted) < 1e-4
+    if variant != "exact":
+        exact = install(model.make(tmp_path / "exact"), model.plan(folder / "model", "exact")).run(feed)["logits"]
+        assert bench_prefill.relative(wanted, exact) > 1e-3, "nothing approximates: the comparison would see no wrong attribute"
+
+
+class MadeUp:
+    """An engine of known times, whose logits are PyTorch's."""
+
+    problems: dict[str, Any] = {}
+
+    def __init__(self, folder: Path, plan: ExportPlan) -> None:
+        assert (folder / TWIN).is_file()
+        self.plan, self.depth = plan, len(plan.layers)
+        self.build = {"build_seconds": 1.0, "load_seconds": 0.1, "engine_bytes": 2**20, "device_memory": 0, "tensorrt": "none"}
+
+    def __enter__(self) -> "MadeUp":
+        if len(self.plan.approximate) == self.depth and "build" in self.problems:
+            raise RuntimeError("no tactic")
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        self.tokens = ids.shape[1]
+        return self.problems.get("logits", LOGITS)[self.tokens]
+
+    def time(self, budget_ms: float) -> float:
+        return self.depth * (20 + self._layer() * self.tokens / 1000)
+
+    def split(self, ids: torch.Tensor) -> dict[str, float]:
+        self.tokens = ids.shape[1]
+        parts = {"approximate_ms": len(self.plan.approximate) * 0.1, "exact_ms": (self.depth - len(self.plan.approximate)) * 1.0}
+        scaled = {name: value * self.tokens / 1000 for name, value in parts.items()}
+        return {"plugin_ms": sum(scaled.values()), **scaled, "profiled_ms": self.time(0)}
+
+    def _layer(self) -> float:
+        return 1.0 - 0.9 * len(self.plan.approximate) / self.depth
+
+
+LOGITS = {tokens: torch.tensor([1.0, 2.0]) for tokens in (bench_prefill.CHECKED, 32768, 131072)}
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs the benchmark with made-up engines and PyTorch's logits; the report as it was written."""
+
+    def call(*arguments: str, **problems: Any) -> dict[str, Any]:
+        twin = torch.tensor([1.0, 2.1])
+        monkeypatch.setattr(MadeUp, "problems", problems)
+        monkeypatch.setattr(bench_prefill, "torch_logits", lambda *_: bench_prefill.Expected(LOGITS, twin))
+        options = bench_prefill.parse(["--out", str(tmp_path / "out"), *arguments])
+        options.shape = TINY
+        bench = bench_prefill.Bench(options, MadeUp, "cpu")
+        bench.report["fa4"] = {32768: 30.0, 131072: 130.0}
+        bench.run()
+        assert not (tmp_path / "out" / "work").exists(), "gigabytes are left"
+        return json.loads((tmp_path / "out" / "prefill.json").read_text()) | {"text": (tmp_path / "out" / "prefill.md").read_text()}
+
+    return call
+
+
+def test_a_run_with_made_up_engines(run: Any) -> None:
+    report = run("--depths", "2", "4")
+    assert report["failed"] == {} and len(report["engines"]) == 6 and len(report["results"]) == 12
+    best = {(row["variant"], row["tokens"]): row for row in report["results"] if row["depth"] == 32}
+    row = best["all", 131072]
+    assert row["from"] == [2, 4] and row["ms"] == pytest.approx(32 * (20 + 13.1072))
+    assert row["exact_fa4_ms"] == pytest.approx(32 * 150) and row["limit"] == pytest.approx(150 / 20)
+    assert [result["met"] for result in report["targets"]] == [True, True, True, True]
+    assert "from 2 and 4" in report["text"] and "| 4 | 131,072 | all |" in report["text"] and "Met: all, 131,072 tokens" in report["text"]
+
+
+def test_a_failure_costs_its_own_numbers_only(run: Any) -> None:
+    report = run("--depths", "2", build=True)
+    assert set(report["failed"]) == {"all, 2 layers"} and "no tactic" in report["failed"]["all, 2 layers"]
+    assert {row["variant"] for row in report["results"]} == {"half"}
+    assert "Not measured: all" in report["text"] and "FAILED: all, 2 layers" in report["text"]
+
+
+def test_wrong_logits_are_failures(run: Any) -> None:
+    """Noisy at the short length, not finite, far from PyTorch's."""
+    wrong = [torch.tensor(values) for values in ([1.0, 1.7], [1.0, float("nan")], [1.5, 2.0])]
+    report = run("--depths", "2", "--variants", "exact", logits=dict(zip(LOGITS, wrong, strict=True)))
+    assert set(report["failed"]) == {f"exact, 2 layers, {tokens} tokens" for tokens in LOGITS}
+
+
+def test_no_depth_begins_that_would_end_too_late(run: Any) -> None:
+    report = run("--depths", "2", "4000", "--seconds", "600")
+    assert "4000 layers" in report["missing"] and len(report["engines"]) == 3
+    assert all(result["least"] is None for result in report["targets"]), "one depth gives no slope"
