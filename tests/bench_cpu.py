@@ -59,7 +59,7 @@ def ops(inputs: Inputs, longest: int, threads: int) -> list[Op]:
 def check(op: Op, run: Run, inputs: Inputs, length: int, exact: torch.Tensor) -> float:
     """Largest deviation from what the op should give; SystemExit when that is too much."""
     run.time()
-    o, config = run.output, op.config
+    o, config = run.take(), op.config
     if config is None or config.is_exact(length, length):
         deviation = (o - exact).abs().max().item()
     else:

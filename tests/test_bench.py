@@ -1,4 +1,4 @@
-"""`hyperattention bench`: statistics against NumPy, the rounds, what is listed as left out, the record, the chart, Ctrl-C."""
+"""`hyperattention bench --attention`: contenders and their outputs, what is listed as left out, the record, the chart, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -8,159 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from jsonschema import Draft202012Validator
 
 from hyperattention.errors import EnvironmentFault, UsageError
 from hyperattention.validate import bench_attention, bench_rivals, bench_run, cli
-from hyperattention.validate.bench_attention import OURS_EXACT, Inputs, Problem, check_outputs
-from hyperattention.validate.bench_plot import figure
+from hyperattention.validate.bench_attention import OURS_EXACT, Inputs, OutputCheck, Problem
+from hyperattention.validate.bench_plot import figure, rivals_line
 from hyperattention.validate.bench_record import RECORD, summary
-from hyperattention.validate.bench_statistics import Statistics, add_ratios
-from hyperattention.validate.bench_timing import Settings, measure, measured, stoppable
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SCHEMA = Path(__file__).resolve().parent.parent / "docs/bench.schema.json"
 TUNED = ["--exact-below", "32", "--block-size", "16", "--num-blocks", "1", "--sample-size", "8", "--local-size", "32", "--sinks", "3"]
-
-
-class FakeRun:
-    """Takes the seconds it is told to, and notes when it was its turn."""
-
-    reserved: int | None = None
-
-    def __init__(self, name: str, seconds: float, log: list[str], fails_at: int | None = None) -> None:
-        self.name, self.seconds, self.log, self.fails_at, self.output, self.runs = name, seconds, log, fails_at, None, 0
-
-    def time(self) -> float:
-        self.runs += 1
-        self.log.append(self.name)
-        if self.runs == self.fails_at:
-            raise RuntimeError("out of luck")
-        return self.seconds
-
-
-class Fake:
-    """A contender without work; `error` is raised as it prepares."""
-
-    memory = "process"
-
-    def __init__(
-        self, name: str, seconds: float, log: list[str], ours: bool = False, error: Exception | None = None, fails_at: int | None = None
-    ) -> None:
-        self.name = self.title = name
-        self.seconds, self.log, self.ours, self.exact, self.error, self.fails_at = seconds, log, ours, not ours, error, fails_at
-
-    def prepare(self, length: int) -> FakeRun:
-        if self.error:
-            raise self.error
-        return FakeRun(self.name, self.seconds * length, self.log, self.fails_at)
-
-
-def run_all(contenders: list[Fake], lengths: list[int] = [1], stopped: Callable[[], bool] = lambda: False, **settings: Any):
-    return measure(contenders, lengths, Settings(**settings), lambda text: None, stopped)
-
-
-@pytest.mark.parametrize("runs", [1, 2, 9, 10, 11, 99, 100, 357])
-def test_statistics_equal_numpys(runs: int) -> None:
-    times = np.random.default_rng(runs).exponential(size=runs) + 1e-6
-    found = Statistics.of(times.tolist())
-    assert found.runs == runs
-    assert (found.median_s, found.mean_s) == pytest.approx((np.quantile(times, 0.5), np.mean(times)), rel=1e-12)
-    assert (found.min_s, found.max_s) == (min(times), max(times))
-    for value, share, needed in ((found.p10_s, 0.1, 10), (found.p90_s, 0.9, 10), (found.p99_s, 0.99, 100)):
-        assert value == (pytest.approx(np.quantile(times, share), rel=1e-12) if runs >= needed else None)
-
-
-@pytest.mark.parametrize("times", [[], [0.0], [1.0, -1.0], [float("nan")], [float("inf")]], ids=str)
-def test_statistics_refuse_what_is_no_time(times: list[float]) -> None:
-    with pytest.raises(ValueError, match="positive numbers"):
-        Statistics.of(times)
-
-
-def row(contender: str, length: int, median: float) -> dict[str, Any]:
-    return {"contender": contender, "length": length, "median_s": median}
-
-
-def test_ratios_are_against_the_fastest_rival_or_the_one_named() -> None:
-    rows = [row("ours", 8, 2.0), row("a", 8, 3.0), row("b", 8, 5.0), row("ours", 16, 4.0), row("b", 16, 6.0), row("ours", 32, 1.0)]
-    add_ratios(rows, ["a", "b"], None)
-    assert [r["against"] for r in rows if r["contender"] == "ours"] == [{"name": "a", "ratio": 1.5}, {"name": "b", "ratio": 1.5}, None]
-    assert rows[2]["against"] == {"name": "a", "ratio": 0.6}
-    add_ratios(rows, ["a", "b"], "a")
-    assert [r["against"] for r in rows if r["contender"] == "ours"] == [{"name": "a", "ratio": 1.5}, None, None]
-
-
-def test_contenders_run_in_turn_and_each_begins_a_round() -> None:
-    log: list[str] = []
-    found = run_all([Fake(name, 1e-3, log) for name in "abc"], repeats=3)
-    warm_up, rounds = log[:6], log[6:]
-    assert warm_up == ["a", "a", "b", "b", "c", "c"]
-    assert rounds == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
-    assert [(r["contender"], r["runs"]) for r in found.rows] == [("a", 3), ("b", 3), ("c", 3)]
-    assert not found.left_out and not found.interrupted
-
-
-def test_slow_contenders_sit_out_after_their_time_but_run_three_times() -> None:
-    log: list[str] = []
-    found = run_all([Fake("slow", 50.0, log), Fake("middle", 2.0, log), Fake("fast", 1e-3, log)], repeats=9, max_seconds=10)
-    assert {r["contender"]: r["runs"] for r in found.rows} == {"slow": 3, "middle": 5, "fast": 9}
-    assert log[:4] == ["slow", "middle", "fast", "fast"]  # a second warm-up only where the first was short
-
-
-def test_what_raises_is_listed_with_its_reason_and_the_others_go_on() -> None:
-    log: list[str] = []
-    contenders = [
-        Fake("absent", 1e-3, log, error=ImportError("no such package")),
-        Fake("late", 1e-3, log, fails_at=4),
-        Fake("ours", 1e-3, log, ours=True, error=UsageError("head size 7 is not taken")),
-        Fake("good", 1e-3, log),
-    ]
-    found = run_all(contenders, lengths=[1, 2], repeats=5)
-    assert {(r["contender"], r["length"], r["runs"]) for r in found.rows} == {("good", 1, 5), ("good", 2, 5)}
-    reasons = {(left.contender, left.length): left.reason for left in found.left_out}
-    assert set(reasons) == {(name, length) for name in ("absent", "late", "ours") for length in (1, 2)}
-    assert reasons["absent", 1] == "ImportError: no such package"
-    assert reasons["late", 2] == "failed in round 2: RuntimeError: out of luck"
-    assert reasons["ours", 1] == "head size 7 is not taken"
-
-
-def test_a_stop_keeps_what_was_measured() -> None:
-    log: list[str] = []
-    contenders = [Fake("a", 1e-3, log), Fake("b", 1e-3, log)]
-    found = run_all(contenders, lengths=[1, 2, 4], stopped=lambda: len(log) >= 4 + 4 * 2 + 4 + 3, repeats=4)
-    assert found.interrupted
-    assert [(r["length"], r["contender"], r["runs"]) for r in found.rows] == [(1, "a", 4), (1, "b", 4), (2, "a", 1), (2, "b", 2)]
-
-
-def test_the_first_ctrl_c_asks_and_the_second_is_the_usual_one() -> None:
-    usual: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda *_: usual.append(1))
-    try:
-        with stoppable() as stopped:
-            assert not stopped()
-            signal.raise_signal(signal.SIGINT)
-            assert stopped() and not usual
-            signal.raise_signal(signal.SIGINT)
-            assert usual == [1]
-        signal.raise_signal(signal.SIGINT)
-        assert usual == [1, 1]
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def test_peak_memory_of_a_call_is_what_it_held() -> None:
-    size, held = 64 * 2**20, []
-
-    def call() -> None:
-        held.append(bytearray(size))  # zeroed: every page is touched
-        held[0][::4096] = b"x" * len(held[0][::4096])
-        held.clear()
-
-    found = measured("process", call)
-    assert found is not None and 0.95 * size <= found["bytes"] <= 1.5 * size  # the kernel counts pages in batches
 
 
 def problem(**changes: Any) -> Problem:
@@ -197,7 +57,7 @@ def test_exact_contenders_give_exact_attention(causal: bool, kv_heads: int) -> N
                 refused.add(contender.name)
                 continue
             assert run.time() > 0
-            torch.testing.assert_close(run.output, wanted, atol=2e-5, rtol=1e-4, msg=contender.name)
+            torch.testing.assert_close(run.take(), wanted, atol=2e-5, rtol=1e-4, msg=contender.name)
             tried.append(contender.name)
         expected = {OURS_EXACT, "sdpa-flash", "sdpa-math", "ort-attention"}
         expected |= {"ort-gqa"} if causal else set()
@@ -208,9 +68,21 @@ def test_exact_contenders_give_exact_attention(causal: bool, kv_heads: int) -> N
 def test_wrong_outputs_are_found() -> None:
     good = torch.randn(1, 2, 9, 4)
     outputs = {"ours-blocks": 2 * good, OURS_EXACT: -good, "sdpa-flash": good, "sdpa-math": good + 1e-6, "ort-gqa": good * float("nan")}
-    found = check_outputs(problem())(outputs)
+    check = OutputCheck(problem())
+    found = check.wrong({name: check.keep(o) for name, o in outputs.items()})
     assert set(found) == {OURS_EXACT, "ort-gqa"}
     assert "differs from sdpa-flash's by 2" in found[OURS_EXACT] and found["ort-gqa"] == "its output is not finite"
+
+
+def test_of_a_long_output_rows_are_compared_and_all_of_it_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_attention, "_MOST_KEPT", 1 * 2 * 10 * 4)
+    check, good = OutputCheck(problem()), torch.randn(1, 2, 99, 4)
+    bad = good.clone()
+    bad[0, 1, 57, 2] = float("inf")
+    assert check.keep(good).rows.shape == (1, 2, 10, 4) and check.keep(good[:, :, :10]).rows.equal(good[:, :, :10])
+    assert check.wrong({name: check.keep(o) for name, o in (("sdpa-flash", good), ("sdpa-math", bad))}) == {
+        "sdpa-math": "its output is not finite"
+    }
 
 
 def bench(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
@@ -252,6 +124,7 @@ def test_the_record_is_whole_and_the_chart_is_a_png(attention, tmp_path: Path) -
         rivals = {x["contender"]: x["median_s"] for x in report["rows"] if x["length"] == r["length"] and x["exact"] and not x["ours"]}
         fastest = min(rivals, key=lambda name: rivals[name])
         assert r["against"] == {"name": fastest, "ratio": rivals[fastest] / r["median_s"]}
+    assert report["growth"] == []
     assert report["presets"]["paper"]["sinks"] == 3 and report["presets"]["blocks"]["exact_below"] == 32
 
 
@@ -297,6 +170,15 @@ def test_axes_are_logarithmic_and_hold_every_contender(attention) -> None:
     medians = {(r["contender"], r["length"]): r["median_s"] for r in report["rows"]}
     for c in report["contenders"]:
         assert drawn[c["title"]].tolist() == [[n, pytest.approx(1000 * medians[c["name"], n])] for n in (32, 64)]
+    for c, dots in zip(report["contenders"], (x for x in axes.collections if x.get_sizes().size), strict=True):
+        runs = [[r["length"], pytest.approx(1000 * t)] for r in report["rows"] if r["contender"] == c["name"] for t in r["seconds"]]
+        assert dots.get_offsets().tolist() == runs
+    assert figure(report).get_supxlabel().endswith("\nExact rivals: PyTorch SDPA, math; ONNX Runtime GroupQueryAttention.")
+    left = [
+        {"contender": "sdpa-math", "length": 2**20, "reason": "slow"},
+        {"contender": "flash-attn-4", "length": None, "reason": "absent"},
+    ]
+    assert rivals_line({**report, "left_out": left}).endswith("Left out (reasons in bench.json): PyTorch SDPA, math at 1024k; flash-attn-4.")
     assert any(c["title"] in line for line in summary(report) for c in report["contenders"])
 
 

@@ -62,7 +62,7 @@ class RunnerRun:
     """A Run through a validation runner, which times itself; on a GPU the L2 cache is overwritten first."""
 
     def __init__(self, runner: ModelRunner, feed: dict[str, torch.Tensor], scratch: torch.Tensor | None) -> None:
-        self.runner, self.feed, self.scratch, self.output = runner, feed, scratch, None
+        self.runner, self.feed, self.scratch = runner, feed, scratch
         self.reserved = int(runner.engine.device_memory_size_v2) if isinstance(runner, TensorRTRunner) else None
 
     def time(self) -> float:
@@ -71,6 +71,9 @@ class RunnerRun:
             torch.cuda.synchronize()
         self.runner.infer(self.feed)
         return self.runner.seconds
+
+    def take(self) -> None:
+        """The runner keeps what it answers with."""
 
 
 @dataclass
@@ -104,6 +107,7 @@ class RunnerContender:
     feeds: Feeds
     stack: contextlib.ExitStack
     scratch: torch.Tensor | None
+    quadratic: bool = False  # a model's layers do more than attend
 
     def prepare(self, length: int) -> Run:
         if not self.runner.is_active:

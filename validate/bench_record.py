@@ -16,7 +16,7 @@ from hyperattention.errors import EnvironmentFault, UsageError
 from hyperattention.export.console import readable
 from hyperattention.export.files import write_whole
 from hyperattention.export.folder import refuse_output
-from hyperattention.validate.bench_statistics import add_ratios
+from hyperattention.validate.bench_statistics import GROWTH_STEP, add_ratios, growth
 from hyperattention.validate.bench_timing import Contender, LeftOut, Timings
 from hyperattention.validate.report_format import NOTHING, seconds
 
@@ -37,6 +37,7 @@ def record(
         "against": against,
         "contenders": [{"name": c.name, "title": c.title, "ours": c.ours, "exact": c.exact} for c in contenders],
         "rows": found.rows,
+        "growth": growth(found.rows),
         "left_out": [asdict(left) for left in [*missing, *found.left_out]],
     }
 
@@ -124,3 +125,12 @@ def summary(report: dict[str, Any]) -> list[str]:
         since = f"faster from {faster[0]:,} tokens on" if faster else "not faster at any measured length"
         lines.append(f"{names[contender]}: {since}; {last['against']['ratio']:.2f}x {rival} at {last['length']:,} tokens")
     return lines
+
+
+def growth_lines(report: dict[str, Any]) -> list[str]:
+    """How the time grew over the longest factor of eight in length, a line for each contender."""
+    names = titles(report)
+    return [
+        f"{names[found['contender']]}: {found['ratio']:.3g}x the time at {GROWTH_STEP}x the tokens, {found['from']:,} to {found['to']:,}"
+        for found in report.get("growth", [])
+    ]

@@ -108,7 +108,7 @@ def bench_attention_run(options: AttentionOptions, step: Step, stopped: Stopped)
             problem, options.presets, options.backend, options.rivals, max(lengths), options.threads
         )
         _check_against(options.against, contenders, missing)
-        found = measure(contenders, lengths, options.settings, step, stopped, bench_attention.check_outputs(problem))
+        found = measure(contenders, lengths, options.settings, step, stopped, bench_attention.OutputCheck(problem))
     said = {"text": problem.text(), **asdict(problem), "backend": options.backend}
     head = head_of(began, said, options.settings, options.threads)
     head |= {"clock": clock_for(device).name, "environment": environment.describe(torch.device(device), _libraries())}

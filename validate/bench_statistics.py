@@ -56,3 +56,23 @@ def add_ratios(rows: list[dict[str, Any]], rivals: Sequence[str], against: str |
         names = [against] if against is not None else sorted(rivals, key=lambda name: found.get(name, np.inf))
         name = names[0] if names and names[0] in found else None
         row["against"] = None if name is None else {"name": name, "ratio": found[name] / row["median_s"]}
+
+
+GROWTH_STEP = 8
+
+
+def growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How each contender's median grew from an eighth of its longest length to that length, where both were timed.
+
+    8 is linear and 64 quadratic: {"contender", "from", "to", "ratio"} in the rows' order.
+    """
+    medians: dict[str, dict[int, float]] = {}
+    for row in rows:
+        medians.setdefault(row["contender"], {})[row["length"]] = row["median_s"]
+    found = []
+    for name, times in medians.items():
+        longest = max(times)
+        start = longest // GROWTH_STEP
+        if start in times and start * GROWTH_STEP == longest:
+            found.append({"contender": name, "from": start, "to": longest, "ratio": times[longest] / times[start]})
+    return found

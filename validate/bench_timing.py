@@ -24,18 +24,19 @@ SECOND_WARM_UP_BELOW = 1.0  # seconds of the first
 
 
 class Run(Protocol):
-    """A contender at one length, inputs in place. `time` runs it once and gives seconds; `output` is what that run computed.
+    """A contender at one length, inputs in place. `time` runs it once and gives seconds; `take` gives what that run computed, and
+    holds it no longer: at a million tokens an output is gigabytes.
     `reserved`: device memory in bytes that its runtime took before any run, None where a run takes it."""
 
     reserved: int | None
 
     def time(self) -> float: ...
-    @property
-    def output(self) -> Any: ...
+    def take(self) -> Any: ...
 
 
 class Contender(Protocol):
-    """Something to time. `memory` names the meter: "torch", "device" or "process" (see `measured`)."""
+    """Something to time. `memory` names the meter: "torch", "device" or "process" (see `measured`). `quadratic`: its time grows with
+    the square of the length, so that a shorter length tells whether a longer one is worth trying."""
 
     @property
     def name(self) -> str: ...
@@ -47,6 +48,8 @@ class Contender(Protocol):
     def exact(self) -> bool: ...
     @property
     def memory(self) -> str: ...
+    @property
+    def quadratic(self) -> bool: ...
 
     def prepare(self, length: int) -> Run:
         """Inputs and kernels for `length` tokens. May raise anything: the contender is then listed with that reason."""
@@ -132,6 +135,28 @@ class Call:
         seconds, self.output = self.clock(self.call, self.stream)
         return seconds
 
+    def take(self) -> Any:
+        taken, self.output = self.output, None
+        return taken
+
+
+class Check(Protocol):
+    """A look at the warm-up's outputs. `keep` takes from each output what `wrong` needs, little enough to hold it for all contenders;
+    `wrong` gives the names of wrong ones with what is wrong."""
+
+    def keep(self, output: Any) -> Any: ...
+    def wrong(self, kept: dict[str, Any]) -> dict[str, str]: ...
+
+
+class NoCheck:
+    """Takes every output for right."""
+
+    def keep(self, output: Any) -> None:
+        return None
+
+    def wrong(self, kept: dict[str, Any]) -> dict[str, str]:
+        return {}
+
 
 def measured(kind: str, call: Callable[[], Any]) -> dict[str, Any] | None:
     """Bytes of memory that a call took over what was held before it, and how that was found; None where it cannot be had.
@@ -200,25 +225,43 @@ def measure(
     settings: Settings,
     step: Callable[[str], None],
     stopped: Callable[[], bool],
-    check: Callable[[dict[str, Any]], dict[str, str]] = lambda outputs: {},
+    check: Check = NoCheck(),
 ) -> Timings:
-    """Every contender at every length, in rounds in which each runs once, beginning with another one each time.
+    """Every contender at every length (ascending), in rounds in which each runs once, beginning with another one each time.
 
-    `check` sees the outputs of the warm-up by name and gives the names of wrong ones with what is wrong; those are left out.
+    What `check` finds wrong is left out, and so is what would take longer than `settings.max_seconds` for a single run.
     """
     found = Timings()
     for length in lengths:
-        runs, memory = _warm_up(contenders, length, step, stopped, found, check)
+        slow = {c.name: reason for c in contenders if (reason := _too_slow(c, length, settings, found))}
+        found.left_out += [LeftOut(name, length, reason) for name, reason in slow.items()]
+        runs, memory = _warm_up([c for c in contenders if c.name not in slow], length, step, stopped, found, check)
         step(f"{length:,} tokens: {len(runs)} in turn, up to {settings.repeats} rounds")
         seconds = _rounds(runs, length, settings, stopped, found)
         by_name = {c.name: c for c in contenders}
         for name, times in seconds.items():
             row = {"length": length, "contender": name, "ours": by_name[name].ours, "exact": by_name[name].exact}
             found.rows.append({**row, **asdict(Statistics.of(times)), "memory": memory[name], "seconds": times})
+        del runs  # and with it what the contenders hold for this length
         if stopped():
             found.interrupted = True
             break
     return found
+
+
+def _too_slow(contender: Contender, length: int, settings: Settings, found: Timings) -> str:
+    """Why a quadratic contender is not tried at `length`, by the longest length that it was timed at; empty where it is."""
+    rows = [row for row in found.rows if row["contender"] == contender.name]
+    if not contender.quadratic or not rows:
+        return ""
+    known = max(rows, key=lambda row: row["length"])
+    expected = known["median_s"] * (length / known["length"]) ** 2
+    if expected <= settings.max_seconds:
+        return ""
+    return (
+        f"one run would take about {expected:.3g} s ({known['median_s']:.3g} s at {known['length']:,} tokens, times the square of the "
+        f"length), more than --max-seconds {settings.max_seconds:g}"
+    )
 
 
 def _warm_up(
@@ -227,12 +270,12 @@ def _warm_up(
     step: Callable[[str], None],
     stopped: Callable[[], bool],
     found: Timings,
-    check: Callable[[dict[str, Any]], dict[str, str]],
+    check: Check,
 ) -> tuple[dict[str, Run], dict[str, dict | None]]:
     """The contenders that run at `length`, each run once or twice, and what memory the first run took; the others go to `found`."""
     runs: dict[str, Run] = {}
     memory: dict[str, dict | None] = {}
-    outputs: dict[str, Any] = {}
+    kept: dict[str, Any] = {}
     for contender in contenders:
         if stopped():
             break
@@ -246,13 +289,15 @@ def _warm_up(
                 reserved = {"bytes": run.reserved, "how": "device memory of the engine's context, for its longest input"}
                 memory[contender.name] = taken if run.reserved is None else reserved
                 if first[0] < SECOND_WARM_UP_BELOW:
+                    run.take()
                     run.time()
-                runs[contender.name], outputs[contender.name] = run, run.output
+                kept[contender.name] = check.keep(run.take())
+                runs[contender.name] = run
             except Exception as error:  # a rival may lack anything; the others are still worth their time
                 found.left_out.append(LeftOut(contender.name, length, reason_of(error, warned)))
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
-    for name, problem in check(outputs).items():
+    for name, problem in check.wrong(kept).items():
         found.left_out.append(LeftOut(name, length, problem))
         del runs[name]
     return runs, memory
@@ -271,6 +316,7 @@ def _rounds(runs: dict[str, Run], length: int, settings: Settings, stopped: Call
                 continue
             try:
                 seconds[name].append(runs[name].time())
+                runs[name].take()
             except Exception as error:
                 found.left_out.append(LeftOut(name, length, f"failed in round {number + 1}: {reason_of(error)}"))
                 del runs[name], seconds[name]

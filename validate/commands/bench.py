@@ -47,7 +47,11 @@ def command(
     against: Annotated[Optional[str], typer.Option(help="Rival that ratios are against. (default: the fastest at each length)")] = None,
     repeats: Annotated[int, typer.Option(help="Rounds, 1 to 100000; in each every contender runs once.")] = 30,
     max_seconds: Annotated[
-        float, typer.Option(help="0.001 to 86400: after so long at a length a contender sits out, but runs three times.")
+        float,
+        typer.Option(
+            help="0.001 to 86400: after so long at a length a contender sits out, but runs three times. Exact attention whose single run "
+            "would take longer, by a shorter length, is left out."
+        ),
     ] = 10.0,
     threads: Annotated[int, typer.Option(help="Threads on the processor, 0 to 1024; 0 = all.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the random inputs, 0 to 2130706431.")] = 0,
@@ -192,14 +196,14 @@ def _rivals(text: str) -> tuple[str, ...]:
 def _say(report: dict[str, Any], written: list[Path], reporter: Any) -> None:
     """The table, what is left out and why, and from which length on ours is faster."""
     from hyperattention.validate import bench_profile_page
-    from hyperattention.validate.bench_record import left_out_lines, summary, table
+    from hyperattention.validate.bench_record import growth_lines, left_out_lines, summary, table
 
     if reporter.quiet:
         return
     reporter.out.print(report["problem"]["text"], markup=False)
     if report["rows"]:
         reporter.out.print(table(report))
-    lines = [*left_out_lines(report), *(f"note: {note}" for note in report["notes"]), *summary(report)]
+    lines = [*left_out_lines(report), *(f"note: {note}" for note in report["notes"]), *summary(report), *growth_lines(report)]
     if report["kind"] == "profile":
         reporter.out.print(bench_profile_page.table(report))
         lines = [*bench_profile_page.lines(report), *lines]
