@@ -178,7 +178,9 @@ def test_axes_are_logarithmic_and_hold_every_contender(attention) -> None:
         {"contender": "sdpa-math", "length": 2**20, "reason": "slow"},
         {"contender": "flash-attn-4", "length": None, "reason": "absent"},
     ]
-    assert rivals_line({**report, "left_out": left}).endswith("Left out (reasons in bench.json): PyTorch SDPA, math at 1024k; flash-attn-4.")
+    assert rivals_line({**report, "left_out": left}).endswith(
+        "Left out (reasons in bench.json): PyTorch SDPA, math at 1024k; flash-attn-4."
+    )
     assert any(c["title"] in line for line in summary(report) for c in report["contenders"])
 
 
