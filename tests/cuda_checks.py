@@ -55,6 +55,22 @@ _SIZES = (((64, 64), "bf16"), ((128, 128), "fp16"), ((40, 72), "fp32"))
 PROBLEMS = [p for dims, dtype in _SIZES for p in problems(KERNEL_CASES + SORTED_KERNEL_CASES, dims, dtype)]
 PLAN_PROBLEMS = [p for dims, dtype in _SIZES for p in problems(PLAN_ONLY + SORTED_PLAN_ONLY, dims, dtype)]
 
+# Segments that are sorted by chunks (plugins/cuda/sort_config.h): of one chunk and of several, cut by lengths, sinks and the first row;
+# lower levels that are not; both numbers of bins; overlap. Plans alone: attention meets no other shapes here.
+_CHUNKS = [
+    Case("chunks", 5001, 7003, sorted_config(local_size=2100), (2, 1), lengths=(7003, 4444)),
+    Case("chunks-and-nodes", 4999, 4999, sorted_config(local_size=1000, local_overlap=1, sinks=300), (1, 1), lengths=(4990,)),
+    Case("chunks-of-a-segment", 6000, 10001, sorted_config(local_size=4999, num_projections=8), (1, 1)),
+    Case("chunks-overlap", 9001, 8301, sorted_config(local_size=4096, local_overlap=1, num_projections=5), (1, 1), lengths=(8300,)),
+    Case("chunks-non-causal", 4100, 8200, sorted_config(causal=0, sinks=7, num_projections=8), (2, 1), lengths=(8200, 4090)),
+    Case("chunks-square", 4200, 4200, sorted_config(causal=0), (1, 1), lengths=(4100,)),
+    Case("chunks-ties", 5000, 5000, sorted_config(local_size=2500), (1, 1), fill="ties"),
+]
+CHUNK_PROBLEMS = [
+    Problem(replace(case, dims=(8, 8)), dtype)
+    for case, dtype in zip(_CHUNKS, ("bf16", "fp16", "fp32", "bf16", "fp16", "bf16", "fp16"), strict=True)
+]
+
 # Every kernel instance, and head sizes at, below and across their edges, in every dtype.
 HEAD_SIZES = [(d, d) for d in (8, 32, 40, 64, 72, 96, 104, 128, 160, 192, 200, 256)] + [(192, 128), (64, 72), (8, 256), (256, 8)]
 _BLOCKS = replace(PRESETS["blocks"], exact_below=0, local_size=128, sample_size=70, num_blocks=3, sinks=70)

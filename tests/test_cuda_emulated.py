@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_checks import (
+    CHUNK_PROBLEMS,
     DTYPES,
     HEAD_SIZE_PROBLEMS,
     PADDING,
@@ -45,7 +46,12 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
     if not compiler:
         pytest.skip("g++ is missing")
     folder = tmp_path_factory.mktemp("emulated")
-    sources = [*sorted((ROOT / "plugins/cuda").glob("[!s]*.cu")), *sorted((ROOT / "plugins/cuda").glob("s[!m]*.cu")), ROOT / "plugins/config.cpp", ROOT / "tests/emulation/emulator.cpp"]
+    sources = [
+        *sorted((ROOT / "plugins/cuda").glob("[!s]*.cu")),
+        *sorted((ROOT / "plugins/cuda").glob("s[!m]*.cu")),
+        ROOT / "plugins/config.cpp",
+        ROOT / "tests/emulation/emulator.cpp",
+    ]
 
     def build(source: Path) -> Path:
         target = folder / (source.stem + ".o")
@@ -90,6 +96,12 @@ SIZES = HEAD_SIZE_PROBLEMS[::5]
 PLANS = (
     [Problem(replace(case, dims=(64, 64)), "bf16") for case in PLAN_ONLY if case.seq_k < 1000]
     + [Problem(replace(case, dims=(64, 64)), dtype) for case, dtype in zip(SORTED_PLAN_ONLY, ("fp32", "bf16", "fp32", "fp32"), strict=True)]
+    # Sums whose signs the hash has to settle in the rule's order.
+    + [
+        Problem(Case(f"sorted-{fill}", config=SORTED, dims=(72, 8), fill=fill), dtype)
+        for fill, dtype in (("ties", "fp16"), ("cancelling", "bf16"))
+    ]
+    + CHUNK_PROBLEMS
     + [
         Problem(
             Case(f"two-levels-block{block}", 66, 9500, config(block_size=block, local_size=block, num_blocks=64), (1, 1), (64, 64)), "bf16"

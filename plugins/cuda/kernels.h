@@ -39,8 +39,7 @@ struct SelectArgs {
 
 struct HashArgs {
   HaParams p;
-  int32_t side;
-  uint16_t* ranks;  // [batch, heads, rows]
+  uint16_t *ranks_q, *ranks_k;  // [batch, heads, rows] of each side
 };
 
 struct SortArgs {
@@ -48,7 +47,7 @@ struct SortArgs {
   const uint16_t *ranks_q, *ranks_k;
   int32_t* plan;
   int32_t* scratch;  // as large as the plan, for ranks of two digits; else null
-  int32_t threads;
+  uint32_t* counts;  // chunk_counts(g) words
 };
 
 struct SampleArgs {
@@ -68,7 +67,9 @@ struct AttendArgs {
 void launch_pools(const PoolArgs& args);
 void launch_select(const SelectArgs& args);
 void launch_hash(const HashArgs& args);
-void launch_sort(const SortArgs& args);
+// The levels of the tree that are sorted by chunks, and the others: see sort_config.h.
+void launch_sort_chunks(const SortArgs& args);
+void launch_sort_nodes(const SortArgs& args);
 void launch_samples(const SampleArgs& args);
 // All of stage 4, for either selector and the exact path: `sortlsh` takes one launch a level of its tree and one for the local part
 // and the sinks.

@@ -1,6 +1,6 @@
 // How each kernel is launched and where its scratch lies: pure functions of shape and attributes, tested without a GPU.
 #pragma once
-#include "geometry.h"
+#include "sort_config.h"
 
 namespace ha {
 
@@ -51,44 +51,16 @@ inline SelectConfig select_config(const Geometry& g) {
   return c;
 }
 
-// --- selector `sortlsh` ---------------------------------------------------------------------------------------------
-
-constexpr int kHashThreads = 64;
-constexpr int kHashWarpRows = 128;  // rows that a warp hashes: four a lane
-constexpr int kHashPieces = 4;      // pieces of 16 bytes of each row that are in shared memory at once
-constexpr int kHashBuffers = 2;
-constexpr int kHashBufferBytes = kHashThreads / 32 * kHashBuffers * kHashWarpRows * (kHashPieces + 1) * 16;
-
-constexpr int kSortDigitBits = 8;
-constexpr int kSortBins = 1 << kSortDigitBits;
-constexpr int kSortMostThreads = 1024;
-
-// Pairs of segments of a level, a node's keys and its rows, that hold any key or row: their slots are one block's work.
-HA_INLINE Range sort_spans(const Geometry& g, int level, int side) {
-  if ((side == HA_QUERIES ? g.seq_q : g.seq_k) == 0) return {0, 0};
-  if (!g.a.causal) return {0, 1};
-  const int64_t size = 2 * g.segment(level);
-  return side == HA_QUERIES ? g.tiles(size) : Range{0, ceil_div(g.seq_k, size)};
-}
-
-// Threads that sort one node: enough for the largest, the scan needs one a bin.
-HA_INLINE int sort_threads(const Geometry& g) {
-  const int64_t most = max64(g.seq_q, g.seq_k);
-  int threads = kSortBins;
-  while (threads < kSortMostThreads && most > threads * 32) threads *= 2;
-  return threads;
-}
-
 // Nodes contribute to the output; otherwise they need no plan.
 HA_INLINE bool has_nodes(const Geometry& g) { return !g.exact() && g.sorts() && (g.a.num_blocks || g.a.sample_size) && g.node_count(); }
 
 // --- scratch --------------------------------------------------------------------------------------------------------
 
-// Byte offsets in the workspace. `blocks`: pools and the plan. `sortlsh`: ranks, a first pass' order where ranks have two
-// digits, the plan, and what rows have seen between launches where the caller wants no LSE.
+// Byte offsets in the workspace. `blocks`: pools and the plan. `sortlsh`: ranks, the chunks' counts or, where ranks have two
+// digits, a first pass' order, the plan, and what rows have seen between launches where the caller wants no LSE.
 struct Workspace {
   size_t q_fine, q_fine_scale, q_coarse, q_coarse_scale, k_fine, k_fine_scale, k_coarse, k_coarse_scale;
-  size_t q_ranks, k_ranks, order, lse;
+  size_t q_ranks, k_ranks, counts, order, lse;
   size_t plan, bytes;
 };
 
@@ -103,6 +75,7 @@ inline Workspace workspace(const Geometry& g) {
   if (g.sorts()) {
     w.q_ranks = take(g.batch * g.heads_q * g.seq_q * 2);
     w.k_ranks = take(g.batch * g.heads_kv * g.seq_k * 2);
+    w.counts = take(chunk_counts(g) * 4);
     w.order = take(g.a.num_projections > kSortDigitBits ? g.plan_size() * 4 : 0);
     w.lse = take(g.batch * g.heads_q * g.seq_q * 4);
   } else if (g.a.num_blocks) {

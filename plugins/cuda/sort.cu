@@ -1,7 +1,8 @@
-// The sorted rows and keys of every node of `sortlsh` (rules 24 to 28): a stable counting sort by rank, one block of threads a
-// node, side and head. Each warp owns a contiguous part and counts for itself, so that no order is left to chance.
+// The sorted rows and keys of the nodes of `sortlsh` (rules 24 to 28) that are not sorted by chunks: a stable counting sort by rank, one
+// block of threads a node, side and head. Each warp owns a contiguous part and counts for itself, so that no order is left to chance.
 #include "kernels.h"
 #include "launch.cuh"
+#include "sort.cuh"
 
 namespace ha {
 namespace {
@@ -19,12 +20,17 @@ struct Span {
   bool queries;
 };
 
-HA_DEVICE Span find_span(const SortArgs& args, const Geometry& g) {
+struct NodeArgs {
+  SortArgs sort;
+  int32_t levels, threads;  // the lowest levels are sorted here
+};
+
+HA_DEVICE Span find_span(const NodeArgs& args, const Geometry& g) {
   Span span{};
   int64_t at = block_index(), count_q = 0;
   Range spans_q{}, spans_k{};
   // The upper levels have the largest nodes: first.
-  for (span.level = g.levels() - 1; span.level >= 0; --span.level) {
+  for (span.level = args.levels - 1; span.level >= 0; --span.level) {
     spans_q = sort_spans(g, span.level, HA_QUERIES);
     spans_k = sort_spans(g, span.level, HA_KEYS);
     count_q = g.batch * g.heads_q * spans_q.size();
@@ -44,7 +50,7 @@ HA_DEVICE Span find_span(const SortArgs& args, const Geometry& g) {
     const int64_t size = 2 * g.segment(span.level), low = m * size - first;
     span.slots = {max64(low, 0), min64(low + size, rows)};
   }
-  const int64_t length = g.length(args.p.lengths, span.slice / heads);
+  const int64_t length = g.length(args.sort.p.lengths, span.slice / heads);
   const Range nodes = g.nodes_of_level(span.level);
   if (m < nodes.start || m >= nodes.stop) return span;
   const Node node = g.node(span.level, m, length);
@@ -52,18 +58,6 @@ HA_DEVICE Span find_span(const SortArgs& args, const Geometry& g) {
   span.node = span.sorted = span.queries ? node.rows : node.keys;
   if (span.queries) span.sorted.stop = span.sorted.start + node.live;
   return span;
-}
-
-// Lanes with the same digit, among those where `valid`.
-HA_DEVICE uint32_t same_digit(int digit, bool valid) {
-  uint32_t peers = ballot(valid);
-#pragma unroll
-  for (int bit = 1; bit < kSortBins; bit *= 2) {
-    const bool set = digit & bit;
-    const uint32_t votes = ballot(set);
-    peers &= set ? votes : ~votes;
-  }
-  return peers;
 }
 
 // One digit's pass over a node: source (null: the members themselves, in order) -> target, both indexed by slot.
@@ -90,7 +84,7 @@ struct Pass {
       for (int i = 0; i < kBatch; ++i) digit[i] = index[i] >= 0 ? load_once(ranks + index[i]) >> shift & (kSortBins - 1) : 0;
 #pragma unroll
       for (int i = 0; i < kBatch; ++i)
-        if (base + i * 32 < stop) body(index[i], digit[i], same_digit(digit[i], index[i] >= 0));
+        if (base + i * 32 < stop) body(index[i], digit[i], same_digit<kSortBins>(digit[i], index[i] >= 0));
     }
   }
 
@@ -126,13 +120,8 @@ struct Pass {
     if (warp < kBinWarps) {
       uint32_t total = 0;
       for (int w = 0; w < warps; ++w) total += counts[w * kSortBins + bin];
-      // After each step, `total` is the sum over the lane's aligned group and `start` the sum of those before it.
-      for (int mask = 1; mask < 32; mask *= 2) {
-        const uint32_t other = uint32_t(shuffle_xor(int(total), mask));
-        if (lane & mask) start += other;
-        total += other;
-      }
-      if (lane == 0) sums[warp] = total;
+      start = sum_below(total, lane);
+      if (lane == 31) sums[warp] = start + total;
     }
     sync_block();
     if (warp < kBinWarps) {
@@ -147,23 +136,23 @@ struct Pass {
   }
 };
 
-HA_KERNEL(kSortMostThreads, 1) sort_kernel(const HA_CONSTANT SortArgs args) {
-  const Geometry g(args.p);
+HA_KERNEL(kSortMostThreads, 1) sort_node_kernel(const HA_CONSTANT NodeArgs args) {
+  const Geometry g(args.sort.p);
   const Span span = find_span(args, g);
   const int64_t rows = span.queries ? g.seq_q : g.seq_k;
   const int64_t start = (span.queries ? 0 : g.batch * g.heads_q * g.levels() * g.seq_q) + (span.slice * g.levels() + span.level) * rows;
-  int32_t* const out = args.plan + start;
+  int32_t* const out = args.sort.plan + start;
   for (int64_t slot = span.slots.start + thread_index(); slot < span.slots.stop; slot += args.threads) {
     if (slot < span.node.start || slot >= span.node.stop) out[slot] = -1;
     else if (slot >= span.sorted.stop) out[slot] = int32_t(slot);  // a dead row: they follow the live ones anyway
   }
   const int count = int(span.sorted.size());
   if (count == 0) return;
-  const uint16_t* const ranks = (span.queries ? args.ranks_q : args.ranks_k) + span.slice * rows;
+  const uint16_t* const ranks = (span.queries ? args.sort.ranks_q : args.sort.ranks_k) + span.slice * rows;
   const int warp = thread_index() / 32, lane = thread_index() % 32, warps = args.threads / 32;
   Pass pass{ranks, nullptr, out, span.sorted.start, count, 0, reinterpret_cast<uint32_t*>(shared_memory())};
-  if (args.scratch) {
-    pass.target = args.scratch + start;
+  if (args.sort.scratch) {
+    pass.target = args.sort.scratch + start;
     pass.run(warp, lane, warps);
     pass.source = pass.target;
     pass.target = out;
@@ -174,12 +163,13 @@ HA_KERNEL(kSortMostThreads, 1) sort_kernel(const HA_CONSTANT SortArgs args) {
 
 }  // namespace
 
-void launch_sort(const SortArgs& args) {
-  const Geometry g(args.p);
+void launch_sort_nodes(const SortArgs& sort) {
+  const Geometry g(sort.p);
+  const NodeArgs args{sort, node_levels(g), sort_threads(g)};
   int64_t blocks = 0;
-  for (int level = 0; level < g.levels(); ++level)
+  for (int level = 0; level < args.levels; ++level)
     blocks += g.batch * (g.heads_q * sort_spans(g, level, HA_QUERIES).size() + g.heads_kv * sort_spans(g, level, HA_KEYS).size());
-  launch<sort_kernel>(blocks, args.threads, size_t(args.threads / 32 * kSortBins + kBinWarps) * 4, args.p.stream, args);
+  launch<sort_node_kernel>(blocks, args.threads, size_t(args.threads / 32 * kSortBins + kBinWarps) * 4, sort.p.stream, args);
 }
 
 }  // namespace ha

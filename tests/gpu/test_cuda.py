@@ -14,6 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cuda_checks import (
+    CHUNK_PROBLEMS,
     DTYPES,
     HEAD_SIZE_PROBLEMS,
     PADDING,
@@ -49,7 +50,7 @@ def library() -> Library:
 # --- small problems: every rule at odd sizes -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("problem", PROBLEMS + PLAN_PROBLEMS + HEAD_SIZE_PROBLEMS, ids=str)
+@pytest.mark.parametrize("problem", PROBLEMS + PLAN_PROBLEMS + CHUNK_PROBLEMS + HEAD_SIZE_PROBLEMS, ids=str)
 def test_plan_equals_the_references(library: Library, problem: Problem) -> None:
     check_plan(library, problem, "cuda")
 

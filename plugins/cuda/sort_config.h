@@ -1,0 +1,103 @@
+// How the kernels of selector `sortlsh` cut their work: pure functions of shape and attributes, tested without a GPU.
+//
+// Ranks of one digit are sorted by chunks: a block of threads sorts some neighbouring rows or keys once, and writes them to their
+// places in the nodes of all levels whose segments are at least a chunk long. Shorter segments, and ranks of two digits, are
+// sorted node by node.
+#pragma once
+#include "geometry.h"
+
+namespace ha {
+
+constexpr int kHashThreads = 256;
+constexpr int kHashTileRows = 32;     // rows that a warp hashes at once
+constexpr int kHashBlockRows = 2048;  // rows that a block of threads hashes
+constexpr int kHashLanePieces = 4;    // lanes, and neighbouring pieces of 16 bytes, that share a row
+
+// Bytes of shared memory: the words of rule 26, and the signs of 8 or 16 projections in the layout of a row's pieces.
+HA_INLINE size_t hash_shared(int64_t head_dim, int64_t pieces, int projections) {
+  return size_t(head_dim * 4 + ceil_div(pieces, kHashLanePieces) * kHashLanePieces * projections * 16);
+}
+
+// --- by chunks ------------------------------------------------------------------------------------------------------
+
+constexpr int kSortDigitBits = 8;
+constexpr int kChunkRows = 4096;  // at most
+constexpr int kChunkThreads = 256;
+constexpr int kChunkWarps = kChunkThreads / 32;
+constexpr int kChunkLaneRows = kChunkRows / kChunkThreads;
+constexpr int kChunkScanThreads = 128;
+
+// Bins of the counting sort: ranks have up to 7 or up to 8 bits.
+HA_INLINE int chunk_bins(const HaAttributes& a) { return a.num_projections <= 7 ? 128 : 256; }
+
+// The chunks of one side, cut in position: unit u, a segment of level `level`, holds chunks [u parts, (u + 1) parts).
+struct SortChunks {
+  int level;                  // the first that is sorted by chunks; where none is, `count` is 0
+  int64_t unit, parts, rows;  // positions of a unit, its chunks, positions of a chunk (a unit's last may have fewer)
+  int64_t first, count;       // chunks that hold a position of the side
+
+  HA_INLINE int64_t unit_of(int64_t chunk) const { return parts == 1 ? chunk : floor_div(chunk, parts); }
+  HA_INLINE Range positions(int64_t chunk) const {
+    const int64_t u = unit_of(chunk), start = u * unit + (chunk - u * parts) * rows;
+    return {start, min64(start + rows, (u + 1) * unit)};
+  }
+  // The chunks of a segment of level `at`, counted from `first`, as far as there are any.
+  HA_INLINE Range chunks_of(int64_t segment, int at) const {
+    const int64_t size = parts << (at - level), low = segment * size - first;
+    return {max64(low, 0), min64(low + size, count)};
+  }
+};
+
+HA_INLINE SortChunks sort_chunks(const Geometry& g, int side) {
+  SortChunks c{};
+  if (g.a.num_projections > kSortDigitBits) {
+    c.level = g.levels();
+    return c;
+  }
+  c.unit = g.a.causal ? g.a.local_size : kChunkRows;
+  for (; g.a.causal && c.unit * 2 <= kChunkRows; c.unit *= 2) ++c.level;
+  c.parts = ceil_div(c.unit, kChunkRows);
+  c.rows = ceil_div(c.unit, c.parts);
+  const Range units = side == HA_QUERIES ? g.tiles(c.unit) : Range{0, ceil_div(g.seq_k, c.unit)};
+  c.first = units.start * c.parts;
+  c.count = c.level < g.levels() ? units.size() * c.parts : 0;
+  return c;
+}
+
+// uint32 [batch, heads, chunks + 1, bins] of the queries, then of the keys, for chunks wherever the rows begin.
+HA_INLINE int64_t chunk_counts(const Geometry& g) {
+  const SortChunks c = sort_chunks(g, HA_KEYS);
+  if (c.level >= g.levels()) return 0;
+  const auto rows = [&](int64_t most) { return (ceil_div(most, c.unit) + 1) * c.parts + 1; };
+  return g.batch * chunk_bins(g.a) * (g.heads_q * rows(g.seq_q) + g.heads_kv * rows(g.seq_k));
+}
+
+// --- node by node ---------------------------------------------------------------------------------------------------
+
+constexpr int kSortBins = 1 << kSortDigitBits;
+constexpr int kSortMostThreads = 1024;
+
+// Levels that are sorted node by node: the lowest ones.
+HA_INLINE int node_levels(const Geometry& g) {
+  const int level = sort_chunks(g, HA_KEYS).level;
+  return level < g.levels() ? level : g.levels();
+}
+
+// Pairs of segments of a level, a node's keys and its rows, that hold any key or row: their slots are one block's work.
+HA_INLINE Range sort_spans(const Geometry& g, int level, int side) {
+  if ((side == HA_QUERIES ? g.seq_q : g.seq_k) == 0) return {0, 0};
+  if (!g.a.causal) return {0, 1};
+  const int64_t size = 2 * g.segment(level);
+  return side == HA_QUERIES ? g.tiles(size) : Range{0, ceil_div(g.seq_k, size)};
+}
+
+// Threads that sort one node: enough for the largest, the scan needs one a bin.
+HA_INLINE int sort_threads(const Geometry& g) {
+  int64_t most = max64(g.seq_q, g.seq_k);
+  if (g.a.causal && node_levels(g)) most = min64(most, g.segment(node_levels(g) - 1));
+  int threads = kSortBins;
+  while (threads < kSortMostThreads && most > threads * 32) threads *= 2;
+  return threads;
+}
+
+}  // namespace ha
