@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import Executor, Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import onnx
 import prefill_table
 import pytest
 import torch
-from prefill_model import VARIANTS, Model, Shape, export, write_variant
+from prefill_model import VARIANTS, Model, Shape, prepare, write_variant
 from tiny import SMALL
 
 from hyperattention.export.files import MODEL, TWIN
@@ -83,13 +85,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Model]:
     """The tiny shape's directory, tied model and ONNX files of the exact plan."""
     folder = tmp_path_factory.mktemp("prefill")
     model = Model(TINY, (1, 150, 300), "fp32", SMALL)
-    loaded = model.make(folder / "model")
-    export(loaded, model.plan(folder / "model", "exact"), folder / "onnx")
+    prepare(model, folder)
     return folder, model
 
 
-def test_layers_share_the_parameters_of_the_first(tmp_path: Path) -> None:
-    loaded: Any = Model(TINY, (1, 150, 300)).make(tmp_path)
+def test_layers_share_the_parameters_of_the_first() -> None:
+    loaded: Any = Model(TINY, (1, 150, 300)).tied()
     layers = loaded.model.layers
     assert len(layers) == TINY.layers and len({id(layer.self_attn) for layer in layers}) == TINY.layers
     for layer in layers:
@@ -125,11 +126,18 @@ def test_the_tied_file_computes_what_the_model_does(exported: tuple[Path, Model]
     session = open_session((tmp_path / TWIN).read_bytes(), session_options(ort_library_path(), tmp_path), CPU, TWIN)
     feed = {"input_ids": bench_prefill.token_ids(TINY, 151), "lengths": torch.tensor([151], dtype=torch.int32)}
     found, _ = run_bound(session, feed, CPU)
-    wanted = install(model.make(tmp_path / "again"), plan).run(feed)["logits"]
+    wanted = install(model.tied(), plan).run(feed)["logits"]
     assert bench_prefill.relative(found["logits"], wanted) < 1e-4
     if variant != "exact":
-        exact = install(model.make(tmp_path / "exact"), model.plan(folder / "model", "exact")).run(feed)["logits"]
+        exact = install(model.tied(), model.plan(folder / "model", "exact")).run(feed)["logits"]
         assert bench_prefill.relative(wanted, exact) > 1e-3, "nothing approximates: the comparison would see no wrong attribute"
+
+
+def test_pytorch_answers_at_every_length_and_in_fp32(exported: tuple[Path, Model]) -> None:
+    model = replace(exported[1], dtype="bf16")
+    found = bench_prefill.torch_logits(model.tied(), model.plan(exported[0] / "model", "exact"), TINY, [41])
+    assert {tokens: logits.shape for tokens, logits in found.logits.items()} == {bench_prefill.CHECKED: (67,), 41: (67,)}
+    assert 1e-4 < bench_prefill.relative(found.logits[bench_prefill.CHECKED], found.twin) < 0.1, "rounding to bf16 and nothing else"
 
 
 class MadeUp:
@@ -166,6 +174,15 @@ class MadeUp:
         return 1.0 - 0.9 * len(self.plan.approximate) / self.depth
 
 
+class Later(Executor):
+    """Does the work in the caller's thread, when its result is asked for."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future:
+        future: Any = Future()
+        future.result = lambda: fn(*args, **kwargs)
+        return future
+
+
 LOGITS = {tokens: torch.tensor([1.0, 2.0]) for tokens in (bench_prefill.CHECKED, 32768, 131072)}
 
 
@@ -179,7 +196,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(bench_prefill, "torch_logits", lambda *_: bench_prefill.Expected(LOGITS, twin))
         options = bench_prefill.parse(["--out", str(tmp_path / "out"), *arguments])
         options.shape = TINY
-        bench = bench_prefill.Bench(options, MadeUp, "cpu")
+        bench = bench_prefill.Bench(options, MadeUp, "cpu", Later())
         bench.report["fa4"] = {32768: 30.0, 131072: 130.0}
         bench.run()
         assert not (tmp_path / "out" / "work").exists(), "gigabytes are left"

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from typing import Any
 import prefill_table
 import torch
 from bench_attention import median_ms
-from prefill_model import VARIANTS, Model, Shape, export, write_variant
+from prefill_model import VARIANTS, Model, Shape, prepare, write_variant
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -88,11 +90,13 @@ def fa4_times(shape: Shape, lengths: Sequence[int], budget_ms: float) -> dict[in
 
 
 class Bench:
-    """One run: `engine` makes a context manager of (folder, plan) as prefill_engine.PrefillEngine is one; `report` grows."""
+    """One run: `engine` makes a context manager of (folder, plan) as prefill_engine.PrefillEngine is one; `pool` makes ONNX files;
+    `report` grows.
+    """
 
-    def __init__(self, options: argparse.Namespace, engine: Callable[[Path, ExportPlan], Any], device: str) -> None:
-        self.options, self.engine, self.device, self.start = options, engine, device, time.perf_counter()
-        self.cache = options.out / CACHE_FILE
+    def __init__(self, options: argparse.Namespace, engine: Callable[[Path, ExportPlan], Any], device: str, pool: Executor) -> None:
+        self.options, self.engine, self.device, self.pool, self.start = options, engine, device, pool, time.perf_counter()
+        self.cache, self.work, self.files = options.out / CACHE_FILE, options.out / "work", dict[int, Future[None]]()
         self.report: dict[str, Any] = {"shape": asdict(options.shape), "lengths": options.lengths}
         self.report |= {"fa4": {}, "engines": [], "missing": {}, "failed": {}}
 
@@ -109,6 +113,7 @@ class Bench:
 
     def run(self) -> None:
         """All depths that the time allows."""
+        self.prepare()
         spent, before = 0.0, 1
         for depth in self.options.depths:
             began = time.perf_counter()
@@ -122,6 +127,19 @@ class Bench:
                     self.fail(f"{depth} layers", error)
                 spent, before = time.perf_counter() - began, depth
             self.save()
+        for files in self.files.values():
+            files.cancel()
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def prepare(self) -> None:
+        """Begins to make the ONNX files of every depth, once: tracing takes seconds a layer, and no GPU."""
+        for depth in self.options.depths:
+            if depth not in self.files:
+                self.files[depth] = self.pool.submit(prepare, self.model(depth), self.work / str(depth))
+
+    def model(self, depth: int) -> Model:
+        seq = (CHECKED, min(self.options.lengths), max(self.options.lengths))
+        return Model(replace(self.options.shape, layers=depth), seq, attributes=self.options.attributes)
 
     def fail(self, what: str, reason: Exception | str) -> None:
         """Notes a failure; the exit code will be 1."""
@@ -131,30 +149,23 @@ class Bench:
 
     def depth(self, depth: int, first: bool) -> None:
         """Every variant at one depth. `first`: PyTorch runs the timed lengths too."""
-        options, folder = self.options, self.options.out / "work"
-        seq = (CHECKED, min(options.lengths), max(options.lengths))
-        model = Model(replace(options.shape, layers=depth), seq, attributes=options.attributes)
-        try:
-            loaded = model.make(folder / "model")
-            plans = {variant: model.plan(folder / "model", variant) for variant in ("exact", *options.variants)}
-            export(loaded, plans["exact"], folder / "onnx")
-            self.say(f"{depth} layers: ONNX of {(folder / 'onnx' / TWIN).stat().st_size / 2**20:,.0f} MiB")
-            expected = torch_logits(loaded.to(self.device), plans["exact"], model.shape, options.lengths if first else [])
-            del loaded
-            self.say(f"{depth} layers: PyTorch's logits")
-            of_exact: dict[int, Tensor] = {}
-            for variant in options.variants:
-                try:
-                    write_variant(folder / "onnx" / TWIN, plans[variant], folder / variant)
-                    self.measure(variant, model.shape, plans[variant], folder / variant, expected, of_exact)
-                except Exception as error:  # the other variants are still worth their time
-                    self.fail(f"{variant}, {depth} layers", error)
-                self.save()
-                if (folder / variant / LOG_FILE).is_file():
-                    shutil.copyfile(folder / variant / LOG_FILE, options.out / f"{variant}-{depth}.{LOG_FILE}")
-                shutil.rmtree(folder / variant, ignore_errors=True)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        options, folder, model = self.options, self.work / str(depth), self.model(depth)
+        self.files[depth].result()
+        self.say(f"{depth} layers: ONNX of {(folder / 'onnx' / TWIN).stat().st_size / 2**20:,.0f} MiB")
+        plans = {variant: model.plan(folder / "model", variant) for variant in ("exact", *options.variants)}
+        expected = torch_logits(model.tied().to(self.device), plans["exact"], model.shape, options.lengths if first else [])
+        self.say(f"{depth} layers: PyTorch's logits")
+        of_exact: dict[int, Tensor] = {}
+        for variant in options.variants:
+            try:
+                write_variant(folder / "onnx" / TWIN, plans[variant], folder / variant)
+                self.measure(variant, model.shape, plans[variant], folder / variant, expected, of_exact)
+            except Exception as error:  # the other variants are still worth their time
+                self.fail(f"{variant}, {depth} layers", error)
+            self.save()
+            if (folder / variant / LOG_FILE).is_file():
+                shutil.copyfile(folder / variant / LOG_FILE, options.out / f"{variant}-{depth}.{LOG_FILE}")
+            shutil.rmtree(folder / variant, ignore_errors=True)
 
     def measure(self, variant: str, shape: Shape, plan: ExportPlan, folder: Path, expected: Expected, of_exact: dict[int, Tensor]) -> None:
         """Builds and times one engine into the report. `of_exact`: the exact engine's logits by length, which it fills."""
@@ -221,16 +232,18 @@ def main() -> int:
 
     from hyperattention.library import build_info, trt_library_path
 
-    bench = Bench(options, PrefillEngine, "cuda")
     machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "tensorrt": trt.__version__}
-    bench.report = {**machine, "build_id": build_info(trt_library_path())["build_id"], **bench.report}
-    bench.say(", ".join(map(str, machine.values())))
-    try:
-        bench.report["fa4"] = fa4_times(options.shape, options.lengths, options.budget_ms)
-        bench.say(f"FA4, one layer: {bench.report['fa4']}")
-    except ImportError as error:
-        bench.report["missing"]["FA4"] = str(error)
-    bench.run()
+    with ProcessPoolExecutor(len(options.depths), multiprocessing.get_context("spawn")) as pool:
+        bench = Bench(options, PrefillEngine, "cuda", pool)
+        bench.prepare()
+        bench.report = {**machine, "build_id": build_info(trt_library_path())["build_id"], **bench.report}
+        bench.say(", ".join(map(str, machine.values())))
+        try:
+            bench.report["fa4"] = fa4_times(options.shape, options.lengths, options.budget_ms)
+            bench.say(f"FA4, one layer: {bench.report['fa4']}")
+        except ImportError as error:
+            bench.report["missing"]["FA4"] = str(error)
+        bench.run()
     targets = bench.report["targets"]
     print(prefill_table.speedup_table(bench.report["results"]))
     print("; ".join(prefill_table.verdict(result) for result in targets))

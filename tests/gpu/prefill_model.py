@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from hyperattention.export.files import TWIN
+from hyperattention.export.model_files import quiet
 from hyperattention.export.onnx_graph import export_onnx, hyper_nodes
 from hyperattention.export.patch import install
 from hyperattention.export.plan import ExportPlan, make_plan
@@ -67,14 +68,15 @@ class Model:
     dtype: str = "bf16"
     attributes: Mapping[str, int] | None = None
 
-    def make(self, folder: Path) -> PreTrainedModel:
-        """The model on the processor, random and always the same, and its directory in `folder`, whose weights are of one layer."""
+    def tied(self) -> PreTrainedModel:
+        """The model on the processor, random and always the same."""
+        return _repeat_layer(self.one_layer(), self.shape.layers)
+
+    def one_layer(self) -> PreTrainedModel:
+        """The same of one layer."""
         torch.manual_seed(0)
-        one = replace(self.shape, layers=1).config(self.seq[2])
-        model = AutoModelForCausalLM.from_config(one, dtype=torch_dtype(self.dtype)).eval()
-        model.save_pretrained(folder)
-        self.shape.config(self.seq[2]).save_pretrained(folder)
-        return _repeat_layer(model, self.shape.layers)
+        config = replace(self.shape, layers=1).config(self.seq[2])
+        return AutoModelForCausalLM.from_config(config, dtype=torch_dtype(self.dtype)).eval()
 
     def plan(self, folder: Path, variant: str) -> ExportPlan:
         """What export-model would do with the directory in `folder` for one of VARIANTS."""
@@ -96,10 +98,17 @@ def _repeat_layer(model: Any, count: int) -> PreTrainedModel:
     return model
 
 
-def export(model: PreTrainedModel, plan: ExportPlan, folder: Path) -> None:
-    """Writes the ONNX files of `plan` into `folder`, as export-model does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    export_onnx(install(model, plan), plan, folder, lambda step: None)
+def prepare(model: Model, folder: Path) -> None:
+    """Writes `folder`/model, the directory that export-model would be given (its weights are of one layer), and `folder`/onnx, the
+    ONNX files of the exact plan. Uses the processor alone, so that a process of its own can do it meanwhile.
+    """
+    one = model.one_layer()
+    with quiet():
+        one.save_pretrained(folder / "model")
+    model.shape.config(model.seq[2]).save_pretrained(folder / "model")
+    plan = model.plan(folder / "model", "exact")
+    (folder / "onnx").mkdir()
+    export_onnx(install(_repeat_layer(one, model.shape.layers), plan), plan, folder / "onnx", lambda step: None)
 
 
 def write_variant(onnx_file: Path, plan: ExportPlan, folder: Path) -> list[str]:
