@@ -153,7 +153,9 @@ class Bench:
         self.files[depth].result()
         self.say(f"{depth} layers: ONNX of {(folder / 'onnx' / TWIN).stat().st_size / 2**20:,.0f} MiB")
         plans = {variant: model.plan(folder / "model", variant) for variant in ("exact", *options.variants)}
-        expected = torch_logits(model.tied().to(self.device), plans["exact"], model.shape, options.lengths if first else [])
+        loaded: Any = model.tied()  # transformers wraps `to` so that its first argument reads as the model
+        expected = torch_logits(loaded.to(self.device), plans["exact"], model.shape, options.lengths if first else [])
+        del loaded
         self.say(f"{depth} layers: PyTorch's logits")
         of_exact: dict[int, Tensor] = {}
         for variant in options.variants:
