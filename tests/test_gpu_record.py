@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_record
+import profile_table
 import pytest
 from bench_table import TARGETS, check_targets, markdown
 from collect import collect
@@ -45,6 +46,23 @@ def prefill() -> dict[str, Any]:
             rows = [{"tokens": int(tokens), "ms": depth + attention, "plugin_ms": attention} for tokens in report["fa4"]]
             report["engines"].append({"depth": depth, "variant": variant, "approximate": approximate, "rows": rows})
     return report | {"targets": prefill_targets(results(report))}
+
+
+def profile() -> dict[str, Any]:
+    """A time split of one call of each selector; the second says something of its differences."""
+    rates = dict.fromkeys(("flop_per_s", "int8_op_per_s", "bytes_per_s", "roofline"))
+    blocks = [
+        {**rates, "stage": "pool", "seconds": 0.002, "bytes_per_s": 2e12, "roofline": 0.5},
+        {**rates, "stage": "select", "seconds": 0.001, "int8_op_per_s": 3e14, "bytes_per_s": 1e11, "roofline": 0.25},
+        {**rates, "stage": "local", "seconds": 0.004, "flop_per_s": 4e14, "bytes_per_s": 1e12, "roofline": 0.6},
+        {**rates, "stage": "total", "seconds": 0.007, "flop_per_s": 2e14, "roofline": 0.51},
+    ]
+    paper = [{**blocks[0], "stage": "hash"}, {**rates, "stage": "merge", "seconds": 0.0005}, blocks[-1]]
+    cases = [
+        {"preset": preset, "head_dim": 64, "length": 131072, "runs": 3, "stages": stages, "launches": [1], "notes": notes}
+        for preset, stages, notes in (("blocks", blocks, []), ("paper", paper, ["two kernels"]))
+    ]
+    return {"kind": "profile", "rows": [], "profile": {"ceilings": {"text": "4 TB/s"}, "method": ["by hand"], "cases": cases}}
 
 
 def model_report() -> dict[str, Any]:
@@ -86,10 +104,10 @@ def folder(tmp_path: Path) -> Path:
     (out / "prefill/prefill.json").write_text(json.dumps(prefill()))
     (out / "kinds").mkdir()
     (out / "kinds/kinds.json").write_text(json.dumps({"image": {"passed": True, "seconds": 1.0}}))
-    times = {"problem": {"text": "alone"}, "rows": [{"length": 4096, "contender": "ours", "median_s": 0.001}]}
-    for name in ("bench-attention", "bench-model"):
+    times = {"kind": "attention", "problem": {"text": "alone"}, "rows": [{"length": 4096, "contender": "ours", "median_s": 0.001}]}
+    for name, more in (("bench-attention", {"growth": []}), ("bench-model", {"growth": []}), ("bench-profile", profile())):
         (out / name).mkdir()
-        (out / name / "bench.json").write_text(json.dumps(times))
+        (out / name / "bench.json").write_text(json.dumps({**times, **more}))
     for name in gpu_record.MODELS:
         (out / name / "report").mkdir(parents=True)
         (out / name / "report/report.json").write_text(json.dumps(model_report()))
@@ -191,6 +209,17 @@ def test_verify_runs_the_steps_that_the_record_wants(tmp_path: Path) -> None:
     lines = [line.split("\t") for line in (tmp_path / "steps.tsv").read_text().splitlines()]
     assert sorted(name for name, *_ in lines) == sorted(gpu_record.STEPS)
     assert all(seconds.isdigit() for *_, seconds in lines)
+
+
+def test_the_time_split_is_recorded_and_written_as_tables(folder: Path) -> None:
+    recorded = collect([folder])["steps"]["bench-profile"]["bench"]["profile"]
+    assert "launches" not in recorded["cases"][0]
+    text = profile_table.markdown(recorded)
+    assert "| preset | D | tokens | pool, hash | select, sort | local | merge | total |" in text
+    assert "| `blocks` | 64 | 131,072 | 2.00 | 1.00 | 4.00 | – | 7.00 |" in text
+    assert "| `paper` | 64 | 131,072 | 2.00 | – | – | 0.50 | 7.00 |" in text
+    assert "| `blocks` | 64 | 131,072 | 2.00 TB/s, 50% | 300 TOP/s, 25% | 400 TFLOP/s, 60% | 51% |" in text
+    assert "Ceilings: 4 TB/s.\n- by hand" in text and "paper, D=64, 131,072 tokens: two kernels." in text
 
 
 def test_targets_and_tables() -> None:

@@ -56,7 +56,7 @@ class CudaRecorder:
         from torch.profiler import ProfilerActivity, profile
 
         torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
             for call in calls:
                 for _ in range(_FILLS):
                     self.scratch.fill_(1)

@@ -61,12 +61,15 @@ def read_engines(folder: Path) -> dict[str, Any]:
 
 
 def read_bench(file: Path) -> dict[str, Any]:
-    """What was timed, and medians in seconds by length and contender."""
+    """What was timed, medians in seconds by length and contender, and how they grow; or the time split, without single launches."""
     report = json.loads(file.read_text())
+    if report["kind"] == "profile":
+        cases = [{key: value for key, value in case.items() if key != "launches"} for case in report["profile"]["cases"]]
+        return {"problem": report["problem"]["text"], "profile": {**report["profile"], "cases": cases}}
     rows: dict[str, dict[str, float]] = {}
     for row in report["rows"]:
         rows.setdefault(str(row["length"]), {})[row["contender"]] = row["median_s"]
-    return {"problem": report["problem"]["text"], "seconds": rows}
+    return {"problem": report["problem"]["text"], "seconds": rows, "growth": report["growth"]}
 
 
 def read_model(folder: Path, name: str) -> dict[str, Any]:

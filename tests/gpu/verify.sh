@@ -89,7 +89,8 @@ if wanted model; then
 fi
 if wanted bench; then
   lengths=(--lengths 4096,16384,65536,131072)
-  step bench-attention bench bench-attention --attention --preset blocks,paper "${lengths[@]}"
+  step bench-attention bench bench-attention --attention --preset blocks,paper --lengths 4096,16384,65536,131072,1048576
+  step bench-profile bench bench-profile --attention --profile --preset blocks,paper --head-dim 64,128 --lengths 4096,32768,131072
   step bench-model bench bench-model "$out/all" --model "$model" --exact-engine "$out/exact/model.engine" "${lengths[@]}"
 fi
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }
