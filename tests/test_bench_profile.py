@@ -24,7 +24,7 @@ from hyperattention.validate.bench_timing import Settings
 
 SCHEMA = Path(__file__).resolve().parent.parent / "docs/bench.schema.json"
 PNG = b"\x89PNG\r\n\x1a\n"
-SMALL = dict(block_size=16, num_blocks=2, sample_size=24, local_size=64, sinks=16, exact_below=32)
+SMALL: dict[str, Any] = dict(block_size=16, num_blocks=2, sample_size=24, local_size=64, sinks=16, exact_below=32)
 CEILINGS = Ceilings(copy_bytes=1e9, matrix_ops=1e12, int8_ops=2e12, text="measured by hand")
 POOL, SELECT = "void ha::(anonymous namespace)::pool_kernel<float>(ha::PoolArgs)", "void ha::select_kernel<64>(ha::SelectArgs)"
 HASH, SORT = "void ha::hash_kernel<float>(ha::HashArgs)", "void ha::(anonymous namespace)::sort_kernel(ha::SortArgs)"
@@ -38,8 +38,9 @@ COSTS = {"base": 5.0, "sinks": 0.5, "num_blocks": 3.0, "sample_size": 2.0}  # se
 class FakeOperation:
     """The op without kernels: what it would launch, by what its configuration holds."""
 
-    def __init__(self, config: Config, length: int = 256, dim: int = 64, near: str = NEAR) -> None:
-        self.config, self.near, self.launched = config, near, []
+    def __init__(self, config: Config, length: int = 256, dim: int = 64, near: str = NEAR, levels: int = 2) -> None:
+        self.config, self.near, self.levels = config, near, levels
+        self.launched: list[tuple[str, float]] = []
         self.geometry = Geometry(config, 1, 2, 2, length, length, dim, dim)
 
     def select(self) -> torch.Tensor:
@@ -52,7 +53,7 @@ class FakeOperation:
             assert plan.shape[-1] == config.num_blocks
         spent = COSTS["base"] + sum(COSTS[name] for name in ("sinks", "num_blocks", "sample_size") if getattr(config, name))
         if config.selector == "sortlsh" and (config.num_blocks or config.sample_size):
-            self.launched.append((NODE, spent - COSTS["base"]))
+            self.launched += [(NODE, (spent - COSTS["base"]) / self.levels)] * self.levels
             spent = COSTS["base"]
         self.launched.append((self.near if config.sample_size else NEAR, spent))
 
@@ -121,6 +122,12 @@ def test_sorted_nodes_lose_to_merge_what_their_launches_pass_on() -> None:
     assert row["how"] == "estimate" and row["roofline"] is None and row["bytes_per_s"] is None
 
 
+def test_levels_that_share_a_launch_have_no_known_merge() -> None:
+    found = split_of(Config(selector="sortlsh", **{**SMALL, "sinks": 0, "local_overlap": 0}), levels=1)
+    assert "merge" not in times(found) and times(found)["heavy"] == pytest.approx(3)
+    assert found["notes"] == ["merge is not estimated: attention took 2 launches, not one for each of the tree's 3 steps"]
+
+
 def test_a_full_mask_has_no_local_part() -> None:
     blocks = split_of(Config(causal=0, **SMALL))
     assert times(blocks) == pytest.approx({"pool": 0.75, "select": 1.5, "sinks": 5.5, "heavy": 3, "sampled": 2, "rest": 0, "total": 12.75})
@@ -177,14 +184,14 @@ def test_another_kernel_behind_a_difference_is_said() -> None:
     assert note.startswith("local: measured with attend_kernel<float, 64, PositionWalk>") and len(others) == 2
 
 
-def test_no_launch_and_launches_that_differ_are_refused() -> None:
+def test_no_launch_and_launches_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     op = FakeOperation(Config(**SMALL))
-    op.attend = lambda config, plan: None
+    monkeypatch.setattr(op, "attend", lambda config, plan: None)
     with pytest.raises(EnvironmentFault, match="no kernel of HyperAttention"):
         split(op, FakeRecorder(op), CEILINGS, 2, Settings(repeats=3))
     op, calls = FakeOperation(Config(**SMALL)), []
     forward = op.forward
-    op.forward = lambda: (calls.append(1), forward(), op.launched.pop(0) if len(calls) == 3 else None)
+    monkeypatch.setattr(op, "forward", lambda: (calls.append(1), forward(), op.launched.pop(0) if len(calls) == 3 else None))
     with pytest.raises(EnvironmentFault, match="launched different kernels"):
         split(op, FakeRecorder(op), CEILINGS, 2, Settings(repeats=3, max_seconds=1e6))
 

@@ -13,7 +13,7 @@ from hyperattention.config import PRESETS, Config
 from hyperattention.geometry import Geometry
 from hyperattention.selection import Plan, make_plan
 from hyperattention.sortlsh import ranks
-from hyperattention.validate.bench_profile_work import Work, attention_work, merge_bytes, selection_work
+from hyperattention.validate.bench_profile_work import Work, attention_work, merge_bytes, selection_work, tree_launches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BLOCKS = Config(block_size=16, num_blocks=2, pool_size=4, sample_size=24, local_size=64, sinks=16, exact_below=32)
@@ -144,7 +144,9 @@ def test_hash_and_sort_move_ranks_and_the_plan(config: Config) -> None:
 @pytest.mark.parametrize("config", [c for n, c in CASES.items() if "sortlsh" in n], ids=str)
 def test_merge_moves_o_and_lse_once_for_every_launch_after_a_rows_first(config: Config) -> None:
     rows, _ = plan_of(config).orders(geometry(config))
-    launches = (rows >= 0).sum(2) + int(bool(config.causal or config.sinks))  # [B, Hq, Sq]: levels, then local part and sinks
+    near = int(bool(config.causal or config.sinks))  # local part and sinks
+    launches = (rows >= 0).sum(2) + near  # [B, Hq, Sq]
+    assert tree_launches(geometry(config)) == near + int((rows >= 0).any(-1).any(1).any(0).sum())
     again = int((launches - 1).clamp(min=0).sum())
     assert merge_bytes(geometry(config), 2) == 2 * again * (2 * DIM + 4)
 

@@ -19,7 +19,16 @@ from torch import Tensor
 from hyperattention.config import Config
 from hyperattention.errors import EnvironmentFault
 from hyperattention.geometry import Geometry
-from hyperattention.validate.bench_profile_work import EXACT, PARTS, SELECTION, Work, attention_work, merge_bytes, selection_work
+from hyperattention.validate.bench_profile_work import (
+    EXACT,
+    PARTS,
+    SELECTION,
+    Work,
+    attention_work,
+    merge_bytes,
+    selection_work,
+    tree_launches,
+)
 from hyperattention.validate.bench_timing import LEAST_RUNS, Settings
 
 MERGE, REST, TOTAL = "merge", "rest", "total"
@@ -96,14 +105,13 @@ def split(op: Operation, recorder: Recorder, ceilings: Ceilings, element: int, s
         after = median(sum(launch.seconds for launch in run) for run in found)
         times[name], hows[name], before = after - before, DIFFERENCE if before else KERNELS, after
     works = {**choosing, **attending}
-    _take_merge(g, element, times, hows, works, ceilings, partial)
+    notes = _other_kernels(partial) + _take_merge(g, element, times, hows, works, ceilings, partial)
 
     total = median(run[-1].stop - run[0].start for run in whole)
     times[REST], hows[REST] = total - sum(times.values()), DIFFERENCE
     needed = sum((work for name, work in works.items() if name != MERGE), Work())
     rows = [_row(name, spent, total, hows[name], works.get(name, Work()), ceilings) for name, spent in times.items()]
     launches = [{"name": short_name(name), "seconds": spent} for name, spent in _medians(whole)]
-    notes = _other_kernels(partial)
     return {
         "runs": len(whole),
         "stages": [*rows, _row(TOTAL, total, total, KERNELS, needed, ceilings)],
@@ -170,15 +178,18 @@ def _take_merge(
     works: dict[str, Work],
     ceilings: Ceilings,
     partial: dict[str, list[list[Launch]]],
-) -> None:
-    """Adds the row `merge` and takes its time off the first part that lies in the tree's launches."""
-    part = next((name for name in ("heavy", "sampled") if name in partial), None)
-    # One launch keeps what a row has seen in registers.
-    moved = merge_bytes(g, element) if part and len(list(partial.values())[-1][0]) > 1 else 0
-    if part and moved:
-        works[MERGE] = Work(bytes=moved)
-        times[MERGE], hows[MERGE] = moved / ceilings.copy_bytes, ESTIMATE
-        times[part] -= times[MERGE]
+) -> list[str]:
+    """Adds the row `merge` and takes its time off the first part that lies in the tree's launches; a note where it is not known."""
+    part, moved = next((name for name in ("heavy", "sampled") if name in partial), None), merge_bytes(g, element)
+    launches = len(list(partial.values())[-1][0]) if partial else 0
+    if not part or not moved or launches == 1:  # one launch keeps what a row has seen in registers
+        return []
+    if launches < tree_launches(g):
+        return [f"merge is not estimated: attention took {launches} launches, not one for each of the tree's {tree_launches(g)} steps"]
+    works[MERGE] = Work(bytes=moved)
+    times[MERGE], hows[MERGE] = moved / ceilings.copy_bytes, ESTIMATE
+    times[part] -= times[MERGE]
+    return []
 
 
 def _row(name: str, spent: float, total: float, how: str, work: Work, ceilings: Ceilings) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class CudaRecorder:
 
     def record(self, calls: Sequence[Callable[[], object]]) -> list[list[Launch]]:
         """Raises EnvironmentFault where the profiler did not see every call."""
-        from torch.autograd import DeviceType
+        from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
         from torch.profiler import ProfilerActivity, profile
 
         torch.cuda.synchronize()
@@ -62,7 +62,7 @@ class CudaRecorder:
                     self.scratch.fill_(1)
                 call()
             torch.cuda.synchronize()
-        seen = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+        seen = [event for event in profiler.events() or () if event.device_type == DeviceType.CUDA]
         launches = [Launch(event.name, event.time_range.start / 1e6, event.time_range.end / 1e6) for event in seen]
         found = grouped(launches)
         if len(found) != len(calls):
@@ -100,7 +100,7 @@ def measure_ceilings(dtype: str) -> Ceilings:
         matrix = 2 * _SIDE**3 / _median(clock, lambda: a @ b)
     a8, b8 = (torch.randint(-127, 128, (_SIDE, _SIDE), dtype=torch.int8, device="cuda") for _ in range(2))
     try:
-        int8 = 2 * _SIDE**3 / _median(clock, lambda: torch._int_mm(a8, b8.t()))
+        int8 = 2 * _SIDE**3 / _median(clock, lambda: torch._int_mm(a8, b8.t()))  # pyright: ignore[reportPrivateImportUsage]
         said = f"and int8 {int8 / 1e12:.0f} TOP/s"
     except RuntimeError as error:
         int8, said = None, f"int8 not measured ({' '.join(str(error).split())[:120]})"

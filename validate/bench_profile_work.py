@@ -79,6 +79,12 @@ def merge_bytes(g: Geometry, element: int) -> int:
     return 2 * g.batch * g.heads_q * again * (element * g.head_dim_v + LSE_BYTES)
 
 
+def tree_launches(g: Geometry) -> int:
+    """Launches of attention where every level of the tree, and local part and sinks, is one."""
+    levels = {level for level, m in g.nodes if len(g.node(level, m, g.seq_k).keys)} if g.sorts else set()
+    return len(levels) + bool(g.config.causal or g.config.sinks)
+
+
 def _sorted_bytes(g: Geometry) -> int:
     """The ranks of every node's rows and keys read, and the whole plan written: a slot a level of every row and key."""
     rows = keys = 0

@@ -17,7 +17,7 @@ COLUMNS = ("pool, hash", "select, sort", "exact", "local", "sinks", "heavy", "sa
 
 def columns(case: Mapping[str, Any], key: str) -> dict[str, float | None]:
     """One figure of every stage, by the tables' columns."""
-    return {STAGES.get(row["stage"], row["stage"]): row[key] for row in case["stages"]}
+    return {str(STAGES.get(row["stage"], row["stage"])): row[key] for row in case["stages"]}
 
 
 def split_table(cases: Sequence[Mapping[str, Any]]) -> str:
