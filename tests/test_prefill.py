@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bench_prefill
@@ -186,13 +189,29 @@ class Later(Executor):
 LOGITS = {tokens: torch.tensor([1.0, 2.0]) for tokens in (bench_prefill.CHECKED, 32768, 131072)}
 
 
+@pytest.fixture(scope="module")
+def prepare_once(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`prepare`, which copies what it made of the same depth before."""
+    made: dict[int, Path] = {}
+
+    def call(model: Model, folder: Path) -> None:
+        depth = model.shape.layers
+        if depth not in made:
+            made[depth] = tmp_path_factory.mktemp("made")
+            prepare(model, made[depth])
+        shutil.copytree(made[depth], folder)
+
+    return call
+
+
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepare_once: Any) -> Any:
     """Runs the benchmark with made-up engines and PyTorch's logits; the report as it was written."""
 
     def call(*arguments: str, **problems: Any) -> dict[str, Any]:
         twin = torch.tensor([1.0, 2.1])
         monkeypatch.setattr(MadeUp, "problems", problems)
+        monkeypatch.setattr(bench_prefill, "prepare", prepare_once)
         monkeypatch.setattr(bench_prefill, "torch_logits", lambda *_: bench_prefill.Expected(LOGITS, twin))
         options = bench_prefill.parse(["--out", str(tmp_path / "out"), *arguments])
         options.shape = TINY
@@ -230,7 +249,9 @@ def test_wrong_logits_are_failures(run: Any) -> None:
     assert set(report["failed"]) == {f"exact, 2 layers, {tokens} tokens" for tokens in LOGITS}
 
 
-def test_no_depth_begins_that_would_end_too_late(run: Any) -> None:
-    report = run("--depths", "2", "4000", "--seconds", "600")
-    assert "4000 layers" in report["missing"] and len(report["engines"]) == 3
+def test_no_depth_begins_that_would_end_too_late(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every look at the clock finds it ten seconds later, so that two layers take some hundreds."""
+    monkeypatch.setattr(bench_prefill, "time", SimpleNamespace(perf_counter=itertools.count(0.0, 10.0).__next__))
+    report = run("--depths", "2", "40", "--seconds", "1000")
+    assert set(report["missing"]) == {"40 layers"} and "of 1000 s" in report["missing"]["40 layers"] and len(report["engines"]) == 3
     assert all(result["least"] is None for result in report["targets"]), "one depth gives no slope"
