@@ -6,6 +6,7 @@ runs the same checks, and more of them, on one.
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -35,34 +36,57 @@ from hyperattention.native import Library, _Call
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = "-std=c++17 -O2 -fPIC -fvisibility=hidden -ffp-contract=off -DHA_EMULATE -Wall -Wextra -Wno-unknown-pragmas -Werror".split()
+WARNINGS = "-Wall -Wextra -Wno-unknown-pragmas -Wno-missing-field-initializers -Werror".split()
+FLAGS = [*"-std=c++17 -O2 -fPIC -fvisibility=hidden -ffp-contract=off -DHA_HOPPER=1".split(), *WARNINGS]
+CAPABILITIES = (80, 90)
 INCLUDES = [f"-I{ROOT / folder}" for folder in ("plugins", "plugins/cuda", "tests/emulation")]
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    """The CUDA sources compiled for the processor."""
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The CUDA sources compiled for the processor, by the compute capability that the emulated device has."""
     compiler = shutil.which("g++")
     if not compiler:
         pytest.skip("g++ is missing")
     folder = tmp_path_factory.mktemp("emulated")
-    sources = [
-        *sorted((ROOT / "plugins/cuda").glob("[!s]*.cu")),
-        *sorted((ROOT / "plugins/cuda").glob("s[!m]*.cu")),
-        ROOT / "plugins/config.cpp",
-        ROOT / "tests/emulation/emulator.cpp",
-    ]
+    emulator = ROOT / "tests/emulation/emulator.cpp"
+    common = sorted({*(ROOT / "plugins/cuda").glob("*.cu"), ROOT / "plugins/config.cpp", *emulator.parent.glob("*.cpp")} - {emulator})
 
-    def build(source: Path) -> Path:
-        target = folder / (source.stem + ".o")
-        subprocess.run([compiler, *FLAGS, *INCLUDES, "-x", "c++", "-c", str(source), "-o", str(target)], check=True)
+    def build(source: Path, capability: int) -> Path:
+        target = folder / f"{source.stem}_{capability}.o"
+        command = [compiler, *FLAGS, f"-DHA_EMULATE={capability}", *INCLUDES, "-x", "c++", "-c", str(source), "-o", str(target)]
+        subprocess.run(command, check=True)
         return target
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(build, sources))
-    path = folder / "libhyperattention_trt.so"
-    subprocess.run([compiler, "-shared", "-o", str(path), *map(str, objects)], check=True)
-    return Library(path, "ha_cuda_", "cpu")
+        own = {capability: pool.submit(build, emulator, capability) for capability in CAPABILITIES}  # the one that says what device it is
+        shared = list(pool.map(lambda source: build(source, CAPABILITIES[0]), common))
+    paths = {}
+    for capability, emulator_object in own.items():
+        paths[capability] = folder / str(capability) / "libhyperattention_trt.so"
+        paths[capability].parent.mkdir()
+        objects = map(str, [*shared, emulator_object.result()])
+        subprocess.run([compiler, "-shared", "-o", str(paths[capability]), *objects], check=True)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def library(libraries: dict[int, Path]) -> Library:
+    """On a device of compute capability 8.0."""
+    return Library(libraries[80], "ha_cuda_", "cpu")
+
+
+@pytest.fixture(scope="module")
+def hopper(libraries: dict[int, Path]) -> Library:
+    """On a device of compute capability 9.0."""
+    return Library(libraries[90], "ha_cuda_", "cpu")
+
+
+def products(library: Library) -> int:
+    """How many products of a warp group have run so far: only the Hopper kernels have any."""
+    count = ctypes.CDLL(str(library.path)).ha_emulated_products
+    count.restype = ctypes.c_int64
+    return count()
 
 
 PLAIN = Case("plain", 70, 203, dims=(64, 64))

@@ -3,6 +3,18 @@
 #pragma once
 #include "device.cuh"
 
+namespace ha {
+
+// A matrix in shared memory of 128-byte rows, swizzled: start, bytes between its 64-element columns (only where rows run along the
+// outer index), bytes between groups of eight rows.
+HA_DEVICE uint64_t matrix(uint32_t address, int leading, int stride) {
+  return uint64_t{1} << 62 | uint64_t(stride >> 4) << 32 | uint64_t(leading >> 4) << 16 | uint64_t((address & 0x3FFFF) >> 4);
+}
+// `matrix` moved by so many bytes.
+HA_DEVICE uint64_t matrix_at(uint64_t matrix, int bytes) { return matrix + uint64_t(bytes >> 4); }
+
+}  // namespace ha
+
 #ifdef HA_EMULATE
 #include "sm90_emulator.h"
 #else
@@ -13,8 +25,6 @@
 #include <utility>
 
 namespace ha {
-
-constexpr int kGroupThreads = 128;  // threads of a warp group
 
 // --- barriers in shared memory, by address; waiting ends when the phase of this parity is complete ------------------
 
@@ -82,14 +92,6 @@ HA_DEVICE void give_registers() {
 }
 
 // --- products of a warp group ---------------------------------------------------------------------------------------
-
-// A matrix in shared memory of 128-byte rows, swizzled: start, bytes between its 64-element columns (only where rows run along the
-// outer index), bytes between groups of eight rows.
-HA_DEVICE uint64_t matrix(uint32_t address, int leading, int stride) {
-  return uint64_t{1} << 62 | uint64_t(stride >> 4) << 32 | uint64_t(leading >> 4) << 16 | uint64_t((address & 0x3FFFF) >> 4);
-}
-// `matrix` moved by so many bytes.
-HA_DEVICE uint64_t matrix_at(uint64_t matrix, int bytes) { return matrix + uint64_t(bytes >> 4); }
 
 template <class T, int kColumns>
 struct Product;

@@ -1,8 +1,17 @@
 // How the copy engine sees a tensor: [slices, rows, columns] in boxes of 64 rows and 64 columns, swizzled for the tensor cores.
 #pragma once
+#include "sm90_config.h"
 #include "sm90_device.cuh"
 
-#ifndef HA_EMULATE
+#ifdef HA_EMULATE
+namespace ha {
+
+inline TileMap tile_map(const void* base, int32_t, int64_t slices, int64_t rows, int64_t columns) {
+  return {base, slices, rows, columns, kTileKeys, kTileColumns};
+}
+
+}  // namespace ha
+#else
 #include <cuda.h>
 
 #include "launch.cuh"

@@ -1,60 +1,17 @@
+// Fibers and their scheduler, the block's own barrier, and copies into shared memory.
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <type_traits>
-#include <vector>
 
-#include "device.cuh"
+#include "machine.h"
 
 namespace ha {
+
+Block block;
+
 namespace {
 
-constexpr int kWarp = 32, kMaxThreads = 1024;
-constexpr size_t kStack = 256 * 1024;
-constexpr uint32_t kBelowTf32 = 0x1fff;  // bits of an fp32 word that a TF32 product ignores
-
-struct Copy {
-  uint32_t target;
-  const void* source;
-  bool valid;
-};
-
-struct Fiber {
-  void* stack_pointer = nullptr;
-  std::unique_ptr<unsigned char[]> stack;
-  bool done = false;
-  std::vector<Copy> open;                 // not committed
-  std::vector<std::vector<Copy>> groups;  // committed, not landed
-};
-
-// One operation that a set of threads meets at: the last to arrive computes for all.
-struct Meeting {
-  int arrived = 0;
-  uint64_t round = 0;
-};
-
-struct Lane {
-  uint32_t in[12], out[4];
-};
-
-struct Warp {
-  Meeting meeting;
-  Lane lanes[kWarp];
-};
-
-struct Block {
-  int64_t index = 0;
-  int threads = 0, current = 0;
-  std::vector<Fiber> fibers;
-  std::vector<Warp> warps;
-  std::vector<unsigned char> shared;
-  unsigned char* base = nullptr;
-  Meeting meeting;
-  void* scheduler = nullptr;
-  uint64_t progress = 0;
-  const std::function<void()>* body = nullptr;
-} block;
+constexpr int kMaxThreads = 1024, kRegisters = 64 * 1024;
+constexpr size_t kStack = 256 * 1024, kMostShared = 227 * 1024, kAlignment = 1024;
 
 // Saves the callee-saved registers, stores the stack pointer in *from and goes on at `to`.
 extern "C" void ha_switch_fiber(void** from, void* to);
@@ -81,123 +38,15 @@ ha_switch_fiber:
   ret
 )");
 
-[[noreturn]] void fail(const char* message) {
-  std::fprintf(stderr, "emulator: %s (block %lld)\n", message, static_cast<long long>(block.index));
-  std::abort();
-}
-
-Fiber& self() { return block.fibers[block.current]; }
-Warp& warp() { return block.warps[block.current / kWarp]; }
-Lane& lane() { return warp().lanes[block.current % kWarp]; }
-
-void yield() { ha_switch_fiber(&self().stack_pointer, block.scheduler); }
-
 void run_fiber() {
   (*block.body)();
-  if (!self().open.empty() || !self().groups.empty()) {
-    for (const auto& group : self().groups)
-      if (!group.empty()) fail("a thread ended with a copy in flight");
-    if (!self().open.empty()) fail("a thread ended with a copy that was never committed");
-  }
+  for (const auto& group : self().groups) require(group.empty(), "a thread ended with a copy in flight");
+  require(self().open.empty(), "a thread ended with a copy that was never committed");
+  require(self().commits.empty(), "a thread ended with a product in flight");
   self().done = true;
   ++block.progress;
   yield();
   fail("a finished thread ran again");
-}
-
-template <class Compute>
-void meet(Meeting& meeting, int count, Compute compute) {
-  const uint64_t round = meeting.round;
-  ++block.progress;
-  if (++meeting.arrived == count) {
-    compute();
-    meeting.arrived = 0;
-    ++meeting.round;
-    return;
-  }
-  while (meeting.round == round) yield();
-}
-
-// All lanes of a warp give `in`; `compute` fills every lane's `out`.
-template <class Compute>
-void warp_operation(Compute compute) {
-  meet(warp().meeting, kWarp, [&] { compute(warp().lanes); });
-}
-
-float half_to_float(uint16_t bits) {
-  _Float16 x;
-  std::memcpy(&x, &bits, 2);
-  return float(x);
-}
-uint16_t float_to_half(float x) {
-  const _Float16 y = _Float16(x);
-  uint16_t bits;
-  std::memcpy(&bits, &y, 2);
-  return bits;
-}
-uint16_t float_to_bfloat16(float x) {
-  const uint32_t bits = float_bits(x);
-  if (x != x) return 0x7fff;
-  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-// Element i (0 or 1) of a word of 16-bit floats.
-template <class T>
-float element(uint32_t word, int i) {
-  return to_float(T{uint16_t(word >> (16 * i))});
-}
-int byte(uint32_t word, int i) { return int8_t(word >> (8 * i)); }
-
-// c = a b + c for fragments of `kPerWord` elements a word: rows and columns of the operands as in the PTX manual, with
-// g = lane / 4 and t = lane % 4: A word w holds row g + 8 (w % 2), columns kPerWord t .. of half w / 2; B word w holds
-// column g, rows kPerWord t .. of half w; C element e holds row g + 8 (e / 2), column 2 t + e % 2.
-// The sum is as the tensor cores form it: exact up to double, then rounded towards zero.
-template <int kPerWord, class C, class Multiply>
-void matrix_product(Lane* lanes, Multiply multiply) {
-  for (int l = 0; l < kWarp; ++l) {
-    for (int e = 0; e < 4; ++e) {
-      const int row = l / 4 + 8 * (e / 2), column = l % 4 * 2 + e % 2;
-      C c;
-      std::memcpy(&c, &lanes[l].in[8 + e], 4);
-      std::conditional_t<std::is_same_v<C, float>, double, C> sum = c;
-      for (int half = 0; half < 2; ++half)
-        for (int t = 0; t < 4; ++t)
-          for (int i = 0; i < kPerWord; ++i) {
-            const uint32_t a = lanes[row % 8 * 4 + t].in[row / 8 + 2 * half], b = lanes[column * 4 + t].in[4 + half];
-            sum += multiply(a, b, i);
-          }
-      c = C(sum);
-      if constexpr (std::is_same_v<C, float>) {
-        if (std::abs(double(c)) > std::abs(sum)) c = std::nextafter(c, 0.0f);
-      }
-      std::memcpy(&lanes[l].out[e], &c, 4);
-    }
-  }
-}
-
-template <class C>
-void give(const C (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  std::memcpy(lane().in, a, 16);
-  lane().in[4] = b0;
-  lane().in[5] = b1;
-  std::memcpy(lane().in + 8, c, 16);
-}
-
-void matrices(uint32_t (&r)[4], uint32_t address, bool transposed) {
-  if (address % 16 || address + 16 > block.shared.size()) fail("ldmatrix outside shared memory");
-  lane().in[0] = address;
-  warp_operation([transposed](Lane* lanes) {
-    for (int m = 0; m < 4; ++m)
-      for (int l = 0; l < kWarp; ++l) {
-        uint16_t pair[2];
-        for (int i = 0; i < 2; ++i) {
-          const int row = transposed ? l % 4 * 2 + i : l / 4, column = transposed ? l / 4 : l % 4 * 2 + i;
-          std::memcpy(&pair[i], block.base + lanes[m * 8 + row].in[0] + column * 2, 2);
-        }
-        lanes[l].out[m] = uint32_t(pair[0]) | uint32_t(pair[1]) << 16;
-      }
-  });
-  std::memcpy(r, lane().out, 16);
 }
 
 void start_fiber(Fiber& fiber) {
@@ -209,46 +58,101 @@ void start_fiber(Fiber& fiber) {
   fiber.stack_pointer = stack;
 }
 
+uint32_t random_number() {
+  static uint32_t state = 12345;
+  state = state * 1664525u + 1013904223u;
+  return state >> 8;
+}
+
+void land_one() {
+  const size_t i = random_number() % block.flying.size();
+  const auto landing = std::move(block.flying[i]);
+  block.flying.erase(block.flying.begin() + i);
+  landing();
+  ++block.progress;
+}
+
+// Says first what each thread waits for.
+[[noreturn]] void fail_deadlock() {
+  for (int i = 0, start = 0; i < block.threads; ++i) {
+    const Fiber& fiber = block.fibers[i];
+    const Fiber& next = block.fibers[i + 1 < block.threads ? i + 1 : i];
+    if (&next != &fiber && fiber.waits == next.waits && fiber.place == next.place && fiber.done == next.done) continue;
+    const char* const state = fiber.done ? "done, last" : fiber.waits;
+    std::fprintf(stderr, "  threads %d to %d: %s %lld\n", start, i, state, static_cast<long long>(fiber.place));
+    start = i + 1;
+  }
+  fail("deadlock: some threads wait for others that never come");
+}
+
+void run_block(int threads) {
+  for (auto& fiber : block.fibers) start_fiber(fiber);
+  for (int left = threads; left;) {
+    const uint64_t before = block.progress;
+    const int first = int(random_number() % uint32_t(threads)), direction = random_number() % 2 ? 1 : threads - 1;
+    for (int i = 0; i < threads; ++i) {
+      block.current = int((first + int64_t(i) * direction) % threads);
+      if (self().done) continue;
+      ha_switch_fiber(&block.scheduler, self().stack_pointer);
+      left -= self().done;
+    }
+    for (size_t chances = block.flying.size(); chances; --chances)
+      if (random_number() % 4 == 0) land_one();
+    if (left && block.progress == before) {
+      if (block.flying.empty()) fail_deadlock();
+      land_one();
+    }
+  }
+  require(block.flying.empty(), "the block ended before a load had landed");
+}
+
 }  // namespace
 
+void fail(const char* message) {
+  std::fprintf(stderr, "emulator: %s (block %lld, thread %d)\n", message, static_cast<long long>(block.index), block.current);
+  std::abort();
+}
+
+void yield() { ha_switch_fiber(&self().stack_pointer, block.scheduler); }
+
 void emulate(int64_t blocks, int threads, size_t shared, const std::function<void()>& body) {
-  if (threads % kWarp || threads > kMaxThreads) fail("threads must be a multiple of 32, up to 1024");
-  uint32_t random = 12345;
-  block.body = &body;
-  block.threads = threads;
-  for (block.index = 0; block.index < blocks; ++block.index) {
-    block.fibers.clear();
+  require(threads % kWarp == 0 && threads <= kMaxThreads, "threads must be a multiple of 32, up to 1024");
+  require(shared <= kMostShared, "more shared memory than a block can have");
+  for (int64_t index = 0; index < blocks; ++index) {
+    block = Block();
+    block.body = &body;
+    block.index = index;
+    block.blocks = blocks;
+    block.threads = threads;
     block.fibers.resize(threads);
-    block.warps.assign(threads / kWarp, Warp());
-    block.meeting = Meeting();
-    std::vector<unsigned char> storage(shared + 128, 0xff);  // all ones: NaN in every type
-    block.base = storage.data() + (128 - reinterpret_cast<uintptr_t>(storage.data()) % 128);
-    block.shared.resize(shared);
-    for (auto& fiber : block.fibers) start_fiber(fiber);
-    for (int left = threads; left;) {
-      const uint64_t before = block.progress;
-      random = random * 1664525u + 1013904223u;
-      const int first = int(random >> 8) % threads, direction = random >> 31 ? 1 : threads - 1;
-      for (int i = 0; i < threads; ++i) {
-        block.current = int((first + int64_t(i) * direction) % threads);
-        if (self().done) continue;
-        ha_switch_fiber(&block.scheduler, self().stack_pointer);
-        left -= self().done;
-      }
-      if (left && block.progress == before) fail("deadlock: some threads wait for others that never come");
-    }
+    for (auto& fiber : block.fibers) fiber.registers = kRegisters / threads / 8 * 8;
+    block.warps.resize(threads / kWarp);
+    block.groups.resize((threads + kGroup - 1) / kGroup);
+    std::vector<unsigned char> storage(shared + kAlignment, 0xff);  // all ones: NaN in every type
+    block.base = storage.data() + (kAlignment - reinterpret_cast<uintptr_t>(storage.data()) % kAlignment);
+    block.shared = shared;
+    block.written.resize(shared / 16 + 1);
+    run_block(threads);
   }
 }
 
+int compute_capability() { return HA_EMULATE; }
 int thread_index() { return block.current; }
 int64_t block_index() { return block.index; }
+int64_t grid_size() { return block.blocks; }
 unsigned char* shared_memory() { return block.base; }
 uint32_t shared_address(const void* pointer) { return uint32_t(static_cast<const unsigned char*>(pointer) - block.base); }
-void sync_block() { meet(block.meeting, block.threads, [] {}); }
-void sync_warp() { warp_operation([](Lane*) {}); }
+void sync_block() { meet(block.meeting, block.threads, "sync_block", 0, [] {}); }
+
+uint32_t load_word(uint32_t address) {
+  require_shared(address, 4, 4, "ld.shared outside shared memory");
+  uint32_t word;
+  std::memcpy(&word, block.base + address, 4);
+  return word;
+}
 
 void copy_async(uint32_t target, const void* source, bool valid) {
-  if (target % 16 || target + 16 > block.shared.size()) fail("cp.async outside shared memory");
+  require_shared(target, 16, 16, "cp.async outside shared memory");
   std::memset(block.base + target, 0xff, 16);  // what is there in the meantime is not to be read
   self().open.push_back({target, source, valid});
 }
@@ -259,109 +163,14 @@ void copy_commit() {
 void copy_wait(int pending) {
   auto& groups = self().groups;
   while (int(groups.size()) > pending) {
-    for (const Copy& copy : groups.front()) {
-      if (copy.valid) std::memcpy(block.base + copy.target, copy.source, 16);
-      else std::memset(block.base + copy.target, 0, 16);
-    }
+    for (const Copy& copy : groups.front()) land(copy, block.current);
     groups.erase(groups.begin());
   }
 }
-
-void load_matrices(uint32_t (&r)[4], uint32_t address) { matrices(r, address, false); }
-void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) { matrices(r, address, true); }
-uint32_t load_word(uint32_t address) {
-  if (address % 4 || address + 4 > block.shared.size()) fail("ld.shared outside shared memory");
-  uint32_t word;
-  std::memcpy(&word, block.base + address, 4);
-  return word;
-}
-
-template <class T>
-void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  give(c, a, b0, b1);
-  warp_operation([](Lane* lanes) {
-    matrix_product<2, float>(lanes, [](uint32_t x, uint32_t y, int i) { return double(element<T>(x, i)) * element<T>(y, i); });
-  });
-  std::memcpy(c, lane().out, 16);
-}
-template void multiply_add<Half>(float (&)[4], const uint32_t (&)[4], uint32_t, uint32_t);
-template void multiply_add<Bfloat16>(float (&)[4], const uint32_t (&)[4], uint32_t, uint32_t);
-
-void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  give(c, a, b0, b1);
-  warp_operation([](Lane* lanes) {
-    matrix_product<1, float>(lanes, [](uint32_t x, uint32_t y, int) { return double(bits_float(x & ~kBelowTf32)) * bits_float(y & ~kBelowTf32); });
-  });
-  std::memcpy(c, lane().out, 16);
-}
-uint32_t round_tf32(float x) {
-  const uint32_t bits = float_bits(x);
-  const bool finite = (bits >> 23 & 0xff) != 0xff;
-  return (finite ? bits + (kBelowTf32 + 1) / 2 : bits) & ~kBelowTf32;  // ties away from zero
-}
-
-void multiply_add_int8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  give(c, a, b0, b1);
-  warp_operation([](Lane* lanes) { matrix_product<4, int32_t>(lanes, [](uint32_t x, uint32_t y, int i) { return byte(x, i) * byte(y, i); }); });
-  std::memcpy(c, lane().out, 16);
-}
-
-int shuffle_xor(int x, int mask) {
-  lane().in[0] = uint32_t(x);
-  lane().in[1] = uint32_t(mask);
-  warp_operation([](Lane* lanes) {
-    for (int l = 0; l < kWarp; ++l) lanes[l].out[0] = lanes[l ^ int(lanes[l].in[1])].in[0];
-  });
-  return int(lane().out[0]);
-}
-float shuffle_xor(float x, int mask) { return bits_float(uint32_t(shuffle_xor(int(float_bits(x)), mask))); }
-uint32_t ballot(bool x) {
-  lane().in[0] = x;
-  warp_operation([](Lane* lanes) {
-    uint32_t word = 0;
-    for (int l = 0; l < kWarp; ++l) word |= lanes[l].in[0] << l;
-    for (int l = 0; l < kWarp; ++l) lanes[l].out[0] = word;
-  });
-  return lane().out[0];
-}
-uint32_t warp_max(uint32_t x) {
-  lane().in[0] = x;
-  warp_operation([](Lane* lanes) {
-    uint32_t most = 0;
-    for (int l = 0; l < kWarp; ++l) most = max(most, lanes[l].in[0]);
-    for (int l = 0; l < kWarp; ++l) lanes[l].out[0] = most;
-  });
-  return lane().out[0];
-}
-int warp_sum(int x) {
-  lane().in[0] = uint32_t(x);
-  warp_operation([](Lane* lanes) {
-    uint32_t sum = 0;
-    for (int l = 0; l < kWarp; ++l) sum += lanes[l].in[0];
-    for (int l = 0; l < kWarp; ++l) lanes[l].out[0] = sum;
-  });
-  return int(lane().out[0]);
-}
-
-uint32_t float_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
-float bits_float(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-float to_float(Bfloat16 x) { return bits_float(uint32_t(x.bits) << 16); }
-float to_float(Half x) { return half_to_float(x.bits); }
-template <>
-uint32_t pack<Bfloat16>(float low, float high) {
-  return uint32_t(float_to_bfloat16(low)) | uint32_t(float_to_bfloat16(high)) << 16;
-}
-template <>
-uint32_t pack<Half>(float low, float high) {
-  return uint32_t(float_to_half(low)) | uint32_t(float_to_half(high)) << 16;
+void land(const Copy& copy, int thread) {
+  if (copy.valid) std::memcpy(block.base + copy.target, copy.source, 16);
+  else std::memset(block.base + copy.target, 0, 16);
+  block.written[copy.target / 16] = {++block.clock, thread};
 }
 
 }  // namespace ha

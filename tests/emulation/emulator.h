@@ -1,6 +1,7 @@
 // Runs the CUDA kernels' source on the processor, one fiber a thread, for tests where there is no GPU. It gives the names
 // of plugins/cuda/device.cuh with the same meaning: the lane layouts of mma.sync and ldmatrix are written out from the PTX
 // manual, a cp.async lands only when its group is waited for, shared memory starts as NaN, threads run in changing order.
+// HA_EMULATE is the device's compute capability: 80, or 90 for the Hopper kernels (sm90_emulator.h).
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -15,11 +16,16 @@ namespace ha {
 using std::max;
 using std::min;
 
+// The device that the kernels are launched on. Few processors, so that a block of threads has several tiles to work on.
+int compute_capability();
+inline int64_t processor_count() { return 3; }
+
 // Runs `body` for every thread of every block. Aborts with a message when the threads of a block cannot all finish.
 void emulate(int64_t blocks, int threads, size_t shared, const std::function<void()>& body);
 
 int thread_index();
 int64_t block_index();
+int64_t grid_size();
 unsigned char* shared_memory();
 uint32_t shared_address(const void* pointer);
 void sync_block();
