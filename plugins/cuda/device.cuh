@@ -112,6 +112,10 @@ HA_DEVICE int shuffle_xor(int x, int mask) { return __shfl_xor_sync(0xffffffffu,
 HA_DEVICE uint32_t ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
 HA_DEVICE uint32_t warp_max(uint32_t x) { return __reduce_max_sync(0xffffffffu, x); }
 HA_DEVICE int warp_sum(int x) { return __reduce_add_sync(0xffffffffu, x); }
+// c + the sum of the four products of int8.
+HA_DEVICE int dot4(uint32_t a, uint32_t b, int c) { return __dp4a(int(a), int(b), c); }
+// Byte i of the result is byte selector >> 4 i of b:a.
+HA_DEVICE uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 HA_DEVICE int count_bits(uint32_t x) { return __popc(x); }
 
 // IEEE operations that the compiler never fuses: the plan must not depend on its choices.

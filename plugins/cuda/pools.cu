@@ -7,44 +7,78 @@ namespace ha {
 namespace {
 
 constexpr int kPoolThreads = 256;
-constexpr int kBatch = 4;    // rows in flight at once
+constexpr int kBatch = 4;    // most rows in flight at once
 constexpr int kPerLane = 8;  // elements of a row that one lane holds
 
 // Neighbouring lanes that share a row, a power of two for the reductions. Those past the head size hold zeros, which they
 // also write where the pools' stride is longer.
 HA_INLINE int row_lanes(int64_t stride) { return stride <= 64 ? 8 : stride <= 128 ? 16 : 32; }
 
+// rint(x / a), at most 127 either way, as bytes. Quotients come from one product with the inverse wherever its error cannot change
+// what they round to.
+HA_DEVICE void quantise(const float (&x)[kPerLane], float a, uint32_t (&packed)[2]) {
+  constexpr float kShift = 12582912.0f;    // 2^23 + 2^22: a sum with it rounds to an integer, whose byte is the sum's lowest
+  constexpr float kSafe = 0.5f - 1e-4f;    // the product is within 2^-23 of the quotient, relatively, and that within 127.5
+  const float inverse = div_rn(1.0f, a);
+  uint32_t bytes[kPerLane];
+  float farthest = a > 1e-30f && a < 1e30f ? 0.0f : 1.0f;
+  for (int i = 0; i < kPerLane; ++i) {
+    const float quotient = mul_rn(x[i], inverse), sum = add_rn(quotient, kShift);
+    farthest = fmaxf(farthest, fabsf(add_rn(quotient, -add_rn(sum, -kShift))));
+    bytes[i] = float_bits(sum);
+  }
+  if (farthest > kSafe) {
+    for (int i = 0; i < kPerLane; ++i) bytes[i] = uint32_t(int(fminf(fmaxf(rintf(div_rn(x[i], a)), -127.0f), 127.0f)));
+  }
+  for (int i = 0; i < 2; ++i)
+    packed[i] = pick_bytes(pick_bytes(bytes[4 * i], bytes[4 * i + 1], 0x40), pick_bytes(bytes[4 * i + 2], bytes[4 * i + 3], 0x40), 0x5410);
+}
+
 // A pool's sum and what becomes of it. kLanes neighbouring lanes hold one row.
 template <int kLanes>
 struct Accumulator {
   float sum[kPerLane] = {};
   int eligible = 0, seen = 0;
+  int64_t pool = 0;
+
+  // Starts at position `start`; pools are counted from that of position `first`.
+  HA_DEVICE Accumulator(const Pools& out, int64_t first, int64_t start) {
+    if (out.rows) pool = floor_div(start, out.rows) - floor_div(first, out.rows);
+  }
 
   HA_DEVICE void add(const float (&x)[kPerLane]) {
     for (int i = 0; i < kPerLane; ++i) sum[i] = add_rn(sum[i], x[i]);
     ++eligible;
   }
 
-  // Quantises the mean, writes it as pool `pool` of `out` (`slice` = batch and head) and starts the next pool.
-  HA_DEVICE void flush(const Pools& out, int64_t slice, int64_t pool, int side, int lane) {
-    const float count = float(eligible);
-    float mean[kPerLane], largest = 0.0f;
-    for (int i = 0; i < kPerLane; ++i) {
-      mean[i] = div_rn(sum[i], eligible ? count : 1.0f);
-      const float size = fabsf(mean[i]);
-      largest = fmaxf(largest, size <= 3.402823466e38f ? size : INFINITY);  // NaN becomes infinite, which fmaxf keeps
+  // `rows` positions are done, among which no pool ended. At a pool's end quantises the mean, writes it to `out` (`slice` = batch
+  // and head) and starts the next pool.
+  HA_DEVICE void pass(int rows, const Pools& out, int64_t slice, int side, int lane) {
+    if ((seen += rows) < out.rows) return;
+    flush(out, slice, side, lane);
+    for (int i = 0; i < kPerLane; ++i) sum[i] = 0.0f;
+    eligible = seen = 0;
+    ++pool;
+  }
+
+  HA_DEVICE void flush(const Pools& out, int64_t slice, int side, int lane) {
+    const float count = float(eligible ? eligible : 1);
+    float mean[kPerLane];
+    if (eligible & (eligible - 1)) {
+      for (int i = 0; i < kPerLane; ++i) mean[i] = div_rn(sum[i], count);
+    } else {  // a power of two: the product with its inverse is the same
+      const float inverse = div_rn(1.0f, count);
+      for (int i = 0; i < kPerLane; ++i) mean[i] = mul_rn(sum[i], inverse);
     }
-    for (int mask = 1; mask < kLanes; mask *= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
-    const bool used = eligible > 0 && largest < INFINITY;
-    float a = div_rn(largest, 127.0f);
+    uint32_t bits = 0;  // of the largest size; sizes are ordered as their bits are, infinite and NaN last
+    for (int i = 0; i < kPerLane; ++i) bits = max(bits, float_bits(mean[i]) & 0x7fffffffu);
+    for (int mask = 1; mask < kLanes; mask *= 2) bits = max(bits, uint32_t(shuffle_xor(int(bits), mask)));
+    const bool used = eligible > 0 && bits < 0x7f800000u;
+    float a = div_rn(used ? bits_float(bits) : 0.0f, 127.0f);
     if (a == 0.0f) a = 1.0f;
     uint32_t packed[2] = {};
-    int square = 0;
-    for (int i = 0; i < kPerLane; ++i) {
-      const int value = used ? int(fminf(fmaxf(rintf(div_rn(mean[i], a)), -127.0f), 127.0f)) : 0;
-      packed[i / 4] |= uint32_t(value & 0xff) << (i % 4 * 8);
-      square += value * value;
-    }
+    if (used) quantise(mean, a, packed);
+    int square = dot4(packed[0], packed[0], dot4(packed[1], packed[1], 0));
     for (int mask = 1; mask < kLanes; mask *= 2) square += shuffle_xor(square, mask);
     if (pool >= 0 && pool < out.count) {
       const int64_t at = slice * out.count + pool;
@@ -53,15 +87,16 @@ struct Accumulator {
         target[0] = packed[0];
         target[1] = packed[1];
       }
-      const float scale = side == HA_QUERIES ? div_rn(1.0f, sqrt_rn(float(square > 1 ? square : 1))) : a;
-      if (lane == 0) out.scales[at] = used ? scale : NAN;
+      if (lane == 0) {
+        if (side == HA_QUERIES) a = div_rn(1.0f, sqrt_rn(float(square > 1 ? square : 1)));
+        out.scales[at] = used ? a : NAN;
+      }
     }
-    *this = Accumulator();
   }
 };
 
 template <class T, int kLanes>
-HA_KERNEL(kPoolThreads, sizeof(T) == 4 ? 2 : 3) pool_kernel(const HA_CONSTANT PoolArgs args) {
+HA_KERNEL(kPoolThreads, sizeof(T) == 4 ? 2 : 4) pool_kernel(const HA_CONSTANT PoolArgs args) {
   constexpr int kUnits = kPoolThreads / kLanes, kParts = kPerLane / kPieceElements<T>;
   const Geometry g(args.p);
   const bool queries = args.side == HA_QUERIES;
@@ -80,14 +115,14 @@ HA_KERNEL(kPoolThreads, sizeof(T) == 4 ? 2 : 3) pool_kernel(const HA_CONSTANT Po
   const char* source = static_cast<const char*>(queries ? args.p.q : args.p.k) + slice * rows * row_bytes + lane * kPerLane * sizeof(T);
   const bool holds = lane * kPerLane < g.head_dim;
 
-  Accumulator<kLanes> fine, coarse;
-  for (int base = 0; base < unit; base += kBatch) {
+  Accumulator<kLanes> fine(args.fine, first, start), coarse(args.coarse, first, start);
+  for (int base = 0; base < unit; base += args.together) {
     Words4 raw[kBatch][kParts] = {};
     bool take[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int64_t row = start + base + i - first;
-      take[i] = base + i < unit && row >= eligible.start && row < eligible.stop;
+      take[i] = i < args.together && row >= eligible.start && row < eligible.stop;
       if (take[i] && holds) {
 #pragma unroll
         for (int part = 0; part < kParts; ++part) raw[i][part] = load16(source + row * row_bytes + part * 16);
@@ -95,28 +130,23 @@ HA_KERNEL(kPoolThreads, sizeof(T) == 4 ? 2 : 3) pool_kernel(const HA_CONSTANT Po
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if (base + i >= unit) break;
+      if (!take[i]) continue;
       float x[kPerLane];
-      if (take[i]) {
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) unpack<T>(raw[i][part], x + part * kPieceElements<T>);
-        fine.add(x);
-        if (args.coarse.rows) coarse.add(x);
-      }
-      const int64_t position = start + base + i;
-      if (++fine.seen == args.fine.rows) {
-        fine.flush(args.fine, slice, floor_div(position, args.fine.rows) - floor_div(first, args.fine.rows), args.side, lane);
-      }
-      if (args.coarse.rows && ++coarse.seen == args.coarse.rows) {
-        coarse.flush(args.coarse, slice, floor_div(position, args.coarse.rows) - floor_div(first, args.coarse.rows), args.side, lane);
-      }
+      for (int part = 0; part < kParts; ++part) unpack<T>(raw[i][part], x + part * kPieceElements<T>);
+      fine.add(x);
+      if (args.coarse.rows) coarse.add(x);
     }
+    fine.pass(args.together, args.fine, slice, args.side, lane);
+    if (args.coarse.rows) coarse.pass(args.together, args.coarse, slice, args.side, lane);
   }
 }
 
 template <class T, int kLanes>
-void launch_instance(const PoolArgs& args) {
+void launch_instance(PoolArgs args) {
   const Geometry g(args.p);
+  args.together = kBatch;
+  while (args.fine.rows % args.together || args.coarse.rows % args.together) --args.together;
   const bool queries = args.side == HA_QUERIES;
   const int64_t rows = queries ? g.seq_q : g.seq_k, first = queries ? g.first() : 0, heads = queries ? g.heads_q : g.heads_kv;
   if (rows == 0) return;

@@ -53,6 +53,16 @@ int shuffle_xor(int x, int mask);
 uint32_t ballot(bool x);
 uint32_t warp_max(uint32_t x);
 int warp_sum(int x);
+inline int dot4(uint32_t a, uint32_t b, int c) {
+  for (int i = 0; i < 32; i += 8) c += int8_t(a >> i) * int8_t(b >> i);
+  return c;
+}
+inline uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t both = uint64_t(b) << 32 | a;
+  uint32_t picked = 0;
+  for (int i = 0; i < 4; ++i) picked |= uint32_t(both >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return picked;
+}
 inline int count_bits(uint32_t x) { return __builtin_popcount(x); }
 
 inline float add_rn(float a, float b) { return a + b; }
