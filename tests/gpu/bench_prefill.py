@@ -117,7 +117,8 @@ class Bench:
         spent, before = 0.0, 1
         for depth in self.options.depths:
             began = time.perf_counter()
-            ahead = began - self.start + spent * depth / before
+            # Half of what a depth takes (the first builds, PyTorch) is taken to be the same at every depth.
+            ahead = began - self.start + spent * (1 + depth / before) / 2
             if self.options.seconds and ahead > self.options.seconds:
                 self.report["missing"][f"{depth} layers"] = f"they would have ended after {ahead:.0f} of {self.options.seconds:.0f} s"
             else:
