@@ -110,12 +110,23 @@ HA_DEVICE void multiply_add_int8(int32_t (&c)[4], const uint32_t (&a)[4], uint32
 HA_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 HA_DEVICE int shuffle_xor(int x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 HA_DEVICE uint32_t ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
+// Lanes whose x has `bit` if this lane's has it, and lacks it if not.
+HA_DEVICE uint32_t lanes_alike(uint32_t x, uint32_t bit) {
+  uint32_t y;
+  asm volatile(
+      "{.reg .pred p; .reg .b32 t; and.b32 t, %1, %2; setp.ne.u32 p, t, 0; vote.sync.ballot.b32 t, p, 0xffffffff; @!p not.b32 t, t; "
+      "mov.b32 %0, t;}"
+      : "=r"(y)
+      : "r"(x), "r"(bit));
+  return y;
+}
 HA_DEVICE uint32_t warp_max(uint32_t x) { return __reduce_max_sync(0xffffffffu, x); }
 HA_DEVICE int warp_sum(int x) { return __reduce_add_sync(0xffffffffu, x); }
 // c + the sum of the four products of int8.
 HA_DEVICE int dot4(uint32_t a, uint32_t b, int c) { return __dp4a(int(a), int(b), c); }
 // Byte i of the result is byte selector >> 4 i of b:a.
 HA_DEVICE uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+HA_DEVICE void add_atomic(uint32_t* target, uint32_t x) { atomicAdd(target, x); }
 HA_DEVICE int count_bits(uint32_t x) { return __popc(x); }
 
 // IEEE operations that the compiler never fuses: the plan must not depend on its choices.

@@ -40,7 +40,8 @@ struct SelectArgs {
 
 struct HashArgs {
   HaParams p;
-  uint16_t *ranks_q, *ranks_k;  // [batch, heads, rows] of each side
+  uint16_t *ranks_q, *ranks_k;  // [batch, heads, rows] of each side, as sort.cuh has them
+  uint32_t* counts;             // chunk_counts(g) words; null where no level is sorted by chunks
 };
 
 struct SortArgs {
@@ -48,7 +49,7 @@ struct SortArgs {
   const uint16_t *ranks_q, *ranks_k;
   int32_t* plan;
   int32_t* scratch;  // as large as the plan, for ranks of two digits; else null
-  uint32_t* counts;  // chunk_counts(g) words
+  uint32_t* counts;  // of HashArgs
 };
 
 struct SampleArgs {

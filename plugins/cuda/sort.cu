@@ -84,7 +84,7 @@ struct Pass {
       for (int i = 0; i < kBatch; ++i) digit[i] = index[i] >= 0 ? load_once(ranks + index[i]) >> shift & (kSortBins - 1) : 0;
 #pragma unroll
       for (int i = 0; i < kBatch; ++i)
-        if (base + i * 32 < stop) body(index[i], digit[i], same_digit<kSortBins>(digit[i], index[i] >= 0));
+        if (base + i * 32 < stop) body(index[i], digit[i], same_digit<kSortBins>(uint32_t(digit[i]), index[i] >= 0));
     }
   }
 

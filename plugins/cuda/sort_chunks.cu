@@ -1,7 +1,7 @@
 // The sorted rows and keys of `sortlsh` (rules 24 to 28) where ranks have one digit and segments are long: a stable counting sort of
 // all levels at once. A place in a sorted segment is the number of its members of lower rank, and of the same rank in earlier chunks
-// and earlier in the same chunk. So the first kernel counts every chunk's ranks, the second adds the counts up along the chunks,
-// and the third sorts each chunk in shared memory and copies it, run by run of equal ranks, to its places in each level.
+// and earlier in the same chunk. The hash has counted the ranks of every quarter of a chunk; the first kernel adds the counts up
+// along the side, and the second sorts each chunk in shared memory and copies it, run by run of equal ranks, to its places in each level.
 #include "kernels.h"
 #include "launch.cuh"
 #include "sort.cuh"
@@ -9,107 +9,25 @@
 namespace ha {
 namespace {
 
-constexpr uint32_t kNoRank = 0xFFFF;
 constexpr int kScanBatch = 16;  // counts that a thread fetches at once
+constexpr int kRankBatch = 4;   // tiles of ranks, too
+constexpr int kWarpRows = kChunkRows / kChunkWarps;
+static_assert(kScanBatch % kChunkQuarters == 0 && kWarpRows % kHashTileRows == 0 && kHashTileRows == 32);
 
 struct ChunkArgs {
   SortArgs sort;
   SortChunks q, k;
 };
 
-// One block's work.
-struct Chunk {
-  bool queries;
-  int64_t slice;       // batch and head
-  int64_t length;      // valid keys of the batch row
-  int64_t unit;        // that it lies in
-  int64_t number;      // from the side's first chunk
-  int64_t rows;        // of the side
-  Range slots;         // its rows or keys
-  Range members;       // those that are sorted: live rows; keys behind the sinks and inside the length
-};
-
-HA_DEVICE Chunk find_chunk(const ChunkArgs& args, const Geometry& g) {
-  Chunk c{};
-  const int64_t blocks_q = g.batch * g.heads_q * args.q.count;
-  c.queries = block_index() < blocks_q;
-  const SortChunks& chunks = c.queries ? args.q : args.k;
-  const uint32_t at = uint32_t(c.queries ? block_index() : block_index() - blocks_q), count = uint32_t(chunks.count);
-  c.slice = at / count;
-  c.number = at % count;
-  c.unit = chunks.unit_of(chunks.first + c.number);
-  c.length = g.length(args.sort.p.lengths, uint32_t(c.slice) / uint32_t(c.queries ? g.heads_q : g.heads_kv));
-  c.rows = c.queries ? g.seq_q : g.seq_k;
-  const int64_t first = c.queries ? g.first() : 0;
-  const Range at_positions = chunks.positions(chunks.first + c.number);
-  c.slots = {max64(at_positions.start - first, 0), min64(at_positions.stop - first, c.rows)};
-  const Range sorted = c.queries ? Range{0, g.live_rows(c.length)} : Range{min64(g.a.sinks, c.length), c.length};
-  c.members.start = min64(max64(c.slots.start, sorted.start), c.slots.stop);
-  c.members.stop = max64(min64(c.slots.stop, sorted.stop), c.members.start);
-  return c;
-}
-
-// Counts of a slice: [chunks + 1, kBins].
-template <int kBins>
-HA_DEVICE uint32_t* slice_counts(const ChunkArgs& args, const Geometry& g, bool queries, int64_t slice) {
-  const int64_t rows_q = args.q.count + 1, rows_k = args.k.count + 1;
-  return args.sort.counts + (queries ? slice * rows_q : g.batch * g.heads_q * rows_q + slice * rows_k) * kBins;
-}
-
-// Counts the ranks of a warp's part of a chunk in `mine`. `held` gets the rank of each of a lane's members and, above it, how many
-// members of that rank the warp has before it; kNoRank behind the last member.
-template <int kBins>
-HA_DEVICE void count_part(const ChunkArgs& args, const Chunk& chunk, uint32_t* mine, uint32_t (&held)[kChunkLaneRows]) {
-  const int lane = thread_index() % 32, start = thread_index() / 32 * 32 * kChunkLaneRows, size = int(chunk.members.size());
-  const uint16_t* const ranks = (chunk.queries ? args.sort.ranks_q : args.sort.ranks_k) + chunk.slice * chunk.rows + chunk.members.start;
-#pragma unroll
-  for (int i = 0; i < kChunkLaneRows; ++i) {
-    const int at = start + i * 32 + lane;
-    held[i] = at < size ? load_once(ranks + at) : kNoRank;
-  }
-  for (int bin = lane; bin < kBins; bin += 32) mine[bin] = 0;
-  sync_warp();
-#pragma unroll
-  for (int i = 0; i < kChunkLaneRows; ++i) {
-    if (start + i * 32 >= size) break;
-    const bool valid = held[i] != kNoRank;
-    const uint32_t rank = valid ? held[i] : 0, peers = same_digit<kBins>(int(rank), valid);
-    const uint32_t before = mine[rank], own = count_bits(peers & ((1u << lane) - 1));
-    sync_warp();
-    if (valid) {
-      held[i] |= (before + own) << 16;
-      if (own == 0) mine[rank] = before + count_bits(peers);
-    }
-    sync_warp();
-  }
-}
-
-template <int kBins>
-HA_KERNEL(kChunkThreads, 4) sort_count_kernel(const HA_CONSTANT ChunkArgs args) {
-  const Geometry g(args.sort.p);
-  const Chunk chunk = find_chunk(args, g);
-  uint32_t* const counts = reinterpret_cast<uint32_t*>(shared_memory());
-  uint32_t held[kChunkLaneRows];
-  count_part<kBins>(args, chunk, counts + thread_index() / 32 * kBins, held);
-  sync_block();
-  uint32_t* const out = slice_counts<kBins>(args, g, chunk.queries, chunk.slice) + chunk.number * kBins;
-  for (int bin = thread_index(); bin < kBins; bin += kChunkThreads) {
-    uint32_t total = 0;
-#pragma unroll
-    for (int warp = 0; warp < kChunkWarps; ++warp) total += counts[warp * kBins + bin];
-    out[bin] = total;
-  }
-}
-
-// Each chunk's counts become the sums over the chunks before it; behind the last come the totals.
+// The first quarter's counts of each chunk become the sums over the chunks before it; behind the last come the totals.
 template <int kBins>
 HA_KERNEL(kChunkScanThreads, 4) sort_scan_kernel(const HA_CONSTANT ChunkArgs args) {
   const Geometry g(args.sort.p);
   constexpr int kBlocks = kBins / kChunkScanThreads;
-  const int64_t slices_q = g.batch * g.heads_q, slice = block_index() / kBlocks;
-  const bool queries = slice < slices_q;
-  const int count = int(queries ? args.q.count : args.k.count);
-  uint32_t* const column = slice_counts<kBins>(args, g, queries, queries ? slice : slice - slices_q) +
+  const int64_t slices_q = g.batch * g.heads_q, at = block_index() / kBlocks;
+  const bool queries = at < slices_q;
+  const int count = int(queries ? args.q.count : args.k.count) * kChunkQuarters;
+  uint32_t* const column = slice_counts(args.sort.counts, g, args.q, args.k, queries, queries ? at : at - slices_q, kBins) +
                            block_index() % kBlocks * kChunkScanThreads + thread_index();
   uint32_t sum = 0;
   for (int first = 0; first <= count; first += kScanBatch) {
@@ -118,8 +36,31 @@ HA_KERNEL(kChunkScanThreads, 4) sort_scan_kernel(const HA_CONSTANT ChunkArgs arg
     for (int i = 0; i < kScanBatch; ++i) counts[i] = first + i < count ? column[(first + i) * kBins] : 0;
 #pragma unroll
     for (int i = 0; i < kScanBatch; ++i) {
-      if (first + i <= count) column[(first + i) * kBins] = sum;
+      if (i % kChunkQuarters == 0 && first + i <= count) column[(first + i) * kBins] = sum;
       sum += counts[i];
+    }
+  }
+}
+
+// Counts the ranks of a warp's part of a chunk in `mine`, and writes of each of its members the rank and, below it, how many members of
+// that rank the part has before it: rank << 16 | count. `ranks` and `ranked` begin at the chunk's first slot, as do the members.
+template <int kBins>
+HA_DEVICE void rank_part(const uint16_t* ranks, int member_start, int member_stop, uint32_t* mine, uint32_t* ranked) {
+  const int lane = thread_index() % 32, start = thread_index() / 32 * kWarpRows, stop = min(start + kWarpRows, member_stop);
+  for (int bin = lane; bin < kBins; bin += 32) mine[bin] = 0;
+  sync_warp();
+  for (int base = start; base < stop; base += 32 * kRankBatch) {
+    RankWord words[kRankBatch];
+#pragma unroll
+    for (int i = 0; i < kRankBatch; ++i) words[i].bits = base + i * 32 + lane < stop ? load_once(ranks + base + i * 32 + lane) : 0;
+#pragma unroll
+    for (int i = 0; i < kRankBatch; ++i) {
+      const int at = base + i * 32 + lane;
+      const uint32_t rank = words[i].rank(), count = mine[rank] + words[i].before();
+      sync_warp();
+      if (at >= member_start && at < stop) ranked[at] = rank << 16 | count;
+      if (words[i].last()) mine[rank] = count + 1;
+      sync_warp();
     }
   }
 }
@@ -156,8 +97,8 @@ HA_DEVICE void write_places(const uint32_t* counts, const Range& segment, int64_
 #pragma unroll
   for (int i = 0; i < kRanks; i += 4) {
     const uint32_t* const column = counts + lane * kRanks + i;
-    const Words4 from = load16(column + segment.start * kBins), to = load16(column + segment.stop * kBins);
-    const Words4 here = load16(column + number * kBins), next = load16(column + (number + 1) * kBins);
+    const auto before_chunk = [&](int64_t chunk) { return load16(column + chunk * kChunkQuarters * kBins); };
+    const Words4 from = before_chunk(segment.start), to = before_chunk(segment.stop), here = before_chunk(number), next = before_chunk(number + 1);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       total[i + j] = to.w[j] - from.w[j];
@@ -179,21 +120,24 @@ HA_DEVICE void write_places(const uint32_t* counts, const Range& segment, int64_
 }
 
 template <int kBins>
-HA_KERNEL(kChunkThreads, 4) sort_chunk_kernel(const HA_CONSTANT ChunkArgs args) {
+HA_KERNEL(kChunkThreads, 5) sort_chunk_kernel(const HA_CONSTANT ChunkArgs args) {
   const Geometry g(args.sort.p);
-  const Chunk chunk = find_chunk(args, g);
+  const Chunk chunk = find_chunk(args.sort.p, g, args.q, args.k, block_index());
   const SortChunks& chunks = chunk.queries ? args.q : args.k;
-  const int warp = thread_index() / 32, lane = thread_index() % 32, size = int(chunk.members.size());
+  const int warp = thread_index() / 32, lane = thread_index() % 32;
   const int levels = g.levels() - chunks.level;  // that this kernel writes
-  uint32_t* const order = reinterpret_cast<uint32_t*>(shared_memory());  // rank << 16 | place in the chunk, sorted
-  uint32_t* const starts = order + kChunkRows;                           // [warps, kBins]
+  uint32_t* const order = reinterpret_cast<uint32_t*>(shared_memory());
+  uint32_t* const starts = order + kChunkRows;  // [warps, kBins]
   uint32_t* const own = starts + kChunkWarps * kBins;
-  uint32_t* const places = own + kBins;                                  // [levels, kBins]
+  uint32_t* const places = own + kBins;  // [levels, kBins]
   Bounds* const bounds = reinterpret_cast<Bounds*>(places + levels * kBins);
 
-  uint32_t held[kChunkLaneRows];
-  count_part<kBins>(args, chunk, starts + warp * kBins, held);
-  const uint32_t* const counts = slice_counts<kBins>(args, g, chunk.queries, chunk.slice);
+  // From here on a slot is counted from the chunk's first.
+  const int first_slot = int(chunk.slots.start), slots = int(chunk.slots.size()), size = int(chunk.members.size());
+  const int member_start = int(chunk.members.start) - first_slot, member_stop = member_start + size;
+  const uint16_t* const ranks = (chunk.queries ? args.sort.ranks_q : args.sort.ranks_k) + chunk.slice * chunk.rows + first_slot;
+  rank_part<kBins>(ranks, member_start, member_stop, starts + warp * kBins, order);
+  const uint32_t* const counts = slice_counts(args.sort.counts, g, args.q, args.k, chunk.queries, chunk.slice, kBins);
   for (int i = warp; i < levels; i += kChunkWarps) {
     Range segment;
     const Bounds mine = node_bounds(chunks, g, chunk, chunks.level + i, &segment);
@@ -202,14 +146,24 @@ HA_KERNEL(kChunkThreads, 4) sort_chunk_kernel(const HA_CONSTANT ChunkArgs args) 
   }
   sync_block();
 
+  // Slots of no node, and dead rows.
   int32_t* const out = args.sort.plan + (chunk.queries ? 0 : g.batch * g.heads_q * g.levels() * g.seq_q) +
                        (chunk.slice * g.levels() + chunks.level) * chunk.rows;
   for (int i = 0; i < levels; ++i) {
     const Bounds b = bounds[i];
-    if (b.start <= chunk.slots.start && chunk.slots.stop <= b.sorted) continue;
-    for (int slot = int(chunk.slots.start) + thread_index(); slot < chunk.slots.stop; slot += kChunkThreads)
-      if (slot < b.start || slot >= b.sorted) out[i * chunk.rows + slot] = slot >= b.sorted && slot < b.stop ? slot : -1;
+    int32_t* const line = out + i * chunk.rows + first_slot;
+    if (b.start == b.stop) {
+#pragma unroll 4
+      for (int slot = thread_index(); slot < slots; slot += kChunkThreads) line[slot] = -1;
+    } else if (b.start > first_slot || b.sorted < first_slot + slots) {
+      for (int slot = thread_index(); slot < slots; slot += kChunkThreads) {
+        const int at = first_slot + slot;
+        if (at < b.start || at >= b.sorted) line[slot] = at >= b.sorted && at < b.stop ? at : -1;
+      }
+    }
   }
+
+  // Counts become the places of each warp's first member of each rank; then the members, rank << 16 | slot, go to their places.
   for (int bin = thread_index(); bin < kBins; bin += kChunkThreads) {
     uint32_t start = own[bin];
 #pragma unroll
@@ -219,47 +173,49 @@ HA_KERNEL(kChunkThreads, 4) sort_chunk_kernel(const HA_CONSTANT ChunkArgs args) 
       start += count;
     }
   }
-  sync_block();
-#pragma unroll
-  for (int i = 0; i < kChunkLaneRows; ++i) {
-    const int at = (warp * kChunkLaneRows + i) * 32 + lane;
-    const uint32_t rank = held[i] & 0xFFFFu;
-    if (at < size) order[starts[warp * kBins + rank] + (held[i] >> 16)] = rank << 16 | uint32_t(at);
-  }
-  sync_block();
   uint32_t mine[kChunkLaneRows];
+  const int part = warp * kWarpRows + lane;
+#pragma unroll
+  for (int i = 0; i < kChunkLaneRows; ++i) mine[i] = order[part + i * 32];
+  sync_block();
 #pragma unroll
   for (int i = 0; i < kChunkLaneRows; ++i) {
-    const int at = i * kChunkThreads + thread_index();
-    mine[i] = at < size ? order[at] : 0;
+    const int slot = part + i * 32;
+    if (slot < member_start || slot >= member_stop) continue;
+    order[starts[warp * kBins + (mine[i] >> 16)] + (mine[i] & 0xFFFFu)] = (mine[i] & 0xFFFF0000u) | uint32_t(slot);
   }
+  sync_block();
+
+#pragma unroll
+  for (int i = 0; i < kChunkLaneRows; ++i) mine[i] = i * kChunkThreads + thread_index() < size ? order[i * kChunkThreads + thread_index()] : 0;
   for (int level = 0; level < levels; ++level) {
     if (bounds[level].start == bounds[level].sorted) continue;
-    int32_t* const slots = out + level * chunk.rows + thread_index();
+    int32_t* const line = out + level * chunk.rows + thread_index();
+    const uint32_t* const place = places + level * kBins;
 #pragma unroll
-    for (int i = 0; i < kChunkLaneRows; ++i)
-      if (i * kChunkThreads + thread_index() < size)
-        slots[int(places[level * kBins + (mine[i] >> 16)]) + i * kChunkThreads] = int(chunk.members.start) + int(mine[i] & 0xFFFFu);
+    for (int i = 0; i < kChunkLaneRows; ++i) {
+      const int at = int(place[mine[i] >> 16]) + i * kChunkThreads, slot = first_slot + int(mine[i] & 0xFFFFu);
+      if (i * kChunkThreads + thread_index() < size) line[at] = slot;
+    }
   }
 }
 
 template <int kBins>
 void launch_bins(const ChunkArgs& args, const Geometry& g) {
-  const int64_t blocks = g.batch * (g.heads_q * args.q.count + g.heads_kv * args.k.count);
+  const int64_t chunks = g.batch * (g.heads_q * args.q.count + g.heads_kv * args.k.count);
   const int levels = g.levels() - args.k.level;
   void* const stream = args.sort.p.stream;
-  launch<sort_count_kernel<kBins>>(blocks, kChunkThreads, size_t{4} * kChunkWarps * kBins, stream, args);
   launch<sort_scan_kernel<kBins>>(g.batch * (g.heads_q + g.heads_kv) * (kBins / kChunkScanThreads), kChunkScanThreads, 0, stream, args);
   const size_t words = kChunkRows + size_t(kChunkWarps + 1 + levels) * kBins;
-  launch<sort_chunk_kernel<kBins>>(blocks, kChunkThreads, words * 4 + size_t(levels) * sizeof(Bounds), stream, args);
+  launch<sort_chunk_kernel<kBins>>(chunks, kChunkThreads, words * 4 + size_t(levels) * sizeof(Bounds), stream, args);
 }
 
 }  // namespace
 
 void launch_sort_chunks(const SortArgs& sort) {
   const Geometry g(sort.p);
+  if (!sorts_chunks(g)) return;
   const ChunkArgs args{sort, sort_chunks(g, HA_QUERIES), sort_chunks(g, HA_KEYS)};
-  if (args.k.level >= g.levels()) return;
   if (chunk_bins(g.a) == 128) launch_bins<128>(args, g);
   else launch_bins<256>(args, g);
 }

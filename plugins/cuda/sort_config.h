@@ -8,20 +8,28 @@
 
 namespace ha {
 
-constexpr int kHashThreads = 256;
-constexpr int kHashTileRows = 32;     // rows that a warp hashes at once
-constexpr int kHashBlockRows = 2048;  // rows that a block of threads hashes
-constexpr int kHashLanePieces = 4;    // lanes, and neighbouring pieces of 16 bytes, that share a row
+constexpr int kSortDigitBits = 8;
+constexpr int kSortBins = 1 << kSortDigitBits;
 
-// Bytes of shared memory: the words of rule 26, and the signs of 8 or 16 projections in the layout of a row's pieces.
+// --- ranks ----------------------------------------------------------------------------------------------------------
+
+constexpr int kHashThreads = 128;
+constexpr int kHashBlocksPerProcessor = 5;
+constexpr int kHashTileRows = 32;    // rows that a warp hashes at once
+constexpr int kHashStagePieces = 8;  // pieces of 16 bytes of each of these rows that are loaded at once ...
+constexpr int kHashStages = 2;       // ... into one stage of a warp's ring
+
+// Bytes of shared memory: the rings, the signs of 8 or 16 projections in the layout of a row's pieces, the words of rule 26 and counts.
 HA_INLINE size_t hash_shared(int64_t head_dim, int64_t pieces, int projections) {
-  return size_t(head_dim * 4 + ceil_div(pieces, kHashLanePieces) * kHashLanePieces * projections * 16);
+  const int64_t ring = kHashThreads * kHashStages * kHashStagePieces * 16;
+  return size_t(ring + ceil_div(pieces, kHashStagePieces) * kHashStagePieces * projections * 16 + head_dim * 4 + kSortBins * 4);
 }
 
 // --- by chunks ------------------------------------------------------------------------------------------------------
 
-constexpr int kSortDigitBits = 8;
-constexpr int kChunkRows = 4096;  // at most
+constexpr int kChunkRows = 4096;      // at most
+constexpr int kChunkQuarters = 4;     // each is one block's work when ranks are made and counted
+constexpr int kQuarterRows = kChunkRows / kChunkQuarters;
 constexpr int kChunkThreads = 256;
 constexpr int kChunkWarps = kChunkThreads / 32;
 constexpr int kChunkLaneRows = kChunkRows / kChunkThreads;
@@ -32,7 +40,7 @@ HA_INLINE int chunk_bins(const HaAttributes& a) { return a.num_projections <= 7 
 
 // The chunks of one side, cut in position: unit u, a segment of level `level`, holds chunks [u parts, (u + 1) parts).
 struct SortChunks {
-  int level;                  // the first that is sorted by chunks; where none is, `count` is 0
+  int level;                  // the first whose segments are chunks or longer
   int64_t unit, parts, rows;  // positions of a unit, its chunks, positions of a chunk (a unit's last may have fewer)
   int64_t first, count;       // chunks that hold a position of the side
 
@@ -50,38 +58,35 @@ struct SortChunks {
 
 HA_INLINE SortChunks sort_chunks(const Geometry& g, int side) {
   SortChunks c{};
-  if (g.a.num_projections > kSortDigitBits) {
-    c.level = g.levels();
-    return c;
-  }
   c.unit = g.a.causal ? g.a.local_size : kChunkRows;
   for (; g.a.causal && c.unit * 2 <= kChunkRows; c.unit *= 2) ++c.level;
   c.parts = ceil_div(c.unit, kChunkRows);
   c.rows = ceil_div(c.unit, c.parts);
   const Range units = side == HA_QUERIES ? g.tiles(c.unit) : Range{0, ceil_div(g.seq_k, c.unit)};
   c.first = units.start * c.parts;
-  c.count = c.level < g.levels() ? units.size() * c.parts : 0;
+  c.count = units.size() * c.parts;
   return c;
 }
 
-// uint32 [batch, heads, chunks + 1, bins] of the queries, then of the keys, for chunks wherever the rows begin.
+// Whether some levels are sorted by chunks: those from the chunks' own on.
+HA_INLINE bool sorts_chunks(const Geometry& g) {
+  return g.a.num_projections <= kSortDigitBits && sort_chunks(g, HA_KEYS).level < g.levels();
+}
+
+// uint32 [batch, heads, quarters of chunks + 1, bins] of the queries, then of the keys, for chunks wherever the rows begin.
 HA_INLINE int64_t chunk_counts(const Geometry& g) {
+  if (!sorts_chunks(g)) return 0;
   const SortChunks c = sort_chunks(g, HA_KEYS);
-  if (c.level >= g.levels()) return 0;
-  const auto rows = [&](int64_t most) { return (ceil_div(most, c.unit) + 1) * c.parts + 1; };
+  const auto rows = [&](int64_t most) { return (ceil_div(most, c.unit) + 1) * c.parts * kChunkQuarters + 1; };
   return g.batch * chunk_bins(g.a) * (g.heads_q * rows(g.seq_q) + g.heads_kv * rows(g.seq_k));
 }
 
 // --- node by node ---------------------------------------------------------------------------------------------------
 
-constexpr int kSortBins = 1 << kSortDigitBits;
 constexpr int kSortMostThreads = 1024;
 
 // Levels that are sorted node by node: the lowest ones.
-HA_INLINE int node_levels(const Geometry& g) {
-  const int level = sort_chunks(g, HA_KEYS).level;
-  return level < g.levels() ? level : g.levels();
-}
+HA_INLINE int node_levels(const Geometry& g) { return sorts_chunks(g) ? sort_chunks(g, HA_KEYS).level : g.levels(); }
 
 // Pairs of segments of a level, a node's keys and its rows, that hold any key or row: their slots are one block's work.
 HA_INLINE Range sort_spans(const Geometry& g, int level, int side) {

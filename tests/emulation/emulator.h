@@ -51,6 +51,10 @@ void multiply_add_int8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
 float shuffle_xor(float x, int mask);
 int shuffle_xor(int x, int mask);
 uint32_t ballot(bool x);
+inline uint32_t lanes_alike(uint32_t x, uint32_t bit) {
+  const uint32_t votes = ballot((x & bit) != 0);
+  return x & bit ? votes : ~votes;
+}
 uint32_t warp_max(uint32_t x);
 int warp_sum(int x);
 inline int dot4(uint32_t a, uint32_t b, int c) {
@@ -63,6 +67,7 @@ inline uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   for (int i = 0; i < 4; ++i) picked |= uint32_t(both >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
   return picked;
 }
+inline void add_atomic(uint32_t* target, uint32_t x) { *target += x; }  // threads take turns only where they meet
 inline int count_bits(uint32_t x) { return __builtin_popcount(x); }
 
 inline float add_rn(float a, float b) { return a + b; }
