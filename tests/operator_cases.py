@@ -58,6 +58,8 @@ class Case:
             q, k = q.sign(), k.sign()
         elif self.fill == "tiny":  # pool means are fp32 subnormals
             k = k * 1e-43
+        elif self.fill in ("opposed", "opposed-tiny"):  # every score is below zero, or a negative subnormal
+            q, k = q.abs(), -k.abs() * (1e-43 if self.fill == "opposed-tiny" else 1)
         elif self.fill == "overflow":  # finite rows whose fp32 sum is not
             k[:, :, 40:90] = k[:, :, 40:90].sign() * 3e38
         elif self.fill == "cancelling":  # the sum of a pool depends on its order
@@ -212,6 +214,8 @@ PLAN_ONLY = [
     Case("nonfinite", fill="nonfinite"),
     Case("nonfinite-non-causal", config=config(causal=0), fill="nonfinite"),
     Case("overflow", fill="overflow"),
+    Case("opposed", fill="opposed"),
+    Case("opposed-tiny", fill="opposed-tiny"),
     Case("cancelling", fill="cancelling"),
     Case("cancelling-pool16", config=config(pool_size=16, causal=0), fill="cancelling"),
     Case("two-levels-square", 8700, 8700, config(block_size=64, local_size=64), heads=(1, 1), dims=(2, 2)),

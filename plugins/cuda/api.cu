@@ -69,7 +69,7 @@ void select_blocks(const HaParams& p, unsigned char* base, const Workspace& w, i
   const auto pools = [&](size_t values, size_t scales, int32_t rows, int64_t count) {
     return Pools{reinterpret_cast<int8_t*>(base + values), reinterpret_cast<float*>(base + scales), rows, count, pool_stride(g.head_dim)};
   };
-  SelectArgs args{p, select_config(g), {}, {}, {}, {}, plan};
+  SelectArgs args{p, select_config(g, shared_limit()), {}, {}, {}, {}, plan};
   args.q_fine = pools(w.q_fine, w.q_fine_scale, g.a.pool_size, g.query_pools(g.a.pool_size));
   args.k_fine = pools(w.k_fine, w.k_fine_scale, g.a.pool_size, g.key_pools(g.a.pool_size));
   if (args.config.supers) {

@@ -5,25 +5,42 @@
 namespace ha {
 
 // Scores become words of the same order, so that thresholds are found bit by bit; 0 is below every score.
+// Never NaN: scores are maxima, which start from -infinity.
 HA_DEVICE uint32_t ordered(float score) {
-  if (score != score) score = -INFINITY;
   const uint32_t bits = float_bits(add_rn(score, 0.0f));  // -0 and 0 are one score
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
 HA_DEVICE int count_at_least(const uint32_t* scores, int size, uint32_t threshold, int lane) {
   int count = 0;
+#pragma unroll 4
   for (int i = lane; i < size; i += 32) count += scores[i] >= threshold;
   return warp_sum(count);
 }
 
-// Calls emit(rank, index) once for each chosen index; `count` may pass `size`.
-template <class Emit>
-HA_DEVICE void keep_best(const uint32_t* scores, int size, int count, int lane, Emit emit) {
+// Visits 32 indices at a time: visit(first index, which of them are chosen, as bits, how many were chosen before). `count` may pass
+// `size`; zeros are chosen last. What `visit` writes to scores below first index + 32 is not read again.
+template <class Visit>
+HA_DEVICE void visit_best(const uint32_t* scores, int size, int count, int lane, Visit visit) {
   uint32_t threshold = 0;  // the largest word that at least `count` scores reach
   int reached = size;
   if (size > count) {
-    for (uint32_t bit = 0x80000000u; bit && reached != count; bit >>= 1) {
+    uint32_t least = ~0u, most = 0;
+#pragma unroll 4
+    for (int i = lane; i < size; i += 32) {
+      const uint32_t score = scores[i];
+      most = max(most, score);
+      least = min(least, score ? score : ~0u);
+    }
+    most = warp_max(most);
+    least = ~warp_max(~least);
+    // Bits that all have in common are the threshold's, too, where enough scores are not zero.
+    uint32_t bit = 0x80000000u;
+    if (count_at_least(scores, size, 1, lane) >= count) {
+      while (bit && !((most ^ least) & bit)) bit >>= 1;
+      threshold = bit ? most & ~(2 * bit - 1) : most;
+    }
+    for (; bit && reached != count; bit >>= 1) {
       const int more = count_at_least(scores, size, threshold | bit, lane);
       if (more >= count) threshold |= bit, reached = more;
     }
@@ -38,7 +55,7 @@ HA_DEVICE void keep_best(const uint32_t* scores, int size, int count, int lane, 
     const uint32_t before = (1u << lane) - 1, equals = ballot(equal);
     const bool take = index < size && (score > threshold || (equal && count_bits(equals & before) < ties));
     const uint32_t taken = ballot(take);
-    if (take) emit(rank + count_bits(taken & before), index);
+    visit(base, taken, rank);
     ties -= count_bits(equals);
     rank += count_bits(taken);
   }

@@ -107,8 +107,16 @@ HA_DEVICE void multiply_add_int8(int32_t (&c)[4], const uint32_t (&a)[4], uint32
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// d = a b + c of the same shapes: accumulators that start from a constant need no copies of it.
+HA_DEVICE void multiply_add_int8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const int32_t (&c)[4]) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+
 HA_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 HA_DEVICE int shuffle_xor(int x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+HA_DEVICE int shuffle(int x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 HA_DEVICE uint32_t ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
 // Lanes whose x has `bit` if this lane's has it, and lacks it if not.
 HA_DEVICE uint32_t lanes_alike(uint32_t x, uint32_t bit) {
@@ -127,11 +135,14 @@ HA_DEVICE int dot4(uint32_t a, uint32_t b, int c) { return __dp4a(int(a), int(b)
 // Byte i of the result is byte selector >> 4 i of b:a.
 HA_DEVICE uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 HA_DEVICE void add_atomic(uint32_t* target, uint32_t x) { atomicAdd(target, x); }
+HA_DEVICE int fetch_add_atomic(int* target, int x) { return atomicAdd(target, x); }
+HA_DEVICE void max_atomic(uint32_t* target, uint32_t x) { atomicMax(target, x); }
 HA_DEVICE int count_bits(uint32_t x) { return __popc(x); }
 
 // IEEE operations that the compiler never fuses: the plan must not depend on its choices.
 HA_DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
 HA_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+HA_DEVICE float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 HA_DEVICE float div_rn(float a, float b) { return __fdiv_rn(a, b); }
 HA_DEVICE float sqrt_rn(float a) { return __fsqrt_rn(a); }
 

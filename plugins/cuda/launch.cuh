@@ -40,6 +40,14 @@ inline int compute_capability() {
   return 10 * device_attribute<cudaDevAttrComputeCapabilityMajor>() + device_attribute<cudaDevAttrComputeCapabilityMinor>();
 }
 
+// Bytes of shared memory that the current device grants a block of threads.
+inline int64_t shared_limit() {
+  int device = 0, limit = 0;
+  require_success(cudaGetDevice(&device), "cudaGetDevice");
+  require_success(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+  return limit;
+}
+
 template <auto kKernel>
 void grant_shared_memory(size_t bytes) {
   constexpr size_t kDefault = 48 * 1024;

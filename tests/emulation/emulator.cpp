@@ -137,6 +137,10 @@ void emulate(int64_t blocks, int threads, size_t shared, const std::function<voi
 }
 
 int compute_capability() { return HA_EMULATE; }
+int64_t shared_limit() {
+  const char* limit = std::getenv("HA_EMULATED_SHARED");
+  return limit ? std::atoll(limit) : 96 * 1024;
+}
 int thread_index() { return block.current; }
 int64_t block_index() { return block.index; }
 int64_t grid_size() { return block.blocks; }

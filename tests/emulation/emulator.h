@@ -23,6 +23,9 @@ inline int64_t processor_count() { return 3; }
 // Runs `body` for every thread of every block. Aborts with a message when the threads of a block cannot all finish.
 void emulate(int64_t blocks, int threads, size_t shared, const std::function<void()>& body);
 
+// Bytes of shared memory that the emulated GPU grants a block: HA_EMULATED_SHARED in the environment, or what every GPU grants.
+int64_t shared_limit();
+
 int thread_index();
 int64_t block_index();
 int64_t grid_size();
@@ -47,9 +50,14 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 uint32_t round_tf32(float x);
 void multiply_add_int8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+inline void multiply_add_int8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const int32_t (&c)[4]) {
+  std::copy(c, c + 4, d);
+  multiply_add_int8(d, a, b0, b1);
+}
 
 float shuffle_xor(float x, int mask);
 int shuffle_xor(int x, int mask);
+int shuffle(int x, int from);
 uint32_t ballot(bool x);
 inline uint32_t lanes_alike(uint32_t x, uint32_t bit) {
   const uint32_t votes = ballot((x & bit) != 0);
@@ -68,10 +76,13 @@ inline uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   return picked;
 }
 inline void add_atomic(uint32_t* target, uint32_t x) { *target += x; }  // threads take turns only where they meet
+inline int fetch_add_atomic(int* target, int x) { return (*target += x) - x; }
+inline void max_atomic(uint32_t* target, uint32_t x) { *target = max(*target, x); }
 inline int count_bits(uint32_t x) { return __builtin_popcount(x); }
 
 inline float add_rn(float a, float b) { return a + b; }
 inline float mul_rn(float a, float b) { return a * b; }
+inline float fma_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float div_rn(float a, float b) { return a / b; }
 inline float sqrt_rn(float a) { return std::sqrt(a); }
 inline float exp2_fast(float x) { return std::exp2(x); }

@@ -136,6 +136,14 @@ int shuffle_xor(int x, int mask) {
   return int(lane().out[0]);
 }
 float shuffle_xor(float x, int mask) { return bits_float(uint32_t(shuffle_xor(int(float_bits(x)), mask))); }
+int shuffle(int x, int from) {
+  lane().in[0] = uint32_t(x);
+  lane().in[1] = uint32_t(from);
+  warp_operation([](Lane* lanes) {
+    for (int l = 0; l < kWarp; ++l) lanes[l].out[0] = lanes[lanes[l].in[1] % kWarp].in[0];
+  });
+  return int(lane().out[0]);
+}
 uint32_t ballot(bool x) {
   lane().in[0] = x;
   warp_operation([](Lane* lanes) {
