@@ -18,8 +18,8 @@ HA_INLINE int row_lanes(int64_t stride) { return stride <= 64 ? 8 : stride <= 12
 // what they round to.
 HA_DEVICE void quantise(const float (&x)[kPerLane], float a, uint32_t (&packed)[2]) {
   constexpr float kShift = 12582912.0f;    // 2^23 + 2^22: a sum with it rounds to an integer, whose byte is the sum's lowest
-  constexpr float kSafe = 0.5f - 1e-4f;    // the product is within 2^-23 of the quotient, relatively, and that within 127.5
-  const float inverse = div_rn(1.0f, a);
+  constexpr float kSafe = 0.5f - 1e-4f;    // the product is within 2^-21 of the quotient, relatively, and that within 127.5
+  const float inverse = reciprocal_fast(a);
   uint32_t bytes[kPerLane];
   float farthest = a > 1e-30f && a < 1e30f ? 0.0f : 1.0f;
   for (int i = 0; i < kPerLane; ++i) {
@@ -46,9 +46,9 @@ struct Accumulator {
     if (out.rows) pool = floor_div(start, out.rows) - floor_div(first, out.rows);
   }
 
-  HA_DEVICE void add(const float (&x)[kPerLane]) {
+  HA_DEVICE void add(const float (&x)[kPerLane], int rows) {
     for (int i = 0; i < kPerLane; ++i) sum[i] = add_rn(sum[i], x[i]);
-    ++eligible;
+    eligible += rows;
   }
 
   // `rows` positions are done, among which no pool ended. At a pool's end quantises the mean, writes it to `out` (`slice` = batch
@@ -67,7 +67,7 @@ struct Accumulator {
     if (eligible & (eligible - 1)) {
       for (int i = 0; i < kPerLane; ++i) mean[i] = div_rn(sum[i], count);
     } else {  // a power of two: the product with its inverse is the same
-      const float inverse = div_rn(1.0f, count);
+      const float inverse = bits_float(uint32_t(127 - count_bits(uint32_t(eligible ? eligible - 1 : 0))) << 23);
       for (int i = 0; i < kPerLane; ++i) mean[i] = mul_rn(sum[i], inverse);
     }
     uint32_t bits = 0;  // of the largest size; sizes are ordered as their bits are, infinite and NaN last
@@ -114,6 +114,10 @@ HA_KERNEL(kPoolThreads, sizeof(T) == 4 ? 2 : 4) pool_kernel(const HA_CONSTANT Po
   const int64_t row_bytes = g.head_dim * int64_t{sizeof(T)};
   const char* source = static_cast<const char*>(queries ? args.p.q : args.p.k) + slice * rows * row_bytes + lane * kPerLane * sizeof(T);
   const bool holds = lane * kPerLane < g.head_dim;
+  // Rows of this unit that are eligible, counted from its first position.
+  const auto local = [&](int64_t row) { return int(max64(0, min64(row + first - start, unit))); };
+  const int from = local(eligible.start), to = local(eligible.stop);
+  source += (start - first) * row_bytes;
 
   Accumulator<kLanes> fine(args.fine, first, start), coarse(args.coarse, first, start);
   for (int base = 0; base < unit; base += args.together) {
@@ -121,21 +125,20 @@ HA_KERNEL(kPoolThreads, sizeof(T) == 4 ? 2 : 4) pool_kernel(const HA_CONSTANT Po
     bool take[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int64_t row = start + base + i - first;
-      take[i] = i < args.together && row >= eligible.start && row < eligible.stop;
+      const int row = base + i;
+      take[i] = i < args.together && row >= from && row < to;
       if (take[i] && holds) {
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) raw[i][part] = load16(source + row * row_bytes + part * 16);
+        for (int part = 0; part < kParts; ++part) raw[i][part] = load16(source + int64_t(row) * row_bytes + part * 16);
       }
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if (!take[i]) continue;
-      float x[kPerLane];
+      float x[kPerLane];  // zeros of a row that is not taken change no sum, which starts from 0 and is never -0
 #pragma unroll
       for (int part = 0; part < kParts; ++part) unpack<T>(raw[i][part], x + part * kPieceElements<T>);
-      fine.add(x);
-      if (args.coarse.rows) coarse.add(x);
+      fine.add(x, take[i]);
+      if (args.coarse.rows) coarse.add(x, take[i]);
     }
     fine.pass(args.together, args.fine, slice, args.side, lane);
     if (args.coarse.rows) coarse.pass(args.together, args.coarse, slice, args.side, lane);

@@ -85,6 +85,7 @@ inline float mul_rn(float a, float b) { return a * b; }
 inline float fma_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float div_rn(float a, float b) { return a / b; }
 inline float sqrt_rn(float a) { return std::sqrt(a); }
+inline float reciprocal_fast(float x) { return 1.0f / x; }
 inline float exp2_fast(float x) { return std::exp2(x); }
 
 uint32_t float_bits(float x);

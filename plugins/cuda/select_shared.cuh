@@ -1,0 +1,64 @@
+// What the threads of a block share while they select, and what goes into it first.
+#pragma once
+#include "pool_products.cuh"
+
+namespace ha {
+
+// What the threads of a block share, in shared memory. Units are named by what lies behind the first one of all.
+struct Shared {
+  int8_t* queries;         // fine query pools: [blocks * config.fine], each at shared_place
+  int8_t* queries_coarse;  // those of a round: [columns]
+  uint32_t* area;          // scores: of superblocks [blocks / rounds, stride], then of key blocks [blocks, row]
+  float* fine;             // factors of the query pools, NaN where there is none: [blocks, config.fine]
+  float* coarse;           // [columns]
+  uint32_t* masks;         // kept units as bits: [blocks, words]
+  int32_t* carried;        // best key blocks of earlier passes: [blocks, config.carried]
+  SelectBlock* blocks;
+  int* next;               // unit that no warp has taken yet
+  uint16_t* kept;          // units that the first level keeps: [blocks, config.kept]; fewer than 2^16 superblocks have room in `area`
+  uint16_t* before;        // how many it keeps before those of a word: [blocks, words]
+
+  HA_DEVICE Shared(const SelectConfig& c, int pool_bytes) {
+    queries = reinterpret_cast<int8_t*>(shared_memory());
+    queries_coarse = queries + c.blocks * c.fine * pool_bytes;
+    coarse = reinterpret_cast<float*>(queries_coarse + c.columns * pool_bytes);
+    fine = coarse + c.columns;
+    area = reinterpret_cast<uint32_t*>(fine + c.blocks * c.fine);
+    masks = area + c.area;
+    carried = reinterpret_cast<int32_t*>(masks + c.blocks * c.words);
+    blocks = reinterpret_cast<SelectBlock*>(carried + c.blocks * c.carried);
+    next = reinterpret_cast<int*>(blocks + c.blocks);
+    kept = reinterpret_cast<uint16_t*>(next + 1);
+    before = kept + c.blocks * c.kept;
+  }
+};
+
+HA_DEVICE SelectBlock find_block(const Geometry& g, const SelectConfig& c, int64_t block, int64_t length) {
+  SelectBlock found{};
+  const Range tiles = g.query_blocks();
+  if (block < tiles.start || block >= tiles.stop) return found;
+  const Range candidates = g.candidates(block * g.a.block_size, length);
+  if (!candidates.size()) return found;
+  found.stop = int(candidates.stop);
+  found.units = int(ceil_div(candidates.stop, int64_t{1} << c.shift) - c.first_unit);
+  if (!g.uses_superblocks(candidates)) return found;
+  found.scored = found.units;
+  found.kept = int(Geometry::kept_superblocks(found.units));
+  found.pools = int(min64(candidates.stop * c.coarse, g.key_pools(kCoarsePool)));
+  return found;
+}
+
+// Sends `columns` query pools from pool `first` on into shared memory, of which those below `count` are wanted, and writes their
+// factors. Threads `index` of `step` do it together.
+template <int D>
+HA_DEVICE void load_queries(int8_t* target, float* factors, const PoolView& q, int first, int columns, int count, int step, int index) {
+  constexpr int kPieces = D / 16;
+  for (int i = index; i < columns * kPieces; i += step) {
+    const int column = i / kPieces, piece = i % kPieces, pool = first + column;
+    const bool inside = column < count && pool >= 0 && pool < q.count;
+    copy_async(shared_address(target + shared_place<D>(column, piece)), q.values + int64_t(inside ? pool : 0) * D + piece * 16, inside);
+    if (piece == 0) factors[column] = inside ? load_once(q.scales + pool) : NAN;
+  }
+}
+
+}  // namespace ha
