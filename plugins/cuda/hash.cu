@@ -9,14 +9,13 @@ namespace ha {
 namespace {
 
 constexpr int kWarps = kHashThreads / 32;
-constexpr int kStageRowBytes = kHashStagePieces * 16, kStageBytes = kHashTileRows * kStageRowBytes;
 
 struct HashLaunch {
   HashArgs hash;
   SortChunks q, k;
 };
 
-// What a warp loads at once: kHashStagePieces pieces of each row of a tile.
+// What a warp loads at once: some pieces of each row of a tile.
 struct Cursor {
   int row, part;  // the tile's first row, of the block's
 
@@ -27,16 +26,16 @@ struct Cursor {
   }
 };
 
-template <class T, int kProjections>
-HA_KERNEL(kHashThreads, kHashBlocksPerProcessor) hash_kernel(const HA_CONSTANT HashLaunch args) {
-  constexpr int kTiles = kProjections / 8;
+template <class T, int kProjections, int kPieces>
+HA_KERNEL(kHashThreads, hash_blocks_per_processor(kPieces)) hash_kernel(const HA_CONSTANT HashLaunch args) {
+  constexpr int kTiles = kProjections / 8, kStageRowBytes = kPieces * 16, kStageBytes = kHashTileRows * kStageRowBytes;
   const HaParams& p = args.hash.p;
   const Geometry g(p);
-  const int pieces = int(g.head_dim) / kPieceElements<T>, row_bytes = pieces * 16, parts = (pieces + kHashStagePieces - 1) / kHashStagePieces;
+  const int pieces = int(g.head_dim) / kPieceElements<T>, row_bytes = pieces * 16, parts = (pieces + kPieces - 1) / kPieces;
   const int warp = thread_index() / 32, lane = thread_index() % 32;
   unsigned char* const ring = shared_memory() + warp * kHashStages * kStageBytes;
   Words4* const signs = reinterpret_cast<Words4*>(shared_memory() + kWarps * kHashStages * kStageBytes);
-  uint32_t* const words = reinterpret_cast<uint32_t*>(signs + parts * kHashStagePieces * kProjections);
+  uint32_t* const words = reinterpret_cast<uint32_t*>(signs + parts * kPieces * kProjections);
   uint32_t* const counts = words + g.head_dim;
 
   const Chunk chunk = find_chunk(p, g, args.q, args.k, block_index() / kChunkQuarters);
@@ -47,15 +46,15 @@ HA_KERNEL(kHashThreads, kHashBlocksPerProcessor) hash_kernel(const HA_CONSTANT H
   const char* const source = static_cast<const char*>(chunk.queries ? p.q : p.k) + first * row_bytes;
   uint16_t* const ranks = (chunk.queries ? args.hash.ranks_q : args.hash.ranks_k) + first;
 
-  // A row of a stage is 128 bytes; odd rows have their halves exchanged, so that eight lanes' pieces of two rows lie in all banks.
+  // Odd rows of a stage have the halves of 128 bytes exchanged, so that eight lanes' pieces of two rows lie in all banks.
   Cursor loading{warp * kHashTileRows, 0};
   const auto load = [&](int stage) {
     if (loading.row < rows) {
-      const int row = lane / kHashStagePieces, piece = lane % kHashStagePieces, from = loading.part * kHashStagePieces + piece;
+      const int row = lane / kPieces, piece = lane % kPieces, from = loading.part * kPieces + piece;
       const uint32_t target = shared_address(ring) + stage * kStageBytes + row * kStageRowBytes + (piece ^ row % 2 * 4) * 16;
       const char* const tile = source + (loading.row + row) * row_bytes + from * 16;
 #pragma unroll
-      for (int i = 0; i < kHashTileRows; i += 32 / kHashStagePieces)
+      for (int i = 0; i < kHashTileRows; i += 32 / kPieces)
         copy_async(target + i * kStageRowBytes, tile + i * row_bytes, from < pieces && loading.row + row + i < rows);
       loading.advance(parts);
     }
@@ -64,7 +63,7 @@ HA_KERNEL(kHashThreads, kHashBlocksPerProcessor) hash_kernel(const HA_CONSTANT H
 
   for (int stage = 0; stage < kHashStages - 1; ++stage) load(stage);
   for (int bin = thread_index(); bin < kSortBins; bin += kHashThreads) counts[bin] = 0;
-  write_signs<T, kProjections>(g, words, signs, parts * kHashStagePieces);
+  write_signs<T, kProjections>(g, words, signs, parts * kPieces);
 
   const int group_row = lane / 4, lane_piece = lane % 4, own_row = group_row + 8 * lane_piece;
   // Lanes whose own row lies before this one's.
@@ -78,13 +77,13 @@ HA_KERNEL(kHashThreads, kHashBlocksPerProcessor) hash_kernel(const HA_CONSTANT H
     const unsigned char* const staged = ring + stage * kStageBytes + group_row * kStageRowBytes + lane_piece * 16;
     stage = stage + 1 < kHashStages ? stage + 1 : 0;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int chunk = 0; chunk < kPieces / 4; ++chunk) {
       Words4 mine[kTiles], x[2 * kHashGroups];
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t) mine[t] = signs[(at.part * kHashStagePieces + half * 4 + lane_piece) * kProjections + t * 8 + group_row];
+      for (int t = 0; t < kTiles; ++t) mine[t] = signs[(at.part * kPieces + chunk * 4 + lane_piece) * kProjections + t * 8 + group_row];
 #pragma unroll
       for (int h = 0; h < 2 * kHashGroups; ++h)
-        x[h] = *reinterpret_cast<const Words4*>(staged + 8 * h * kStageRowBytes + (half ^ group_row % 2) * 64);
+        x[h] = *reinterpret_cast<const Words4*>(staged + 8 * h * kStageRowBytes + (chunk ^ group_row % 2) * 64);
 #pragma unroll
       for (int group = 0; group < kHashGroups; ++group) sums.add(group, x[2 * group], x[2 * group + 1], mine);
     }
@@ -120,21 +119,24 @@ HA_KERNEL(kHashThreads, kHashBlocksPerProcessor) hash_kernel(const HA_CONSTANT H
   for (int bin = thread_index(); bin < bins; bin += kHashThreads) out[bin] = counts[bin];
 }
 
-template <class T>
-void launch_type(const HashArgs& hash) {
+template <class T, int kProjections>
+void launch_instance(const HashArgs& hash) {
   const Geometry g(hash.p);
   const HashLaunch args{hash, sort_chunks(g, HA_QUERIES), sort_chunks(g, HA_KEYS)};
   const int64_t blocks = g.batch * (g.heads_q * args.q.count + g.heads_kv * args.k.count) * kChunkQuarters;
-  const int projections = g.a.num_projections <= 8 ? 8 : 16;
-  const size_t shared = hash_shared(g.head_dim, g.head_dim / kPieceElements<T>, projections);
-  if (projections == 8) launch<hash_kernel<T, 8>>(blocks, kHashThreads, shared, hash.p.stream, args);
-  else launch<hash_kernel<T, 16>>(blocks, kHashThreads, shared, hash.p.stream, args);
+  const int64_t pieces = g.head_dim / kPieceElements<T>;
+  const size_t shared = hash_shared(g.head_dim, pieces, kProjections);
+  if (hash_stage_pieces(pieces) == 8) launch<hash_kernel<T, kProjections, 8>>(blocks, kHashThreads, shared, hash.p.stream, args);
+  else launch<hash_kernel<T, kProjections, 16>>(blocks, kHashThreads, shared, hash.p.stream, args);
 }
 
 }  // namespace
 
 void launch_hash(const HashArgs& args) {
-  with_elements(args.p.dtype, [&](auto element) { launch_type<decltype(element)>(args); });
+  with_elements(args.p.dtype, [&](auto element) {
+    using T = decltype(element);
+    args.p.attributes.num_projections <= 8 ? launch_instance<T, 8>(args) : launch_instance<T, 16>(args);
+  });
 }
 
 }  // namespace ha

@@ -9,8 +9,7 @@
 namespace ha {
 namespace {
 
-constexpr int kScanBatch = 16;  // counts that a thread fetches at once
-constexpr int kRankBatch = 4;   // tiles of ranks, too
+constexpr int kScanBatch = 64;  // counts that a thread fetches at once
 constexpr int kWarpRows = kChunkRows / kChunkWarps;
 static_assert(kScanBatch % kChunkQuarters == 0 && kWarpRows % kHashTileRows == 0 && kHashTileRows == 32);
 
@@ -42,26 +41,17 @@ HA_KERNEL(kChunkScanThreads, 4) sort_scan_kernel(const HA_CONSTANT ChunkArgs arg
   }
 }
 
-// Counts the ranks of a warp's part of a chunk in `mine`, and writes of each of its members the rank and, below it, how many members of
-// that rank the part has before it: rank << 16 | count. `ranks` and `ranked` begin at the chunk's first slot, as do the members.
-template <int kBins>
-HA_DEVICE void rank_part(const uint16_t* ranks, int member_start, int member_stop, uint32_t* mine, uint32_t* ranked) {
-  const int lane = thread_index() % 32, start = thread_index() / 32 * kWarpRows, stop = min(start + kWarpRows, member_stop);
-  for (int bin = lane; bin < kBins; bin += 32) mine[bin] = 0;
-  sync_warp();
-  for (int base = start; base < stop; base += 32 * kRankBatch) {
-    RankWord words[kRankBatch];
+// Counts the ranks of a warp's part of a chunk in `mine`. `held`, the words of a lane's slots (0 for none), become rank << 16 | how many
+// members of that rank the part has before.
+HA_DEVICE void rank_part(uint32_t* mine, uint32_t (&held)[kChunkLaneRows]) {
 #pragma unroll
-    for (int i = 0; i < kRankBatch; ++i) words[i].bits = base + i * 32 + lane < stop ? load_once(ranks + base + i * 32 + lane) : 0;
-#pragma unroll
-    for (int i = 0; i < kRankBatch; ++i) {
-      const int at = base + i * 32 + lane;
-      const uint32_t rank = words[i].rank(), count = mine[rank] + words[i].before();
-      sync_warp();
-      if (at >= member_start && at < stop) ranked[at] = rank << 16 | count;
-      if (words[i].last()) mine[rank] = count + 1;
-      sync_warp();
-    }
+  for (int i = 0; i < kChunkLaneRows; ++i) {
+    const RankWord word{held[i]};
+    const uint32_t count = mine[word.rank()] + word.before();
+    sync_warp();
+    if (word.last()) mine[word.rank()] = count + 1;
+    sync_warp();
+    held[i] = word.rank() << 16 | count;
   }
 }
 
@@ -120,7 +110,7 @@ HA_DEVICE void write_places(const uint32_t* counts, const Range& segment, int64_
 }
 
 template <int kBins>
-HA_KERNEL(kChunkThreads, 5) sort_chunk_kernel(const HA_CONSTANT ChunkArgs args) {
+HA_KERNEL(kChunkThreads, 2) sort_chunk_kernel(const HA_CONSTANT ChunkArgs args) {
   const Geometry g(args.sort.p);
   const Chunk chunk = find_chunk(args.sort.p, g, args.q, args.k, block_index());
   const SortChunks& chunks = chunk.queries ? args.q : args.k;
@@ -136,7 +126,11 @@ HA_KERNEL(kChunkThreads, 5) sort_chunk_kernel(const HA_CONSTANT ChunkArgs args) 
   const int first_slot = int(chunk.slots.start), slots = int(chunk.slots.size()), size = int(chunk.members.size());
   const int member_start = int(chunk.members.start) - first_slot, member_stop = member_start + size;
   const uint16_t* const ranks = (chunk.queries ? args.sort.ranks_q : args.sort.ranks_k) + chunk.slice * chunk.rows + first_slot;
-  rank_part<kBins>(ranks, member_start, member_stop, starts + warp * kBins, order);
+  const int part = warp * kWarpRows + lane;
+  uint32_t held[kChunkLaneRows];
+#pragma unroll
+  for (int i = 0; i < kChunkLaneRows; ++i) held[i] = part + i * 32 < member_stop ? load_once(ranks + part + i * 32) : 0;
+  for (int bin = lane; bin < kBins; bin += 32) starts[warp * kBins + bin] = 0;
   const uint32_t* const counts = slice_counts(args.sort.counts, g, args.q, args.k, chunk.queries, chunk.slice, kBins);
   for (int i = warp; i < levels; i += kChunkWarps) {
     Range segment;
@@ -144,6 +138,8 @@ HA_KERNEL(kChunkThreads, 5) sort_chunk_kernel(const HA_CONSTANT ChunkArgs args) 
     write_places<kBins>(counts, segment, chunk.number, uint32_t(mine.start), places + i * kBins, i == 0 ? own : nullptr);
     if (lane == 0) bounds[i] = mine;
   }
+  sync_warp();
+  rank_part(starts + warp * kBins, held);
   sync_block();
 
   // Slots of no node, and dead rows.
@@ -173,30 +169,21 @@ HA_KERNEL(kChunkThreads, 5) sort_chunk_kernel(const HA_CONSTANT ChunkArgs args) 
       start += count;
     }
   }
-  uint32_t mine[kChunkLaneRows];
-  const int part = warp * kWarpRows + lane;
-#pragma unroll
-  for (int i = 0; i < kChunkLaneRows; ++i) mine[i] = order[part + i * 32];
   sync_block();
 #pragma unroll
   for (int i = 0; i < kChunkLaneRows; ++i) {
     const int slot = part + i * 32;
     if (slot < member_start || slot >= member_stop) continue;
-    order[starts[warp * kBins + (mine[i] >> 16)] + (mine[i] & 0xFFFFu)] = (mine[i] & 0xFFFF0000u) | uint32_t(slot);
+    order[starts[warp * kBins + (held[i] >> 16)] + (held[i] & 0xFFFFu)] = (held[i] & 0xFFFF0000u) | uint32_t(slot);
   }
   sync_block();
 
-#pragma unroll
-  for (int i = 0; i < kChunkLaneRows; ++i) mine[i] = i * kChunkThreads + thread_index() < size ? order[i * kChunkThreads + thread_index()] : 0;
   for (int level = 0; level < levels; ++level) {
     if (bounds[level].start == bounds[level].sorted) continue;
-    int32_t* const line = out + level * chunk.rows + thread_index();
+    int32_t* const line = out + level * chunk.rows;
     const uint32_t* const place = places + level * kBins;
-#pragma unroll
-    for (int i = 0; i < kChunkLaneRows; ++i) {
-      const int at = int(place[mine[i] >> 16]) + i * kChunkThreads, slot = first_slot + int(mine[i] & 0xFFFFu);
-      if (i * kChunkThreads + thread_index() < size) line[at] = slot;
-    }
+#pragma unroll 8
+    for (int i = thread_index(); i < size; i += kChunkThreads) line[int(place[order[i] >> 16]) + i] = first_slot + int(order[i] & 0xFFFFu);
   }
 }
 

@@ -14,15 +14,17 @@ constexpr int kSortBins = 1 << kSortDigitBits;
 // --- ranks ----------------------------------------------------------------------------------------------------------
 
 constexpr int kHashThreads = 128;
-constexpr int kHashBlocksPerProcessor = 5;
-constexpr int kHashTileRows = 32;    // rows that a warp hashes at once
-constexpr int kHashStagePieces = 8;  // pieces of 16 bytes of each of these rows that are loaded at once ...
-constexpr int kHashStages = 2;       // ... into one stage of a warp's ring
+constexpr int kHashTileRows = 32;  // rows that a warp hashes at once
+constexpr int kHashStages = 2;     // of a warp's ring, which these rows pass through
+
+// Pieces of 16 bytes of each row that one stage holds: whole rows where they are short, because memory serves long runs faster.
+HA_INLINE int hash_stage_pieces(int64_t pieces) { return pieces <= 8 ? 8 : 16; }
+HA_INLINE constexpr int hash_blocks_per_processor(int stage_pieces) { return stage_pieces == 8 ? 5 : 3; }
 
 // Bytes of shared memory: the rings, the signs of 8 or 16 projections in the layout of a row's pieces, the words of rule 26 and counts.
 HA_INLINE size_t hash_shared(int64_t head_dim, int64_t pieces, int projections) {
-  const int64_t ring = kHashThreads * kHashStages * kHashStagePieces * 16;
-  return size_t(ring + ceil_div(pieces, kHashStagePieces) * kHashStagePieces * projections * 16 + head_dim * 4 + kSortBins * 4);
+  const int64_t stage = hash_stage_pieces(pieces), ring = kHashThreads * kHashStages * stage * 16;
+  return size_t(ring + ceil_div(pieces, stage) * stage * projections * 16 + head_dim * 4 + kSortBins * 4);
 }
 
 // --- by chunks ------------------------------------------------------------------------------------------------------
@@ -30,7 +32,7 @@ HA_INLINE size_t hash_shared(int64_t head_dim, int64_t pieces, int projections) 
 constexpr int kChunkRows = 4096;      // at most
 constexpr int kChunkQuarters = 4;     // each is one block's work when ranks are made and counted
 constexpr int kQuarterRows = kChunkRows / kChunkQuarters;
-constexpr int kChunkThreads = 256;
+constexpr int kChunkThreads = 512;
 constexpr int kChunkWarps = kChunkThreads / 32;
 constexpr int kChunkLaneRows = kChunkRows / kChunkThreads;
 constexpr int kChunkScanThreads = 128;
