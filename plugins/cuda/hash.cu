@@ -77,13 +77,13 @@ HA_KERNEL(kHashThreads, hash_blocks_per_processor(kPieces)) hash_kernel(const HA
     const unsigned char* const staged = ring + stage * kStageBytes + group_row * kStageRowBytes + lane_piece * 16;
     stage = stage + 1 < kHashStages ? stage + 1 : 0;
 #pragma unroll
-    for (int chunk = 0; chunk < kPieces / 4; ++chunk) {
+    for (int four = 0; four < kPieces / 4; ++four) {
       Words4 mine[kTiles], x[2 * kHashGroups];
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t) mine[t] = signs[(at.part * kPieces + chunk * 4 + lane_piece) * kProjections + t * 8 + group_row];
+      for (int t = 0; t < kTiles; ++t) mine[t] = signs[(at.part * kPieces + four * 4 + lane_piece) * kProjections + t * 8 + group_row];
 #pragma unroll
       for (int h = 0; h < 2 * kHashGroups; ++h)
-        x[h] = *reinterpret_cast<const Words4*>(staged + 8 * h * kStageRowBytes + (chunk ^ group_row % 2) * 64);
+        x[h] = *reinterpret_cast<const Words4*>(staged + 8 * h * kStageRowBytes + (four ^ group_row % 2) * 64);
 #pragma unroll
       for (int group = 0; group < kHashGroups; ++group) sums.add(group, x[2 * group], x[2 * group + 1], mine);
     }
@@ -114,8 +114,8 @@ HA_KERNEL(kHashThreads, hash_blocks_per_processor(kPieces)) hash_kernel(const HA
   sync_block();
   if (!args.hash.counts) return;
   const int bins = chunk_bins(g.a);
-  uint32_t* const out =
-      slice_counts(args.hash.counts, g, args.q, args.k, chunk.queries, chunk.slice, bins) + (chunk.number * kChunkQuarters + quarter) * bins;
+  uint32_t* const slice = slice_counts(args.hash.counts, g, args.q, args.k, chunk.queries, chunk.slice, bins);
+  uint32_t* const out = slice + (chunk.number * kChunkQuarters + quarter) * bins;
   for (int bin = thread_index(); bin < bins; bin += kHashThreads) out[bin] = counts[bin];
 }
 

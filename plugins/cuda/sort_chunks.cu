@@ -88,7 +88,8 @@ HA_DEVICE void write_places(const uint32_t* counts, const Range& segment, int64_
   for (int i = 0; i < kRanks; i += 4) {
     const uint32_t* const column = counts + lane * kRanks + i;
     const auto before_chunk = [&](int64_t chunk) { return load16(column + chunk * kChunkQuarters * kBins); };
-    const Words4 from = before_chunk(segment.start), to = before_chunk(segment.stop), here = before_chunk(number), next = before_chunk(number + 1);
+    const Words4 from = before_chunk(segment.start), to = before_chunk(segment.stop);
+    const Words4 here = before_chunk(number), next = before_chunk(number + 1);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       total[i + j] = to.w[j] - from.w[j];
