@@ -82,8 +82,9 @@ struct AttendTile {
     if (j >= total || (Walk::kConsecutive && !step_at(j)->listed())) return;
     constexpr int kStride = S::kThreads / kKeys;
     const int q0 = thread_index() / kKeys;
+    const int slot = thread_index() % kKeys;
     if (q0 < args.config.query_blocks)
-      walk.write_entry(*step_at(j), thread_index() % kKeys, q0, kStride, factor, list_keys(j), list_bias(j));
+      walk.write_entry(*step_at(j), walk.find_entry(*step_at(j), slot), slot, q0, kStride, factor, list_keys(j), list_bias(j));
   }
 
   // Starts the copy of half step h: keys (even) or values (odd) of step h / 2. Keys past the length are zeros (rule 2).

@@ -1,9 +1,10 @@
-// Attention on Hopper: one block of threads an SM works through many tiles of 128 query rows. One warp group loads, two compute
-// (sm90_loader.cuh, sm90_worker.cuh); the walks over a tile's keys are those of the portable kernels.
+// Attention on Hopper: one block of threads an SM works through many tiles of query rows. Some warps plan, some load, warp groups compute
+// (sm90_planner.cuh, sm90_loader.cuh, sm90_worker.cuh); the walks over a tile's keys are those of the portable kernels.
 #pragma once
 #include "launch.cuh"
 #include "sm90_kernels.h"
 #include "sm90_loader.cuh"
+#include "sm90_planner.cuh"
 #include "sm90_tile_map.h"
 #include "sm90_worker.cuh"
 #include "walk_nodes.cuh"
@@ -12,12 +13,12 @@
 namespace ha {
 
 template <class T, int P, class Walk>
-HA_KERNEL(kHopperThreads, 1) hopper_kernel(const HA_CONSTANT HopperArgs args) {
+HA_KERNEL((hopper_table(P).threads()), 1) hopper_kernel(const HA_CONSTANT HopperArgs args) {
   using Block = HopperBlock<T, P, Walk>;
   const Geometry g(args.p);
   const HopperSchedule& schedule = args.config.schedule;
   unsigned char* const shared = shared_memory();
-  Block block{args, shared, shared_address(shared)};
+  const Block block{args, shared, shared_address(shared)};
   if (thread_index() == 0) {
     block.init_barriers();
     prefetch_map(args.queries);
@@ -25,27 +26,34 @@ HA_KERNEL(kHopperThreads, 1) hopper_kernel(const HA_CONSTANT HopperArgs args) {
     prefetch_map(args.values);
   }
   sync_block();
-  const int group = thread_index() / 128, thread = thread_index() % 128;
+  // Calls body(turn, slice, tile) for this block's tiles.
   const auto each_tile = [&](auto&& body) {
-    for (int64_t turn = 0;; ++turn) {
+    for (int turn = 0; turn * grid_size() < schedule.count; ++turn) {
       const int64_t index = schedule.at(block_index(), grid_size(), turn);
-      if (turn * grid_size() >= schedule.count) break;
-      if (index >= schedule.count) continue;
+      if (index >= schedule.count) break;
       int64_t slice, tile;
       schedule.find(index, slice, tile);
-      body(slice, tile);
+      body(turn, slice, tile);
     }
   };
-  if (group == 0) {
-    give_registers<kLoaderRegisters>();
-    Loader<T, P, Walk> loader{block, g, thread};
-    int64_t turn = 0;
-    each_tile([&](int64_t slice, int64_t tile) { loader.run(turn++, slice, tile); });
+  constexpr HopperTable kTable = hopper_table(P);
+  const int group = thread_index() / 128;  // those that compute come first: warp groups begin at multiples of 128 threads
+  if (group < kTable.groups) {
+    take_registers<kTable.worker_registers>();
+    Worker<T, P, Walk> worker{block, g, group, thread_index() % 128};
+    worker.start();
+    each_tile([&](int turn, int64_t slice, int64_t) { worker.run(turn, slice); });
+    return;
+  }
+  give_registers<kTable.loader_registers>();
+  const int thread = thread_index() - kTable.groups * 128;
+  if (thread < kTable.planners) {
+    Planner<T, P, Walk> planner{block, g, thread};
+    each_tile([&](int turn, int64_t slice, int64_t tile) { planner.run(turn, slice, tile); });
   } else {
-    take_registers<kWorkerRegisters>();
-    Worker<T, P, Walk> worker{block, g, group - 1, thread};
-    int64_t turn = 0;
-    each_tile([&](int64_t slice, int64_t) { worker.run(turn++, slice); });
+    Loader<T, P, Walk> loader{block, g, thread - kTable.planners};
+    each_tile([&](int turn, int64_t slice, int64_t) { loader.run(turn, slice); });
+    loader.publish_all();
   }
 }
 
@@ -60,13 +68,13 @@ void launch_hopper(const AttendArgs& args) {
   const auto run = [&](auto walk, const HopperConfig& config) {
     using Walk = decltype(walk);
     hopper.config = config;
-    launch<hopper_kernel<T, P, Walk>>(min64(config.schedule.count, processors), kHopperThreads, size_t(config.shared.bytes), args.p.stream,
-                                      hopper);
+    const int64_t blocks = min64(config.schedule.count, processors);
+    launch<hopper_kernel<T, P, Walk>>(blocks, hopper_table(P).threads(), size_t(config.shared.bytes), args.p.stream, hopper);
   };
   if (has_nodes(g))
-    for (int level = 0; level < g.levels(); ++level) run(NodeWalk<HopperShape>{}, hopper_node_config(g, P, level));
+    for (int level = 0; level < g.levels(); ++level) run(NodeWalk<HopperShape<P>>{}, hopper_node_config(g, P, level));
   // Nodes of a problem that is not causal hold every row: without sinks nothing is left.
-  if (!has_nodes(g) || g.a.causal || g.a.sinks) run(PositionWalk<HopperShape>{}, hopper_position_config(g, P));
+  if (!has_nodes(g) || g.a.causal || g.a.sinks) run(PositionWalk<HopperShape<P>>{}, hopper_position_config(g, P));
 }
 
 }  // namespace ha

@@ -5,50 +5,57 @@
 
 namespace ha {
 
-constexpr int kHopperGroups = 2;       // warp groups that compute, of 64 rows each; one more loads
-constexpr int kHopperRows = 64 * kHopperGroups;
-constexpr int kHopperKeys = 128;       // of a step
-constexpr int kTileColumns = 64, kTileKeys = 64;  // one load: 64 rows of 128 bytes
-constexpr int kHopperLoaders = 128;    // threads that load
-constexpr int kHopperThreads = kHopperLoaders + 128 * kHopperGroups;
-// Registers of a thread: what the block has at the start, 168 each, goes from the group that loads to those that compute.
-constexpr int kLoaderRegisters = 40, kWorkerRegisters = 232;
-constexpr int kHopperSharedLimit = 227 * 1024;  // sm_90 grants this
+constexpr int kGroupRows = 64;                    // query rows of a warp group that computes
+constexpr int kTileColumns = 64, kTileKeys = 64;  // one load by the copy engine: 64 rows of 128 bytes
+constexpr int kHopperSharedLimit = 227 * 1024;    // sm_90 grants this
 
-// Whether the Hopper kernels take a problem: 16-bit elements and head sizes up to 128 on compute capability 9.0. Short blocks of the
-// selector `blocks` would leave most of a warp group's 64 rows idle: they stay with the portable kernels.
+// How one block of threads works: `groups` warp groups compute on steps of `keys` keys, which pass through `buffers` buffers, one for a
+// step's keys and one for its values; steps are described in batches of `batch`, two of which are held. `planners` threads describe tiles
+// and steps, `loaders` load them. They hand registers to the warp groups that compute.
+struct HopperTable {
+  int groups, keys, buffers, batch, planners, loaders, loader_registers, worker_registers;
+  HA_INLINE constexpr int rows() const { return groups * kGroupRows; }
+  HA_INLINE constexpr int threads() const { return groups * 128 + planners + loaders; }
+  HA_INLINE constexpr int steps() const { return 2 * batch; }
+};
+HA_INLINE constexpr HopperTable hopper_table(int padded) { return {2, 128, padded <= 64 ? 8 : 5, 4, 128, 128, 40, 216}; }
+
+// Whether the Hopper kernels take a problem: 16-bit elements and head sizes up to 128 on compute capability 9.0. Query blocks shorter
+// than a warp group's rows would leave most of them idle at each list of keys: they stay with the portable kernels.
 inline bool uses_hopper(const Geometry& g, int32_t dtype, int compute_capability) {
   if (compute_capability != 90 || dtype == HA_FLOAT32) return false;
   if (max64(g.head_dim, g.head_dim_v) > 128 || g.seq_k == 0) return false;
-  return g.exact() || g.sorts() || g.a.block_size >= 64 || g.a.num_blocks == 0;
+  return g.exact() || g.a.block_size >= kGroupRows || (!g.sorts() && g.a.num_blocks + g.a.sample_size == 0);
 }
 constexpr int hopper_head(int64_t most) { return most <= 64 ? 64 : 128; }
 
-// Keys or values of one step each pass through this many buffers.
-HA_INLINE constexpr int hopper_buffers(int padded) { return padded <= 64 ? 8 : 5; }
-// Steps whose description may still be read: those whose keys or values may be in a buffer, and the next.
-HA_INLINE constexpr int hopper_steps(int padded) { return hopper_buffers(padded) / 2 + 2; }
+constexpr int kDigestBytes = 16;
 
 // Byte offsets in shared memory. Queries lie at 0; tiles begin at multiples of 1024, as swizzled loads need it.
 struct HopperShared {
-  int ring, walk, rows, steps, keys, bias, chosen, counts, barriers, bytes;
+  int ring, walk, rows, steps, digests, keys, bias, chosen, counts, barriers, bytes;
 };
 
 HA_INLINE constexpr HopperShared hopper_shared(int padded, int query_blocks, int num_blocks) {
-  const int row_bytes = padded * 2, steps = hopper_steps(padded);
+  const HopperTable t = hopper_table(padded);
+  const int row_bytes = padded * 2, list = query_blocks ? t.steps() * t.keys * 4 : 0;
   HopperShared s{};
-  s.ring = kHopperRows * row_bytes;
-  s.walk = s.ring + hopper_buffers(padded) * kHopperKeys * row_bytes;
+  s.ring = t.rows() * row_bytes;
+  s.walk = s.ring + t.buffers * t.keys * row_bytes;
   s.rows = s.walk + 2 * kWalkBytes;
-  s.steps = s.rows + 2 * kHopperRows * kRowInfoBytes;
-  s.keys = s.steps + steps * kStepBytes;
-  s.bias = s.keys + (query_blocks ? steps * kHopperKeys * 4 : 0);
-  s.chosen = s.bias + steps * query_blocks * kHopperKeys * 4;
+  s.steps = s.rows + 2 * t.rows() * kRowInfoBytes;
+  s.digests = s.steps + t.steps() * kStepBytes;
+  s.keys = s.digests + t.steps() * kDigestBytes;
+  s.bias = s.keys + list;
+  s.chosen = s.bias + query_blocks * list;
   s.counts = s.chosen + 2 * query_blocks * num_blocks * 4;
   s.barriers = (s.counts + 2 * query_blocks * 4 + 7) / 8 * 8;
-  s.bytes = s.barriers + (2 * hopper_buffers(padded) + 4) * 8;
+  s.bytes = s.barriers + (2 * t.buffers + 10) * 8;
   return s;
 }
+
+// Query blocks of 64 rows and more: a tile touches three at most.
+static_assert(hopper_shared(64, 3, 64).bytes <= kHopperSharedLimit && hopper_shared(128, 3, 64).bytes <= kHopperSharedLimit);
 
 // The tiles of all batch rows and heads in the order they are worked on. Each block of threads takes one after the other, and the
 // blocks' directions alternate, so that all get a like share of long and short tiles. Heads whose keys and values fit the cache
@@ -82,18 +89,20 @@ struct HopperConfig {
   HopperShared shared;
 };
 
-constexpr AttendShape kHopperShape{kHopperGroups, 64, kHopperKeys, 0, 1};
-
+HA_INLINE constexpr AttendShape hopper_shape(int padded) {
+  const HopperTable t = hopper_table(padded);
+  return {t.groups, kGroupRows, t.keys, t.buffers, 1};
+}
 inline HopperConfig hopper_config(const Geometry& g, const AttendConfig& attend, int padded, int num_blocks) {
   return {attend, hopper_schedule(g, attend.tiles), hopper_shared(padded, attend.query_blocks, num_blocks)};
 }
 // Local part, sinks, and everything of `blocks` and of the exact path.
 inline HopperConfig hopper_position_config(const Geometry& g, int padded) {
-  return hopper_config(g, position_config(g, kHopperShape, padded * 2), padded, g.a.num_blocks);
+  return hopper_config(g, position_config(g, hopper_shape(padded), padded * 2), padded, g.a.num_blocks);
 }
 // One level of `sortlsh`.
 inline HopperConfig hopper_node_config(const Geometry& g, int padded, int level) {
-  return hopper_config(g, node_config(g, kHopperShape, padded * 2, level), padded, 2);
+  return hopper_config(g, node_config(g, hopper_shape(padded), padded * 2, level), padded, 2);
 }
 
 }  // namespace ha

@@ -5,13 +5,15 @@
 
 namespace ha {
 
-// A matrix in shared memory of 128-byte rows, swizzled: start, bytes between its 64-element columns (only where rows run along the
-// outer index), bytes between groups of eight rows.
-HA_DEVICE uint64_t matrix(uint32_t address, int leading, int stride) {
-  return uint64_t{1} << 62 | uint64_t(stride >> 4) << 32 | uint64_t(leading >> 4) << 16 | uint64_t((address & 0x3FFFF) >> 4);
-}
-// `matrix` moved by so many bytes.
-HA_DEVICE uint64_t matrix_at(uint64_t matrix, int bytes) { return matrix + uint64_t(bytes >> 4); }
+// A matrix in shared memory of 128-byte rows, swizzled: its start, the bytes between its columns of 64 elements (where rows run along the
+// outer index), the bytes between groups of eight rows.
+struct Matrix {
+  uint32_t low, high;
+  HA_DEVICE Matrix(uint32_t address, int leading, int stride)
+      : low(uint32_t(leading >> 4) << 16 | address >> 4), high(1u << 30 | uint32_t(stride >> 4)) {}
+  // The descriptor of what lies so many bytes further.
+  HA_DEVICE uint64_t at(int bytes) const { return uint64_t{high} << 32 | (low + uint32_t(bytes >> 4)); }
+};
 
 }  // namespace ha
 
@@ -56,6 +58,22 @@ HA_DEVICE void barrier_wait(uint32_t barrier, int parity) {
       "}\n" ::"r"(barrier),
       "r"(parity)
       : "memory");
+}
+
+// Whether it is complete now.
+HA_DEVICE bool barrier_test(uint32_t barrier, int parity) {
+  uint32_t done;
+  asm volatile("{.reg .pred done; mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2; selp.u32 %0, 1, 0, done;}"
+               : "=r"(done)
+               : "r"(barrier), "r"(parity)
+               : "memory");
+  return done;
+}
+
+// The address as it stands: what it was computed from is not computed again at each use.
+HA_DEVICE const char* settled(const char* address) {
+  asm volatile("" : "+l"(address));
+  return address;
 }
 
 // Threads of some warps only; ids 1 to 15.
@@ -139,8 +157,8 @@ HA_DEVICE void product_wait() {
   cute::warpgroup_wait<kPending>();
 }
 // Keeps the compiler from moving accesses of c over this point.
-template <int kCount>
-HA_DEVICE void fence_registers(float (&c)[kCount]) {
+template <class X, int kCount>
+HA_DEVICE void fence_registers(X (&c)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) cute::warpgroup_fence_operand(c[i]);
 }

@@ -1,5 +1,5 @@
-// The warp group that loads: it walks over each tile's steps ahead of the groups that compute, describes them, and fills the buffers. Runs
-// of keys are tiles of the copy engine, rows that the plan lists are gathered by cp.async.
+// The warps that load: queries of each tile, then keys and values of its steps, as long as there are free buffers. Runs of keys are tiles
+// of the copy engine, rows that the plan lists are gathered by cp.async.
 #pragma once
 #include "sm90_tile.cuh"
 
@@ -8,128 +8,159 @@ namespace ha {
 template <class T, int P, class Walk>
 struct Loader {
   using Block = HopperBlock<T, P, Walk>;
-  static constexpr int kChunks = P / 8, kRowsPerPass = kHopperLoaders / kChunks;
-  static_assert(kRowsPerPass % 8 == 0);
+  static constexpr uint32_t kChunks = P / 8;
+  static constexpr int kRowsPerPass = Block::kTable.loaders / int(kChunks), kKeys = Block::kKeys;
 
-  Block& block;
+  const Block& block;
   const Geometry& g;
   int thread;
-  int buffer = 0, phase = 0;  // of the ring: the next buffer, and how often it has gone round
-
-  HA_DEVICE void sync() const { sync_named(1, kHopperLoaders); }
+  RingPlace<Block::kBuffers> place;
+  StepPlace<Block::kBatch> step;
+  bool ran_ahead = false;  // the first thread alone has loaded tiles since the threads were together
+  int unpublished = 0;  // gathered buffers, the last ones, that have not been announced yet
 
   // Tile number `turn` of this block of threads.
-  HA_DEVICE void run(int64_t turn, int64_t slice, int64_t tile) {
+  HA_DEVICE void run(int turn, int64_t slice) {
     const HopperArgs& args = block.args;
-    const AttendConfig& config = args.config.attend;
     const int64_t batch = slice / g.heads_q, head = slice % g.heads_q, kv_slice = batch * g.heads_kv + head / g.group();
-    const int parity = int(turn & 1), again = int(turn >> 1 & 1);
-    Walk& walk = block.walk(parity);
+    const int parity = turn & 1, length = int(g.length(args.p.lengths, batch));
+    const Walk& walk = block.walk(parity);
 
-    barrier_wait(block.tile_done(parity), again ^ 1);  // the tile before the last one has left its description
-    bool present = true;
-    if constexpr (!Walk::kConsecutive) present = Walk::present(args.p, config, g, tile, batch);
-    if (thread == 0 && present) {
-      walk.chosen = block.chosen(parity);
-      walk.counts = block.counts(parity);
-      walk.start(args.p, config, g, tile, batch, head);
-    }
-    sync();
-    if (present) {
-      block.row(parity, thread) = walk.row(g, thread);
-      if (thread < config.query_blocks) walk.read_plan(args.p, g, slice, thread);
-    }
-    sync();
-    if (thread == 0) {
-      if (present) walk.plan_steps(g);
-      else walk.total = -1;
-    }
-    barrier_wait(block.queries_free(), (int(turn) & 1) ^ 1);
-    sync();
-    if (present) load_queries(walk, slice, parity);
+    await(block.tile_ready(parity), turn >> 1 & 1);
+    const int total = walk.total;
+    await(block.queries_free(), (turn & 1) ^ 1);
+    if (Walk::kConsecutive || total <= 0) sync();
+    if (total >= 0) load_queries(walk, slice, parity);
     else if (thread == 0) barrier_arrive(block.queries_ready(), Block::kFills);
 
-    const int length = int(g.length(args.p.lengths, batch)), total = walk.total;
-    const float factor = block.factor(g);
     for (int j = 0; j < total; ++j) {
-      if (thread < kHopperGroups) write_step(walk, j, thread, block.step());
-      sync();
-      const Step step = *block.step();
-      if (!Walk::kConsecutive || step.listed()) {
-        walk.write_entry(step, thread, 0, 1, factor, block.list_keys(), block.list_bias());
-        sync();
+      if (step.starts_batch()) {
+        await(block.steps_ready(step.slot), step.phase);
+        if (Walk::kConsecutive) sync();
       }
-      load(step, args.keys, args.p.k, g.head_dim, kv_slice, length);
-      load(step, args.values, args.p.v, g.head_dim_v, kv_slice, length);
-      block.next_step();
+      const Digest digest = block.digest(step.slot);
+      load(digest, args.keys, args.p.k, g.head_dim, kv_slice, length);
+      load(digest, args.values, args.p.v, g.head_dim_v, kv_slice, length);
+      step.advance(j == total - 1);
     }
   }
 
+  // Announces what has been gathered; the last of a thread's duties.
+  HA_DEVICE void publish_all() {
+    copy_wait<0>();
+    while (unpublished) publish();
+  }
+
  private:
-  HA_DEVICE void load_queries(const Walk& walk, int64_t slice, int parity) const {
+  static constexpr int kAhead = 3;  // gathered buffers that are on their way while the next is started
+
+  // Who waits for a barrier that meanwhile goes on by two phases waits for ever. Gathering needs every thread, so that none can fall
+  // behind; where the first one loads tiles alone, the threads meet at every batch of steps. What others may need is announced first.
+  HA_DEVICE void sync() {
+    publish_all();
+    sync_named(2, Block::kTable.loaders);
+  }
+
+  // Waits for a barrier. What has been gathered is announced first, because those who complete the barrier may need it.
+  HA_DEVICE void await(uint32_t barrier, int parity) {
+    if (barrier_test(barrier, parity)) return;
+    publish_all();
+    barrier_wait(barrier, parity);
+  }
+  // This thread's copies into the oldest of the unpublished buffers have landed.
+  HA_DEVICE void publish() {
+    fence_products();
+    const int index = place.index - unpublished;
+    barrier_arrive(block.full(index < 0 ? index + Block::kBuffers : index));
+    --unpublished;
+  }
+
+  HA_DEVICE void load_queries(const Walk& walk, int64_t slice, int parity) {
     const HopperArgs& args = block.args;
     if constexpr (Walk::kConsecutive) {
       if (thread != 0) return;
-      barrier_expect(block.queries_ready(), kHopperRows * P * 2);
+      barrier_expect(block.queries_ready(), Block::kRows * P * 2);
 #pragma unroll
       for (int column = 0; column < P / 64; ++column)
 #pragma unroll
-        for (int row = 0; row < kHopperRows; row += kTileKeys)
-          load_tile(args.queries, block.queries() + column * kHopperRows * 128 + row * 128, block.queries_ready(), column * 64,
+        for (int row = 0; row < Block::kRows; row += kTileKeys)
+          load_tile(args.queries, block.queries() + column * Block::kRows * 128 + row * 128, block.queries_ready(), column * 64,
                     walk.first - walk.row0 + row, int(slice));
       barrier_arrive(block.queries_ready(), Block::kFills);
     } else {
       const int row_bytes = int(g.head_dim) * 2;
       const char* const source = static_cast<const char*>(args.p.q) + slice * g.seq_q * row_bytes;
-      gather(block.queries(), source, row_bytes, [&](int row) { return block.row(parity, row).index; });
-      Block::arrive_gathered(block.queries_ready(), thread);
+      gather<Block::kRows>(block.queries(), source, row_bytes, [&](int row) { return block.row(parity, row).index; });
+      copy_commit();
+      barrier_arrive_copied(block.queries_ready());
+      if (thread == 0) barrier_arrive(block.queries_ready());
     }
   }
 
   // Fills the next buffer with a step's keys or values. Keys past the length are zeros (rule 2).
-  HA_DEVICE void load(const Step& step, const TileMap& map, const void* base, int64_t head_dim, int64_t kv_slice, int length) {
-    const uint32_t full = block.full(buffer), target = block.buffer(buffer);
-    barrier_wait(block.free(buffer), phase ^ 1);
-    const int row_bytes = int(head_dim) * 2;
-    const char* const source = static_cast<const char*>(base) + kv_slice * g.seq_k * row_bytes;
+  HA_DEVICE void load(const Digest& digest, const TileMap& map, const void* base, int64_t head_dim, int64_t kv_slice, int length) {
+    const uint32_t full = block.full(place.index), free = block.free(place.index), target = block.buffer(place.index);
     // A half that is not there is masked; its values have to be numbers all the same.
-    const int lower = step.lower >= 0 ? step.lower : max(step.upper, 0), upper = step.upper >= 0 ? step.upper : lower;
-    if (!Block::gathers(step, length, int(g.seq_k))) {
+    const int lower = digest.lower >= 0 ? digest.lower : max(digest.upper, 0);
+    const int upper = digest.upper >= 0 ? digest.upper : kKeys == kTileKeys ? lower + kKeys / 2 : lower;
+    if (!digest.gathered()) {
+      publish_all();
+      ran_ahead = true;
       if (thread == 0) {
-        barrier_expect(full, kHopperKeys * P * 2);
+        barrier_wait(free, place.phase ^ 1);
+        barrier_expect(full, Block::kBufferBytes);
 #pragma unroll
         for (int column = 0; column < P / 64; ++column) {
-          load_tile(map, target + column * kHopperKeys * 128, full, column * 64, lower, int(kv_slice));
-          load_tile(map, target + column * kHopperKeys * 128 + kTileKeys * 128, full, column * 64, upper, int(kv_slice));
+          load_tile(map, target + column * kKeys * 128, full, column * 64, lower, int(kv_slice));
+          if (kKeys > kTileKeys) load_tile(map, target + column * kKeys * 128 + kTileKeys * 128, full, column * 64, upper, int(kv_slice));
         }
         barrier_arrive(full, Block::kFills);
       }
-    } else {
-      if (!Walk::kConsecutive || step.listed()) {
-        const int32_t* const keys = block.list_keys();
-        gather(target, source, row_bytes, [&](int row) { return keys[row]; });
-      } else {
-        gather(target, source, row_bytes, [&](int row) {
-          const int key = row < kTileKeys ? lower + row : upper + row - kTileKeys;
-          return key < length ? key : -1;
-        });
-      }
-      Block::arrive_gathered(full, thread);
+      place.advance();
+      return;
     }
-    if (++buffer == Block::kBuffers) buffer = 0, phase ^= 1;
+    if (ran_ahead) sync();
+    ran_ahead = false;
+    await(free, place.phase ^ 1);
+    const int row_bytes = int(head_dim) * 2;
+    const char* const source = static_cast<const char*>(base) + kv_slice * g.seq_k * row_bytes;
+    if (!Walk::kConsecutive || digest.listed()) {
+      const int32_t* const keys = block.list_keys(step.slot);
+      gather<kKeys>(target, source, row_bytes, [&](int row) { return keys[row]; });
+    } else {
+      gather<kKeys>(target, source, row_bytes, [&](int row) {
+        const int key = row < kKeys / 2 ? lower + row : upper + row - kKeys / 2;
+        return key < length ? key : -1;
+      });
+    }
+    copy_commit();
+    if (thread == 0) barrier_arrive(full);  // for the step's description
+    ++unpublished;
+    place.advance();
+    if (unpublished > kAhead) {
+      copy_wait<kAhead>();
+      publish();
+    }
   }
 
-  // 128 rows of 16-byte chunks by their index (-1: zeros), in the layout of the tile loads.
-  template <class IndexOf>
+  // kRows rows of 16-byte chunks by their index (-1: zeros), in the layout of the tile loads.
+  template <int kRows, class IndexOf>
   HA_DEVICE void gather(uint32_t target, const char* source, int row_bytes, IndexOf index_of) const {
-    const int chunk = thread % kChunks, row0 = thread / kChunks;
-    const bool inside = chunk * 16 < row_bytes;
-    const uint32_t at = target + chunk / 8 * (kHopperKeys * 128) + row0 * 128 + ((chunk % 8 ^ row0 % 8) << 4);
-    const char* const column = source + (inside ? chunk * 16 : 0);
-#pragma unroll 4
-    for (int pass = 0; pass < kHopperKeys / kRowsPerPass; ++pass) {
-      const int index = index_of(row0 + pass * kRowsPerPass);
-      copy_async(at + pass * kRowsPerPass * 128, column + int64_t(max(index, 0)) * row_bytes, inside && index >= 0);
+    constexpr int kPasses = kRows / kRowsPerPass, kTogether = kPasses < 8 ? kPasses : 8;
+    static_assert(kRowsPerPass % 8 == 0 && kPasses % kTogether == 0);
+    const uint32_t chunk = uint32_t(thread) % kChunks, row0 = uint32_t(thread) / kChunks;
+    const bool inside = int(chunk) * 16 < row_bytes;
+    const char* const from = settled(source + (inside ? chunk * 16 : 0));
+    const uint32_t to = target + chunk / 8 * (kRows * 128) + row0 * 128 + ((chunk % 8 ^ row0 % 8) << 4);
+#pragma unroll
+    for (int first = 0; first < kPasses; first += kTogether) {
+      int index[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) index[i] = index_of(int(row0) + (first + i) * kRowsPerPass);
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i)
+        copy_async(to + (first + i) * kRowsPerPass * 128, from + uint64_t(uint32_t(max(index[i], 0))) * uint32_t(row_bytes),
+                   inside && index[i] >= 0);
     }
   }
 };

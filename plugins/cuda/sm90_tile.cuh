@@ -1,5 +1,5 @@
 // Where everything of one block of threads of the Hopper kernels lies in shared memory: queries, a ring of buffers that keys and values
-// pass through, what is known of two tiles and of the next steps, and the barriers between the warp groups.
+// pass through, what is known of two tiles and of two batches of steps, and the barriers between the warps.
 #pragma once
 #include "sm90_config.h"
 #include "sm90_device.cuh"
@@ -10,8 +10,10 @@ namespace ha {
 constexpr float kHopperLog2E = 1.4426950408889634f, kHopperLn2 = 0.6931471805599453f;
 
 // The constants that the walks take: a warp group is their `warp`.
+template <int P>
 struct HopperShape {
-  static constexpr int kWarps = kHopperGroups, kWarpRows = 64, kTileRows = kHopperRows, kKeys = kHopperKeys;
+  static constexpr HopperTable kTable = hopper_table(P);
+  static constexpr int kWarps = kTable.groups, kWarpRows = kGroupRows, kTileRows = kTable.rows(), kKeys = kTable.keys;
   static constexpr bool kPairs = true, kOwnedPairs = true;
   static constexpr int kPairBlock = kTileKeys;
 };
@@ -23,15 +25,28 @@ struct HopperArgs {
   TileMap queries, keys, values;
 };
 
+// What those that load and compute need to know of a step, in one load.
+struct alignas(16) Digest {
+  int lower, upper;
+  Part part;
+  uint32_t modes;  // four bits a group; the last bit: gathered row by row
+
+  HA_DEVICE Mode mode(int group) const { return Mode(modes >> (4 * group) & 15); }
+  HA_DEVICE bool gathered() const { return modes >> 31; }
+  HA_DEVICE bool listed() const { return part == Part::kList || part == Part::kSample; }
+};
+static_assert(sizeof(Digest) == kDigestBytes);
+
 template <class T, int P, class Walk>
 struct HopperBlock {
-  static constexpr int kBuffers = hopper_buffers(P), kSteps = hopper_steps(P);
+  static constexpr HopperTable kTable = hopper_table(P);
+  static constexpr int kBuffers = kTable.buffers, kKeys = kTable.keys, kRows = kTable.rows(), kBatch = kTable.batch;
+  static constexpr int kBufferBytes = kKeys * P * 2;
   static_assert(sizeof(Walk) <= kWalkBytes);
 
   const HopperArgs& args;
   unsigned char* shared;
   uint32_t base;
-  int step_index = 0;  // of the ring of steps: the next one
 
   template <class X>
   HA_DEVICE X* at(int offset) const {
@@ -39,51 +54,71 @@ struct HopperBlock {
   }
   HA_DEVICE const HopperShared& offsets() const { return args.config.shared; }
   HA_DEVICE Walk& walk(int parity) const { return *at<Walk>(offsets().walk + parity * kWalkBytes); }
-  HA_DEVICE Row& row(int parity, int row) const { return at<Row>(offsets().rows)[parity * kHopperRows + row]; }
+  HA_DEVICE Row& row(int parity, int row) const { return at<Row>(offsets().rows)[parity * kRows + row]; }
   HA_DEVICE int32_t* chosen(int parity) const {
     return at<int32_t>(offsets().chosen + parity * ((offsets().counts - offsets().chosen) / 2));
   }
   HA_DEVICE int32_t* counts(int parity) const { return at<int32_t>(offsets().counts) + parity * args.config.attend.query_blocks; }
 
-  HA_DEVICE Step* step() const { return at<Step>(offsets().steps) + step_index; }
-  HA_DEVICE int32_t* list_keys() const { return at<int32_t>(offsets().keys) + step_index * kHopperKeys; }
-  HA_DEVICE float* list_bias() const {
-    return at<float>(offsets().bias) + step_index * args.config.attend.query_blocks * kHopperKeys;
-  }
-  HA_DEVICE void next_step() { step_index = step_index + 1 == kSteps ? 0 : step_index + 1; }
+  // Steps of the ring by slot, 0 to 2 kBatch - 1.
+  HA_DEVICE Step& step(int slot) const { return at<Step>(offsets().steps)[slot]; }
+  HA_DEVICE Digest& digest(int slot) const { return at<Digest>(offsets().digests)[slot]; }
+  HA_DEVICE int32_t* list_keys(int slot) const { return at<int32_t>(offsets().keys) + slot * kKeys; }
+  HA_DEVICE float* list_bias(int slot) const { return at<float>(offsets().bias) + slot * args.config.attend.query_blocks * kKeys; }
 
   HA_DEVICE uint32_t queries() const { return base; }
-  HA_DEVICE uint32_t buffer(int index) const { return base + offsets().ring + index * (kHopperKeys * P * 2); }
+  HA_DEVICE uint32_t buffer(int index) const { return base + kRows * P * 2 + index * kBufferBytes; }
   HA_DEVICE uint32_t full(int index) const { return base + offsets().barriers + index * 8; }
   HA_DEVICE uint32_t free(int index) const { return full(kBuffers + index); }
   HA_DEVICE uint32_t queries_ready() const { return full(2 * kBuffers); }
   HA_DEVICE uint32_t queries_free() const { return full(2 * kBuffers + 1); }
-  HA_DEVICE uint32_t tile_done(int parity) const { return full(2 * kBuffers + 2 + parity); }
+  HA_DEVICE uint32_t tile_ready(int parity) const { return full(2 * kBuffers + 2 + parity); }
+  HA_DEVICE uint32_t tile_done(int parity) const { return full(2 * kBuffers + 4 + parity); }
+  HA_DEVICE uint32_t steps_ready(int slot) const { return full(2 * kBuffers + 6 + slot / kBatch); }
+  HA_DEVICE uint32_t steps_done(int slot) const { return full(2 * kBuffers + 8 + slot / kBatch); }
 
   HA_DEVICE void init_barriers() const {
-    constexpr int kReaders = 4 * kHopperGroups;  // warps
+    constexpr int kReaders = 4 * kTable.groups;  // warps
     for (int i = 0; i < kBuffers; ++i) barrier_init(full(i), kFills), barrier_init(free(i), kReaders);
     barrier_init(queries_ready(), kFills);
     barrier_init(queries_free(), kReaders);
-    for (int parity = 0; parity < 2; ++parity) barrier_init(tile_done(parity), kReaders);
+    for (int i = 0; i < 2; ++i) {
+      barrier_init(tile_ready(i), 1);
+      barrier_init(tile_done(i), kReaders);
+      barrier_init(steps_ready(i * kBatch), 1);
+      barrier_init(steps_done(i * kBatch), kReaders);
+    }
     barrier_publish();
   }
 
-  // A buffer is filled by the copies of every loading thread, and by what the first of them arrives for: descriptions, or tile loads.
-  static constexpr int kFills = kHopperLoaders + 1;
-  HA_DEVICE static void arrive_gathered(uint32_t barrier, int thread) {
-    barrier_arrive_copied(barrier);
-    if (thread == 0) barrier_arrive(barrier);
-  }
-
-  // Whether a step's keys are gathered row by row: listed ones, and runs that pass the length but not the tensor's end.
-  HA_DEVICE static bool gathers(const Step& step, int length, int seq_k) {
-    return !Walk::kConsecutive || step.listed() || (length != seq_k && max(step.lower, step.upper) + kTileKeys > length);
-  }
+  // A buffer is filled when every loading thread has announced its copies and the first of them has arrived for the description, or for
+  // tile loads and all.
+  static constexpr int kFills = kTable.loaders + 1;
 
   // Turns logits into base 2.
   HA_DEVICE float factor(const Geometry& g) const {
     return (g.a.scale > 0.0f ? g.a.scale : 1.0f / sqrtf(float(g.head_dim))) * kHopperLog2E;
+  }
+};
+
+// A place in the ring of buffers, and whether it has gone round an odd number of times.
+template <int kBuffers>
+struct RingPlace {
+  int index = 0, phase = 0;
+  HA_DEVICE void advance() {
+    if (++index == kBuffers) index = 0, phase ^= 1;
+  }
+};
+// A slot of the ring of steps, and whether its batch has gone round an odd number of times.
+template <int kBatch>
+struct StepPlace {
+  int slot = 0, phase = 0;
+  HA_DEVICE bool starts_batch() const { return slot % kBatch == 0; }
+  HA_DEVICE bool ends_batch(bool last) const { return last || slot % kBatch == kBatch - 1; }
+  // `last`: of its tile.
+  HA_DEVICE void advance(bool last) {
+    slot = (last ? slot | (kBatch - 1) : slot) + 1;
+    if (slot == 2 * kBatch) slot = 0, phase ^= 1;
   }
 };
 

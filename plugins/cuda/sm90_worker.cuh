@@ -1,5 +1,5 @@
-// A warp group that computes: 64 query rows of each tile. While the tensor cores add one step's values, the group takes the softmax of the
-// next step's logits.
+// A warp group that computes: 64 query rows of each tile. Its products of a step's values and of the next step's keys run one after the
+// other, while another group has its softmax.
 #pragma once
 #include "sm90_state.cuh"
 #include "sm90_tile.cuh"
@@ -11,13 +11,22 @@ struct Worker {
   using Block = HopperBlock<T, P, Walk>;
   using State = GroupState<T, P>;
 
-  Block& block;
-  const Geometry& g;
-  int group, thread;          // of the block's working groups, of the group
-  int buffer = 0, phase = 0;  // of the ring
+  static constexpr int kKeys = Block::kKeys, kFirstTurn = 3;
 
-  HA_DEVICE void run(int64_t turn, int64_t slice) {
-    const int parity = int(turn & 1);
+  const Block& block;
+  const Geometry& g;
+  int group, thread;  // of the block's working groups, of the group
+  using Place = RingPlace<Block::kBuffers>;
+  Place place;
+  StepPlace<Block::kBatch> step;
+
+  // Before the first tile.
+  HA_DEVICE void start() const {
+    if (Block::kTable.groups == 2 && group == 1) arrive_named(kFirstTurn, 256);
+  }
+
+  HA_DEVICE void run(int turn, int64_t slice) {
+    const int parity = turn & 1;
     const Walk& walk = block.walk(parity);
     barrier_wait(block.queries_ready(), parity);
     if (!Walk::kConsecutive) fence_products();
@@ -28,120 +37,126 @@ struct Worker {
       return;
     }
     const float factor = block.factor(g);
-    const uint32_t queries = block.queries() + group * 64 * 128;
+    const uint32_t queries = block.queries() + group * kGroupRows * 128;
     State state;
     state.clear();
-    if (block.args.config.attend.stored) load_state(state, parity, slice);
-
-    int j = 0;
-    if (next(j, total)) {
-      state.start_keys(queries, block.buffer(buffer));
+    // Two groups start their products in turns, so that one has its softmax while the other's products run.
+    const bool in_turns = takes_turns(walk);
+    int left = total;
+    Digest digest;
+    if (next(left, digest)) {
+      state.start_keys(queries, block.buffer(place.index));
       product_wait<0>();
-      finish_keys(state, walk, parity, factor);
+      finish_keys(state, walk, digest, parity, factor);
       state.take_probabilities();
-      Values values = leave(walk, j);
-      while (next(j, total)) {
-        state.start_keys(queries, block.buffer(buffer));
-        values.wait(block);
-        state.start_values(block.buffer(values.buffer));
-        product_wait<1>();
-        finish_keys(state, walk, parity, factor);
+      Place values = leave(left);
+      while (next(left, digest)) {
+        if (in_turns) sync_named(kFirstTurn + group, 256);
+        barrier_wait(block.full(values.index), values.phase);
+        state.start_values(block.buffer(values.index));
+        state.start_keys(queries, block.buffer(place.index));
+        if (in_turns) arrive_named(kFirstTurn + (group ^ 1), 256);
         product_wait<0>();
-        finish_values(state, values);
+        fence_registers(state.o);
+        release(block.free(values.index));
+        finish_keys(state, walk, digest, parity, factor);
         state.take_probabilities();
-        values = leave(walk, j);
+        values = leave(left);
       }
       release(block.queries_free());
-      values.wait(block);
-      state.start_values(block.buffer(values.buffer));
+      barrier_wait(block.full(values.index), values.phase);
+      state.start_values(block.buffer(values.index));
       product_wait<0>();
-      finish_values(state, values);
+      fence_registers(state.o);
+      release(block.free(values.index));
     } else {
       release(block.queries_free());
     }
-    store(state, parity, slice);
+    if (block.args.config.attend.stored) store<true>(state, parity, slice);
+    else store<false>(state, parity, slice);
     release(block.tile_done(parity));
   }
 
  private:
-  // The buffer of a step's values.
-  struct Values {
-    int buffer, phase;
-    bool gathered;
-    HA_DEVICE void wait(const Block& block) const {
-      barrier_wait(block.full(buffer), phase);
-      if (gathered) fence_products();
-    }
-  };
-
-  HA_DEVICE int row_of(int half) const { return group * 64 + thread / 32 * 16 + thread % 32 / 4 + 8 * half; }
-  HA_DEVICE void advance() {
-    if (++buffer == Block::kBuffers) buffer = 0, phase ^= 1;
+  // It pays where tiles are long or the softmax takes longer than the products.
+  HA_DEVICE bool takes_turns(const Walk& walk) const {
+    if constexpr (Walk::kConsecutive && Block::kTable.groups == 2) return (P == 64 || walk.exact) && walk.every_warp();
+    return false;
   }
+
+  HA_DEVICE int row_of(int half) const { return group * kGroupRows + thread / 32 * 16 + thread % 32 / 4 + 8 * half; }
   // Once a warp.
   HA_DEVICE void release(uint32_t barrier) const {
     sync_warp();
     if (thread % 32 == 0) barrier_arrive(barrier);
   }
+  HA_DEVICE void release_buffer() {
+    release(block.free(place.index));
+    place.advance();
+  }
+  // Nothing is read any more of the current step's description.
+  HA_DEVICE void finish_step(int& left) {
+    const bool last = --left == 0;
+    if (step.ends_batch(last)) release(block.steps_done(step.slot));
+    step.advance(last);
+  }
 
-  // Waits for the keys of the next step that the group takes part in; steps of another group's pairs are passed over. Between two of
-  // the group's own there is at most one of those, so that a buffer is never waited for that cannot be filled.
-  HA_DEVICE bool next(int& j, int total) {
-    if (j >= total) return false;
-    barrier_wait(block.full(buffer), phase);
-    if (Walk::kConsecutive && block.step()->modes[group] == Mode::kSkip) {
-      release(block.free(buffer));
-      advance();
-      barrier_wait(block.full(buffer), phase);
-      release(block.free(buffer));
-      advance();
-      block.next_step();
-      if (++j >= total) return false;
-      barrier_wait(block.full(buffer), phase);
+  // Waits for the keys of the next step that the group takes part in. Between two of its own lie at most one for each other group, so
+  // that a buffer is never waited for that cannot be filled while the group holds another.
+  HA_DEVICE bool next(int& left, Digest& digest) {
+    if (left == 0) return false;
+    barrier_wait(block.full(place.index), place.phase);
+    digest = block.digest(step.slot);
+    if constexpr (Walk::kConsecutive) {
+      if (digest.mode(group) == Mode::kSkip) return pass_over(left, digest);
     }
     return true;
   }
-
-  // The step is done but for its values.
-  HA_DEVICE Values leave(const Walk& walk, int& j) {
-    advance();
-    const Values values{buffer, phase, block.gathers(*block.step(), walk.length, int(g.seq_k))};
-    advance();
-    block.next_step();
-    ++j;
-    return values;
-  }
-
-  HA_DEVICE void finish_values(State& state, const Values& values) const {
-    fence_registers(state.o);
-    release(block.free(values.buffer));
+  HA_DEVICE bool pass_over(int& left, Digest& digest) {
+    do {
+      release_buffer();
+      barrier_wait(block.full(place.index), place.phase);
+      release_buffer();
+      finish_step(left);
+      if (left == 0) return false;
+      barrier_wait(block.full(place.index), place.phase);
+      digest = block.digest(step.slot);
+    } while (digest.mode(group) == Mode::kSkip);
+    return true;
   }
 
   // From the products to probabilities.
-  HA_DEVICE void finish_keys(State& state, const Walk& walk, int parity, float factor) const {
+  HA_DEVICE void finish_keys(State& state, const Walk& walk, const Digest& digest, int parity, float factor) {
     fence_registers(state.logits);
-    release(block.free(buffer));
-    const Step& step = *block.step();
-    const Mode mode = Walk::kConsecutive ? step.modes[group] : Mode::kBiased;
+    release_buffer();
+    const Mode mode = Walk::kConsecutive ? digest.mode(group) : Mode::kBiased;
     if (mode == Mode::kBiased) add_bias(state, walk, parity);
-    else if (mode == Mode::kMasked) mask(state, walk, step, parity);
+    else if (mode == Mode::kMasked) mask(state, walk, digest, parity);
     state.softmax(factor);
   }
+  // The step is done but for its values, whose buffer this gives.
+  HA_DEVICE Place leave(int& left) {
+    const Place values = place;
+    place.advance();
+    finish_step(left);
+    return values;
+  }
 
-  HA_DEVICE void mask(State& state, const Walk& walk, const Step& step, int parity) const {
+  HA_DEVICE void mask(State& state, const Walk& walk, const Digest& digest, int parity) const {
     if constexpr (Walk::kConsecutive) {
-      constexpr int kNowhere = -2 * kHopperKeys;  // below every bound
+      constexpr int kNowhere = -2 * kKeys;  // below every bound
       const int column = thread % 4 * 2;
-      const int lower = (step.lower >= 0 ? step.lower : kNowhere) + column, upper = (step.upper >= 0 ? step.upper : kNowhere) + column;
+      const int lower = (digest.lower >= 0 ? digest.lower : kNowhere) + column;
+      const int upper = (digest.upper >= 0 ? digest.upper : kNowhere) + column;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = row_of(half);
-        const Bounds b = walk.bounds(step.part, row, block.row(parity, row).far);
+        const Bounds b = walk.bounds(digest.part, row, block.row(parity, row).far);
 #pragma unroll
-        for (int i = 0; i < kHopperKeys / 8; ++i)
+        for (int i = 0; i < kKeys / 8; ++i)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const int key = (i < kTileKeys / 8 ? lower : upper) + i % (kTileKeys / 8) * 8 + e;
+            const int key = (i < kKeys / 16 ? lower : upper) + i % (kKeys / 16) * 8 + e;
             if (key < b.low || key >= b.high) state.logits[4 * i + 2 * half + e] = -INFINITY;
           }
       }
@@ -153,15 +168,15 @@ struct Worker {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const Row row = block.row(parity, row_of(half));
-      const float* const bias = block.list_bias() + row.query_block * kHopperKeys + column;
+      const float* const bias = block.list_bias(step.slot) + row.query_block * kKeys + column;
 #pragma unroll
-      for (int i = 0; i < kHopperKeys / 8; ++i)
+      for (int i = 0; i < kKeys / 8; ++i)
 #pragma unroll
         for (int e = 0; e < 2; ++e) state.logits[4 * i + 2 * half + e] += bias[i * 8 + e];
       if (walk.masks_listed()) {
-        const int32_t* const keys = block.list_keys() + column;
+        const int32_t* const keys = block.list_keys(step.slot) + column;
 #pragma unroll
-        for (int i = 0; i < kHopperKeys / 8; ++i)
+        for (int i = 0; i < kKeys / 8; ++i)
 #pragma unroll
           for (int e = 0; e < 2; ++e)
             if (keys[i * 8 + e] >= row.far) state.logits[4 * i + 2 * half + e] = -INFINITY;
@@ -169,62 +184,59 @@ struct Worker {
     }
   }
 
-  // What the rows have seen in earlier launches: one key with the stored output as its value. `slice` = batch row and head.
-  HA_DEVICE void load_state(State& state, int parity, int64_t slice) const {
-    const HopperArgs& args = block.args;
-    const int v_row = int(args.p.head_dim_v) * 2, t = thread % 4;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const Row row = block.row(parity, row_of(half));
-      const int64_t at = slice * args.p.seq_q + row.index;
-      const float lse = row.index >= 0 && row.stored ? args.lse[at] : -INFINITY;
-      const bool seen = lse != -INFINITY;
-      if (seen) {
-        state.largest[half] = lse * kHopperLog2E;
-        state.sum[half] = t == 0;
-      }
-      const char* const out = static_cast<const char*>(args.p.out) + (seen ? at : 0) * v_row;
-#pragma unroll
-      for (int m = 0; m < P / 32; ++m) {
-        const int byte = (4 * m + t) * 16;
-        Words4 piece{};
-        if (seen && byte < v_row) piece = *reinterpret_cast<const Words4*>(out + byte);
-        transpose_quad(piece.w, thread);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          state.o[(4 * m + i) * 4 + 2 * half] = to_float(T{uint16_t(piece.w[i])});
-          state.o[(4 * m + i) * 4 + 2 * half + 1] = to_float(T{uint16_t(piece.w[i] >> 16)});
-        }
-      }
-    }
-  }
-
-  // Divides by the sums and writes O and LSE.
+  // Divides by the sums and writes O and LSE. kStored: rows may have met keys in earlier launches; then the stored output counts as the
+  // value of one more key.
+  template <bool kStored>
   HA_DEVICE void store(State& state, int parity, int64_t slice) const {
     const HopperArgs& args = block.args;
     const int v_row = int(args.p.head_dim_v) * 2, t = thread % 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      const Row row = block.row(parity, row_of(half));
+      const int64_t at = slice * args.p.seq_q + max(row.index, 0);
+      char* const out = static_cast<char*>(args.p.out) + at * v_row;
+      Words4 seen[P / 32];
+      float seen_lse = -INFINITY;
+      if constexpr (kStored) {
+        const bool known = row.index >= 0 && row.stored;
+        if (known) seen_lse = args.lse[at];
+#pragma unroll
+        for (int m = 0; m < P / 32; ++m) seen[m] = known && byte_of(m) < v_row ? *reinterpret_cast<const Words4*>(out + byte_of(m)) : Words4{};
+      }
       float total = state.sum[half];
       total += shuffle_xor(total, 1);
       total += shuffle_xor(total, 2);
+      float top = state.largest[half], scale = 1.0f, weight = 0.0f;
+      if (kStored && seen_lse != -INFINITY) {
+        top = fmaxf(top, seen_lse * kHopperLog2E);
+        scale = exp2_fast(state.largest[half] - top);
+        weight = exp2_fast(seen_lse * kHopperLog2E - top);
+        total = total * scale + weight;
+      }
       const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
-      const int index = block.row(parity, row_of(half)).index;
-      const int64_t at = slice * args.p.seq_q + index;
-      if (args.lse && t == 0 && index >= 0) args.lse[at] = total == 0.0f ? -INFINITY : (state.largest[half] + log2f(total)) * kHopperLn2;
-      char* const out = static_cast<char*>(args.p.out) + at * v_row;
+      scale *= inverse;
+      weight *= inverse;
+      if (args.lse && t == 0 && row.index >= 0) args.lse[at] = total == 0.0f ? -INFINITY : (top + log2f(total)) * kHopperLn2;
 #pragma unroll
       for (int m = 0; m < P / 32; ++m) {
+        if constexpr (kStored) transpose_quad(seen[m].w, thread);
         Words4 piece;
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          piece.w[i] = pack<T>(state.o[(4 * m + i) * 4 + 2 * half] * inverse, state.o[(4 * m + i) * 4 + 2 * half + 1] * inverse);
+        for (int i = 0; i < 4; ++i) {
+          float x = state.o[(4 * m + i) * 4 + 2 * half] * scale, y = state.o[(4 * m + i) * 4 + 2 * half + 1] * scale;
+          if constexpr (kStored) {
+            x = fmaf(to_float(T{uint16_t(seen[m].w[i])}), weight, x);
+            y = fmaf(to_float(T{uint16_t(seen[m].w[i] >> 16)}), weight, y);
+          }
+          piece.w[i] = pack<T>(x, y);
+        }
         transpose_quad(piece.w, thread);
-        const int byte = (4 * m + t) * 16;
-        if (index >= 0 && byte < v_row) *reinterpret_cast<Words4*>(out + byte) = piece;
+        if (row.index >= 0 && byte_of(m) < v_row) *reinterpret_cast<Words4*>(out + byte_of(m)) = piece;
       }
     }
   }
+  // Of a row, where the thread's piece m lies.
+  HA_DEVICE int byte_of(int m) const { return (4 * m + thread % 4) * 16; }
 };
 
 }  // namespace ha

@@ -12,8 +12,8 @@ struct Shape {
   static constexpr int kWarps = kShape.warps, kThreads = kShape.threads(), kWarpRows = kShape.warp_rows, kTileRows = kShape.rows();
   static constexpr int kKeys = kShape.keys, kBuffers = kShape.buffers;
   static constexpr int kRowBytes = P * int(sizeof(T)), kChunks = kRowBytes / 16, kChunkElements = 16 / int(sizeof(T));
-  // Whether a step may hold two runs of kPairBlock keys of the tile's two query blocks: a half of one block of each, or, where pairs
-  // are owned, two blocks of one.
+  // Whether a step may hold runs of blocks of kPairBlock keys: a half of one block of each of the tile's two query blocks, or, where
+  // pairs are owned, as many blocks of one query block as fit.
   static constexpr bool kPairs = kTileRows == 2 * kKeys && sizeof(T) == 2;
   static constexpr bool kOwnedPairs = false;
   static constexpr int kPairBlock = kKeys;
@@ -24,8 +24,8 @@ enum class Part : int { kLocal, kSinks, kPair, kList, kSample };
 // How a warp treats a step: no row sees a key, every row sees all, consecutive keys cut by rows, or by the list's biases.
 enum class Mode : int { kSkip, kPlain, kMasked, kBiased };
 
-// With n keys a step. kLocal, kSinks, kPair: keys lower .. + n/2 - 1 and upper .. + n/2 - 1. A pair belongs to query block `owner`, or
-// else its first half to the tile's lower rows and the other to its upper ones; -1 = none. kList and kSample: keys and biases lie in the step's list; `owner`
+// With n keys a step. kLocal, kSinks, kPair: keys lower .. + n/2 - 1 and upper .. + n/2 - 1. Owned pairs belong to query block `owner`;
+// of others the first half belongs to the tile's lower rows and the other to its upper ones; -1 = none. kList and kSample: keys and biases lie in the step's list; `owner`
 // is the query block or local block that the list belongs to and `lower` its first entry.
 struct alignas(16) Step {
   int lower, upper, owner;
@@ -43,6 +43,13 @@ struct alignas(16) Row {
   int stored;            // whether out and lse hold what the row has seen in earlier launches
 };
 static_assert(sizeof(Row) == kRowInfoBytes);
+
+// What an entry of a kList or kSample step refers to: its key (-1 = none), its place in the order that it was found in, the weight
+// whose log is added to its logit.
+struct Entry {
+  int key, place;
+  float weight;
+};
 
 struct Bounds {
   int low, high;  // a row sees keys low <= j < high

@@ -57,9 +57,9 @@ struct NodeWalk {
     first_query_block = first / a.block_size;
   }
 
-  HA_DEVICE static int64_t first_slot(const AttendConfig& config, int64_t tile) { return tile % config.node_tiles * S::kTileRows; }
+  HA_DEVICE static int64_t first_slot(const AttendConfig& config, int64_t tile) { return int64_t{uint32_t(tile) % uint32_t(config.node_tiles)} * S::kTileRows; }
   HA_DEVICE static Node node_of(const HaParams& p, const AttendConfig& config, const Geometry& g, int64_t tile, int64_t batch) {
-    return g.node(config.level, config.first_node + tile / config.node_tiles, g.length(p.lengths, batch));
+    return g.node(config.level, config.first_node + uint32_t(tile) / uint32_t(config.node_tiles), g.length(p.lengths, batch));
   }
 
   // ... then some threads find the keys that the tile's query blocks take ...
@@ -92,6 +92,7 @@ struct NodeWalk {
     total = list_steps + sample_steps;
   }
 
+  HA_DEVICE bool every_warp() const { return first + (S::kWarps - 1) * S::kWarpRows <= last; }
   // A node's rows near its keys see only those that are not local to them (rule 24).
   HA_DEVICE bool masks_listed() const { return far_masked; }
 
@@ -109,30 +110,31 @@ struct NodeWalk {
   HA_DEVICE Mode mode(const Step& step, int w) const {
     const int from = first + w * S::kWarpRows, to = min(from + S::kWarpRows - 1, last);
     if (from > to) return Mode::kSkip;
-    if (step.part == Part::kSample) return Mode::kBiased;
+    if (step.part == Part::kSample || S::kOwnedPairs) return Mode::kBiased;
     const int start = (first_query_block + step.owner) * a.block_size;
     return to >= start && from < start + a.block_size ? Mode::kBiased : Mode::kSkip;
   }
 
   // Entry `slot` of a step's list, as in PositionWalk.
-  HA_DEVICE void write_entry(const Step& step, int slot, int q0, int stride, float factor, int32_t* list, float* bias) const {
+  HA_DEVICE Entry find_entry(const Step& step, int slot) const {
     const int entry = step.lower + slot;
-    int at = -1;  // in the node's sorted keys
-    float weight = 1.0f;
+    Sample sample{-1, 1.0f};  // its place in the node's sorted keys
     if (step.part == Part::kList) {
-      if (entry < counts[step.owner]) at = chosen[2 * step.owner] + entry;
+      if (entry < counts[step.owner]) sample.key = chosen[2 * step.owner] + entry;
     } else if (entry < a.sample_size) {
-      const Sample sample = draw_index(a, key_stop - key_start, entry, head, draw_start);
-      at = int(sample.key);
-      weight = sample.weight;
+      sample = draw_index(a, key_stop - key_start, entry, head, draw_start);
     }
-    int key = at >= 0 ? keys[at] : -1;
-    if (key < key_start || key >= key_stop) key = -1;
-    if (q0 == 0) list[slot] = key;
-    const float value = log2f(weight) / factor;
+    const int key = sample.key >= 0 ? keys[sample.key] : -1;
+    return {key < key_start || key >= key_stop ? -1 : key, int(sample.key), sample.weight};
+  }
+
+  HA_DEVICE void write_entry(const Step& step, const Entry& entry, int slot, int q0, int stride, float factor, int32_t* list,
+                             float* bias) const {
+    if (q0 == 0) list[slot] = entry.key;
+    const float value = log2f(entry.weight) / factor;
     for (int q = q0; q < query_blocks; q += stride) {
-      const bool taken = at >= chosen[2 * q] && at < chosen[2 * q + 1];
-      const bool visible = key >= 0 && (step.part == Part::kList ? q == step.owner : !taken);
+      const bool taken = entry.place >= chosen[2 * q] && entry.place < chosen[2 * q + 1];
+      const bool visible = entry.key >= 0 && (step.part == Part::kList ? q == step.owner : !taken);
       bias[q * S::kKeys + slot] = visible ? value : -INFINITY;
     }
   }

@@ -10,6 +10,7 @@ namespace ha {
 template <class S>
 struct PositionWalk {
   static constexpr bool kConsecutive = true;  // rows of the tile, and keys of some steps
+  static constexpr int kPairBlocks = S::kKeys / S::kPairBlock;  // of a step, where pairs are owned
 
   HaAttributes a;
   bool exact, listed, stored;
@@ -100,9 +101,9 @@ struct PositionWalk {
     total += sink_steps;
     if (!listed) return;
     if (pairs()) {
-      // Owned pairs alternate between the query blocks.
-      const int most = max(counts[0], counts[1]);
-      heavy_steps = 2 * (S::kOwnedPairs ? (most + 1) / 2 : most);
+      int most = 0;
+      for (int q = 0; q < query_blocks; ++q) most = max(most, counts[q]);
+      heavy_steps = S::kOwnedPairs ? query_blocks * ((most + kPairBlocks - 1) / kPairBlocks) : 2 * most;
     } else {
       for (int q = 0; q < query_blocks; ++q) heavy_steps += steps_of<S::kKeys>(counts[q] * a.block_size);
     }
@@ -118,9 +119,24 @@ struct PositionWalk {
     if (part == Part::kLocal) return {limit, a.causal ? min(position + 1, length) : length};
     return {part == Part::kSinks ? 0 : a.sinks, min(part == Part::kSinks ? min(a.sinks, limit) : limit, length)};
   }
+  HA_DEVICE bool every_warp() const { return warp_first[0] <= warp_last[0] && warp_first[S::kWarps - 1] <= warp_last[S::kWarps - 1]; }
   HA_DEVICE bool masks_listed() const { return false; }  // the biases say it all
 
+  // Owned pairs are spread over the steps that all rows share: each loads keys for a part of the rows only, and memory gets time for
+  // them. Gives j's place in the order of describe.
+  HA_DEVICE int spread(int j) const {
+    const int shared = local_steps + sink_steps;
+    if (heavy_steps == 0 || j >= shared + heavy_steps) return j;
+    const int rounds = heavy_steps / query_blocks, run = shared / rounds, period = run + query_blocks;
+    const int round = j / period, at = j % period;
+    if (round >= rounds) return j - heavy_steps;
+    return at < run ? round * run + at : shared + round * query_blocks + at - run;
+  }
+
   HA_DEVICE void describe(int j, Step& step) const {
+    if constexpr (S::kOwnedPairs) {
+      if (pairs()) j = spread(j);
+    }
     if (j < local_steps + sink_steps) {
       step.part = j < local_steps ? Part::kLocal : Part::kSinks;
       step.lower = j < local_steps ? local_start + j * S::kKeys : (j - local_steps) * S::kKeys;
@@ -131,11 +147,13 @@ struct PositionWalk {
     if (j < heavy_steps && pairs()) {
       step.part = Part::kPair;
       if constexpr (S::kOwnedPairs) {
-        const int at = j / 2 * 2;
-        step.owner = j % 2;
+        const int at = j / query_blocks * kPairBlocks;  // the query blocks take turns
+        step.owner = j % query_blocks;
         const int32_t* const blocks = chosen + step.owner * a.num_blocks;
-        step.lower = at < counts[step.owner] ? blocks[at] * S::kPairBlock : -1;
-        step.upper = at + 1 < counts[step.owner] ? blocks[at + 1] * S::kPairBlock : -1;
+        const int start = at < counts[step.owner] ? blocks[at] * S::kPairBlock : -1;
+        step.lower = start;
+        if constexpr (kPairBlocks == 1) step.upper = start < 0 ? -1 : start + S::kKeys / 2;
+        else step.upper = at + 1 < counts[step.owner] ? blocks[at + 1] * S::kPairBlock : -1;
       } else {
         const int at = j / 2, part = j % 2 * (S::kKeys / 2);
         step.lower = at < counts[0] ? chosen[at] * S::kKeys + part : -1;
@@ -155,9 +173,8 @@ struct PositionWalk {
 
   HA_DEVICE Mode mode(const Step& step, int w) const {
     const int from = warp_first[w], to = warp_last[w];
-    if (step.part == Part::kSample) return from > to && !S::kOwnedPairs ? Mode::kSkip : Mode::kBiased;
-    if (S::kOwnedPairs && step.part == Part::kList) return Mode::kBiased;
-    if (!S::kOwnedPairs && from > to) return Mode::kSkip;
+    if (from > to) return Mode::kSkip;
+    if (step.part == Part::kSample || (S::kOwnedPairs && step.part == Part::kList)) return Mode::kBiased;
     if (step.part == Part::kList) {
       const int start = (first_query_block + step.owner) * a.block_size;
       return to >= start && from < start + a.block_size ? Mode::kBiased : Mode::kSkip;
@@ -176,31 +193,34 @@ struct PositionWalk {
     return start >= high.low && stop <= low.high ? Mode::kPlain : Mode::kMasked;
   }
 
-  // Entry `slot` of a kList or kSample step: writes its key (-1 = none) and its bias for query blocks q0, q0 + stride, ...
-  // (-inf = masked), in units of logits before `factor` turns them into base 2.
-  HA_DEVICE void write_entry(const Step& step, int slot, int q0, int stride, float factor, int32_t* keys, float* bias) const {
+  // Entry `slot` of a kList or kSample step.
+  HA_DEVICE Entry find_entry(const Step& step, int slot) const {
     const int at = step.lower + slot;
-    int key = -1;
-    float weight = 1.0f;
     if (step.part == Part::kList) {
+      if (at >= counts[step.owner] * a.block_size) return {-1, at, 1.0f};
+      const int key = chosen[step.owner * a.num_blocks + at / a.block_size] * a.block_size + at % a.block_size;
       const int limit = min(far((first_query_block + step.owner) * a.block_size), length);
-      if (at < counts[step.owner] * a.block_size)
-        key = chosen[step.owner * a.num_blocks + at / a.block_size] * a.block_size + at % a.block_size;
-      if (key < a.sinks || key >= limit) key = -1;
-    } else if (at < a.sample_size) {
-      const Sample sample = draw_sample(a, sample_candidates(step.owner), at, head, a.causal ? int64_t(step.owner) * a.local_size : 0);
-      key = int(sample.key);
-      weight = sample.weight;
+      return {key < a.sinks || key >= limit ? -1 : key, at, 1.0f};
     }
-    if (q0 == 0) keys[slot] = key;
-    const float value = log2f(weight) / factor;
+    if (at >= a.sample_size) return {-1, at, 1.0f};
+    const Sample sample = draw_sample(a, sample_candidates(step.owner), at, head, a.causal ? int64_t(step.owner) * a.local_size : 0);
+    return {int(sample.key), at, sample.weight};
+  }
+
+  // Writes its key and its bias for query blocks q0, q0 + stride, ... (-inf = masked), in units of logits before `factor` turns them
+  // into base 2.
+  HA_DEVICE void write_entry(const Step& step, const Entry& entry, int slot, int q0, int stride, float factor, int32_t* keys,
+                             float* bias) const {
+    if (q0 == 0) keys[slot] = entry.key;
+    const float value = log2f(entry.weight) / factor;
     for (int q = q0; q < query_blocks; q += stride) {
-      bool visible = key >= 0;
+      bool visible = entry.key >= 0;
       if (step.part == Part::kList) {
         visible = visible && q == step.owner;
       } else {
         visible = visible && (!a.causal || (first_query_block + q) * a.block_size / a.local_size == step.owner);
-        for (int i = 0; i < counts[q] && visible; ++i) visible = chosen[q * a.num_blocks + i] != key / a.block_size;
+        const int block = entry.key / a.block_size;
+        for (int i = 0; i < counts[q] && visible; ++i) visible = chosen[q * a.num_blocks + i] != block;
       }
       bias[q * S::kKeys + slot] = visible ? value : -INFINITY;
     }

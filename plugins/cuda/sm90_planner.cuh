@@ -1,0 +1,104 @@
+// The warps that plan: ahead of everyone else they read the plan, describe each tile and its steps, and write the lists of keys that are to
+// be gathered. They hold two tiles and two batches of steps at most.
+#pragma once
+#include "sm90_tile.cuh"
+
+namespace ha {
+
+template <class T, int P, class Walk>
+struct Planner {
+  using Block = HopperBlock<T, P, Walk>;
+  static constexpr int kGroups = Block::kTable.groups, kRowsEach = Block::kRows / Block::kTable.planners, kEntriesEach = Block::kKeys / Block::kTable.planners;
+  static_assert(Block::kBatch * kGroups <= Block::kTable.planners && kEntriesEach >= 1);
+
+  const Block& block;
+  const Geometry& g;
+  int thread;
+  StepPlace<Block::kBatch> place;
+
+  HA_DEVICE void sync() const { sync_named(1, Block::kTable.planners); }
+
+  // Tile number `turn` of this block of threads.
+  HA_DEVICE void run(int turn, int64_t slice, int64_t tile) {
+    const HopperArgs& args = block.args;
+    const AttendConfig& config = args.config.attend;
+    const int64_t batch = slice / g.heads_q, head = slice % g.heads_q;
+    const int parity = turn & 1;
+    Walk& walk = block.walk(parity);
+
+    barrier_wait(block.tile_done(parity), (turn >> 1 & 1) ^ 1);
+    bool present = true;
+    if constexpr (!Walk::kConsecutive) present = Walk::present(args.p, config, g, tile, batch);
+    if (!present) {
+      if (thread == 0) walk.total = -1;
+    } else {
+      if (thread == 0) {
+        walk.chosen = block.chosen(parity);
+        walk.counts = block.counts(parity);
+        walk.start(args.p, config, g, tile, batch, head);
+      }
+      sync();
+      Row rows[kRowsEach];  // all on their way before the first is written
+#pragma unroll
+      for (int i = 0; i < kRowsEach; ++i) rows[i] = walk.row(g, thread + i * Block::kTable.planners);
+#pragma unroll
+      for (int i = 0; i < kRowsEach; ++i) block.row(parity, thread + i * Block::kTable.planners) = rows[i];
+      if (thread < config.query_blocks) walk.read_plan(args.p, g, slice, thread);
+      sync();
+      if (thread == 0) walk.plan_steps(g);
+    }
+    sync();
+    if (thread == 0) barrier_arrive(block.tile_ready(parity));
+    const float factor = block.factor(g);
+    for (int j = 0, total = walk.total; j < total; j += Block::kBatch) describe(walk, j, min(total - j, Block::kBatch), factor);
+  }
+
+ private:
+  // Steps j to j + count - 1.
+  HA_DEVICE void describe(const Walk& walk, int j, int count, float factor) {
+    const int first = place.slot;
+    barrier_wait(block.steps_done(first), place.phase ^ 1);
+    if (thread < count * kGroups) write_step(walk, j + thread / kGroups, thread % kGroups, &block.step(first + thread / kGroups));
+    sync();
+    if (thread < count) digest(walk, first + thread);
+    constexpr int kAhead = 4 / kEntriesEach;  // steps whose entries are looked up before any of them is written
+    for (int ahead = 0; ahead < count; ahead += kAhead) {
+      Entry entries[kAhead][kEntriesEach];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i)
+        if (listed(first, ahead + i, count)) {
+#pragma unroll
+          for (int e = 0; e < kEntriesEach; ++e)
+            entries[i][e] = walk.find_entry(block.step(first + ahead + i), thread + e * Block::kTable.planners);
+        }
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i)
+        if (listed(first, ahead + i, count)) {
+          const int slot = first + ahead + i;
+#pragma unroll
+          for (int e = 0; e < kEntriesEach; ++e)
+            walk.write_entry(block.step(slot), entries[i][e], thread + e * Block::kTable.planners, 0, 1, factor, block.list_keys(slot),
+                             block.list_bias(slot));
+        }
+    }
+    sync();
+    if (thread == 0) barrier_arrive(block.steps_ready(first));
+    place.advance(true);
+  }
+
+  HA_DEVICE bool listed(int first, int s, int count) const {
+    return s < count && (!Walk::kConsecutive || block.step(first + s).listed());
+  }
+
+  // Listed keys are gathered, and runs that pass the length but not the tensor's end.
+  HA_DEVICE void digest(const Walk& walk, int slot) const {
+    const Step& step = block.step(slot);
+    const bool gathered =
+        !Walk::kConsecutive || step.listed() || (walk.length != g.seq_k && max(step.lower, step.upper) + Block::kKeys / 2 > walk.length);
+    uint32_t modes = uint32_t(gathered) << 31;
+    for (int group = 0; group < kGroups; ++group) modes |= uint32_t(step.modes[group]) << (4 * group);
+    block.digest(slot) = {step.lower, step.upper, step.part, modes};
+  }
+};
+
+}  // namespace ha
