@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -89,6 +90,33 @@ def products(library: Library) -> int:
     return count()
 
 
+# What tests/emulation/mistakes.cpp can do wrong, and what comes of it.
+MISTAKES = {
+    "nothing": "0 wrong",
+    "barrier not published": "a barrier that was not published",
+    "fewer bytes expected": "deadlock",
+    "end before a load has landed": "the block ended before a load had landed",
+    "one arrival missing": "deadlock",
+    "one arrival too many": "some wrong",
+    "copies not waited for": "shared memory changed under a product",
+    "no fence": "no fence_products lies between",
+    "no product_begin": "a product without product_begin",
+    "another operand": "threads of a product disagree",
+    "products not waited for": "a thread ended with a product in flight",
+    "operand in registers changed": "operands in registers changed under a product",
+    "accumulator changed": "accumulators were touched before product_wait",
+    "accumulator read": "some wrong",
+    "buffer filled again": "shared memory changed under a product",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_emulator_notices(libraries: dict[int, Path], mistake: str) -> None:
+    code = "import ctypes, sys; print('some' if ctypes.CDLL(sys.argv[1]).ha_emulated_mistake(sys.argv[2].encode()) else '0', 'wrong')"
+    done = subprocess.run([sys.executable, "-c", code, libraries[90], mistake], capture_output=True, text=True)
+    assert MISTAKES[mistake] in done.stdout + done.stderr
+
+
 PLAIN = Case("plain", 70, 203, dims=(64, 64))
 SMALL = replace(PRESETS["blocks"], exact_below=0, local_size=128, sample_size=70, num_blocks=3, sinks=70)
 CASES = [
@@ -115,6 +143,29 @@ SORTED_CASES = [
     Problem(Case("sorted-non-causal", 130, 300, replace(SORTED, causal=0, stratified=0), (2, 1), (32, 32), (300, 77)), "bf16"),
     Problem(Case("sorted-more-queries", 200, 150, replace(SORTED, block_size=256, num_blocks=1), (1, 1), (64, 64)), "bf16"),
 ]
+# For the Hopper kernels: short tiles and several for each block of threads, lengths that end inside a tile load, one and many key blocks,
+# lists whose blocks straddle tiles, head sizes whose loads reach past the tensor.
+_FULL = dict(heads=(1, 1), dims=(64, 64))
+_HOPPER_SORTED = sorted_config(block_size=64, local_size=100, sample_size=70, num_blocks=2)
+HOPPER_CASES = [
+    *(problem for problem in CASES if problem.case.name in ("preset-like", "non-causal", "block128", "block256-uniform", "two-levels")),
+    *(problem for problem in CASES + SORTED_CASES if problem.case.name in ("exact", "exact-one-row", "sorted-more-queries")),
+    Problem(Case("turns", 700, 700, replace(SMALL, num_blocks=5), heads=(3, 1), dims=(64, 64)), "bf16"),
+    Problem(Case("turns-exact", 520, 777, Config().exact(), heads=(4, 2), dims=(128, 128), lengths=(777, 300)), "bf16"),
+    Problem(Case("exact-non-causal", 129, 257, config(causal=0).exact(), heads=(2, 2), dims=(40, 72), lengths=(257, 1, 0)), "fp16"),
+    Problem(Case("narrow", 131, 400, SMALL, heads=(2, 1), dims=(8, 128), lengths=(399,)), "bf16"),
+    Problem(Case("one-block", 300, 450, replace(SMALL, num_blocks=1, sinks=0, local_overlap=0), **_FULL), "bf16"),
+    Problem(Case("no-block", 300, 450, replace(SMALL, num_blocks=0), **_FULL), "fp16"),
+    Problem(Case("no-sample", 150, 600, replace(SMALL, sample_size=0, sinks=200), **_FULL), "bf16"),
+    Problem(Case("block192", 200, 900, replace(SMALL, block_size=192, local_size=192), **_FULL), "bf16"),
+    Problem(Case("more-queries-than-keys", 420, 130, SMALL, **_FULL), "bf16"),
+    Problem(Case("sorted-turns", 500, 500, _HOPPER_SORTED, (3, 1), (64, 64), (500, 211)), "bf16"),
+    Problem(Case("sorted-overlap", 150, 330, replace(_HOPPER_SORTED, local_overlap=1, sinks=20), (1, 1), (128, 128)), "fp16"),
+    Problem(Case("sorted-non-causal", 130, 300, replace(_HOPPER_SORTED, causal=0, block_size=100), (2, 1), (72, 64), (300, 77)), "bf16"),
+    Problem(Case("sorted-blocks", 300, 300, replace(_HOPPER_SORTED, block_size=256, num_blocks=3, stratified=0), **_FULL), "bf16"),
+]
+# Of random problems, those that they take.
+HOPPER_SEEDS = (138, 141, 144, 151, 160, 163, 177, 202, 262, 291, 297, 321, 331, 333, 345, 354, 370, 379, 381, 399)
 # Each head size once, dtypes and selectors in turn.
 SIZES = HEAD_SIZE_PROBLEMS[::5]
 PLANS = (
@@ -158,6 +209,50 @@ def test_plan_with_little_shared_memory(library: Library, limit: int, problem: P
 @pytest.mark.parametrize("problem", CASES + SORTED_CASES + SIZES, ids=str)
 def test_attention_under_the_references_plan(library: Library, problem: Problem) -> None:
     check_attention(library, problem, "cpu")
+
+
+@pytest.mark.parametrize("problem", HOPPER_CASES, ids=str)
+def test_attention_on_hopper(hopper: Library, problem: Problem) -> None:
+    before = products(hopper)
+    check_attention(hopper, problem, "cpu")
+    assert products(hopper) > before
+
+
+@pytest.mark.parametrize("problem", [HOPPER_CASES[0], HOPPER_CASES[-1]], ids=str)
+def test_o_without_lse_on_hopper(hopper: Library, problem: Problem) -> None:
+    check_without_lse(hopper, problem, "cpu")
+
+
+@pytest.mark.parametrize("name", ["exact", "exact-non-causal"])
+def test_padding_reaches_no_live_row_on_hopper(hopper: Library, name: str) -> None:
+    check_padding(hopper, PADDING[name], float("nan"), "cpu")
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(replace(HOPPER_CASES[0].case, dims=(64, 136)), "bf16"),
+        Problem(HOPPER_CASES[0].case, "fp32"),
+        *(p for p in CASES if p.case.name in ("block48", "no-key")),
+    ],
+    ids=str,
+)
+def test_what_hopper_kernels_do_not_take_runs_the_portable_ones(hopper: Library, problem: Problem) -> None:
+    before = products(hopper)
+    check_attention(hopper, problem, "cpu")
+    assert products(hopper) == before
+
+
+def test_other_devices_run_the_portable_kernels(library: Library) -> None:
+    check_attention(library, HOPPER_CASES[0], "cpu")
+    assert products(library) == 0
+
+
+@pytest.mark.parametrize("seed", HOPPER_SEEDS)
+def test_random_problems_on_hopper(hopper: Library, seed: int) -> None:
+    before = products(hopper)
+    check_random_case(hopper, seed)
+    assert products(hopper) > before
 
 
 @pytest.mark.parametrize("problem", [CASES[0], *SORTED_CASES[:2]], ids=str)

@@ -91,7 +91,6 @@ struct Loader {
       const int row_bytes = int(g.head_dim) * 2;
       const char* const source = static_cast<const char*>(args.p.q) + slice * g.seq_q * row_bytes;
       gather<Block::kRows>(block.queries(), source, row_bytes, [&](int row) { return block.row(parity, row).index; });
-      copy_commit();
       barrier_arrive_copied(block.queries_ready());
       if (thread == 0) barrier_arrive(block.queries_ready());
     }

@@ -81,6 +81,8 @@ void barrier_wait(uint32_t address, int parity) {
   wait_until(parity ? "barrier, odd phase, at" : "barrier, even phase, at", address, [&] { return barrier.phase != parity; });
 }
 
+bool barrier_test(uint32_t address, int parity) { return barrier_at(address).phase != parity; }
+
 void sync_named(int id, int threads) { meet(named(id, threads), threads, "sync_named", id, [] {}); }
 void arrive_named(int id, int threads) {
   Meeting& meeting = named(id, threads);

@@ -13,6 +13,8 @@ void barrier_arrive(uint32_t barrier, int count = 1);
 void barrier_expect(uint32_t barrier, int bytes);
 void barrier_arrive_copied(uint32_t barrier);
 void barrier_wait(uint32_t barrier, int parity);
+bool barrier_test(uint32_t barrier, int parity);
+inline const char* settled(const char* address) { return address; }
 
 void sync_named(int id, int threads);
 void arrive_named(int id, int threads);
