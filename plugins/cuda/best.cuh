@@ -26,23 +26,35 @@ HA_DEVICE void visit_best(const uint32_t* scores, int size, int count, int lane,
   int reached = size;
   if (size > count) {
     uint32_t least = ~0u, most = 0;
+    int present = 0;
 #pragma unroll 4
     for (int i = lane; i < size; i += 32) {
       const uint32_t score = scores[i];
       most = max(most, score);
-      least = min(least, score ? score : ~0u);
+      if (score) least = min(least, score), ++present;
     }
-    most = warp_max(most);
-    least = ~warp_max(~least);
-    // Bits that all have in common are the threshold's, too, where enough scores are not zero.
-    uint32_t bit = 0x80000000u;
-    if (count_at_least(scores, size, 1, lane) >= count) {
-      while (bit && !((most ^ least) & bit)) bit >>= 1;
-      threshold = bit ? most & ~(2 * bit - 1) : most;
+    int shift = 30;
+    if (warp_sum(present) >= count) {  // then bits that all others but zeros have in common are the threshold's, too
+      most = warp_max(most);
+      const uint32_t differ = most ^ ~warp_max(~least);
+      while (shift >= 0 && !(differ >> shift)) shift -= 2;
+      threshold = shift < 0 ? most : most >> shift >> 2 << 2 << shift;
     }
-    for (; bit && reached != count; bit >>= 1) {
-      const int more = count_at_least(scores, size, threshold | bit, lane);
-      if (more >= count) threshold |= bit, reached = more;
+    for (; shift >= 0 && reached != count; shift -= 2) {  // two bits a time
+      int more[3] = {};
+#pragma unroll 4
+      for (int i = lane; i < size; i += 32) {
+        const uint32_t score = scores[i];
+#pragma unroll
+        for (int j = 0; j < 3; ++j) more[j] += score >= (threshold | uint32_t(j + 1) << shift);
+      }
+      uint32_t bits = 0;
+#pragma unroll
+      for (int j = 0; j < 3; ++j) {
+        more[j] = warp_sum(more[j]);
+        if (more[j] >= count) bits = uint32_t(j + 1), reached = more[j];
+      }
+      threshold |= bits << shift;
     }
   }
   // Of the scores that equal the threshold only the first ones fit.

@@ -52,9 +52,9 @@ HA_DEVICE void load_shared(Fragment<D>& fragment, const int8_t* pools, int lane)
   }
 }
 
-// r = 1/sqrt(max(1, q8 . q8)) of query pools 2 (lane % 4) and the next one; NaN for a pool that is skipped.
-struct alignas(8) Factors {
-  float r[2];
+// r = 1/sqrt(max(1, q8 . q8)) of two neighbouring query pools, NaN for a pool that is skipped, and what `multiply` adds with it.
+struct alignas(16) Factors {
+  float r[2], taken[2];
 };
 
 // An accumulator that starts from the bits of 2^23 holds, read as a float, 2^23 + dot for dot >= 0 and 2^23 + dot / 2 for dot < 0
@@ -65,6 +65,12 @@ struct alignas(8) Factors {
 constexpr float kMagic = 8388608.0f;
 constexpr int32_t kMagicBits = 0x4B000000;
 constexpr float kSmallScale = 1e-30f;  // r > 2^-11 and |dot| >= 1 keep halves above this / 2^12
+
+// Factors of the pool in place `column`.
+HA_DEVICE void set_factor(Factors* factors, int column, float r) {
+  factors[column / 2].r[column % 2] = r;
+  factors[column / 2].taken[column % 2] = mul_rn(r, -kMagic);
+}
 
 HA_DEVICE float doubled_below_zero(float x) { return add_rn(x, fminf(x, 0.0f)); }
 
@@ -106,14 +112,11 @@ HA_DEVICE void multiply(const KeyTile<D> (&keys)[kTiles], const Fragment<D>& que
       else multiply_add_int8(c[t], keys[t].words[step], queries.w[2 * step], queries.w[2 * step + 1]);
     }
   }
-  float taken[2];  // makes up for the start
-#pragma unroll
-  for (int e = 0; e < 2; ++e) taken[e] = mul_rn(factors.r[e], -kMagic);
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) {
     float product[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) product[i] = fma_rn(bits_float(uint32_t(c[t][i])), factors.r[i % 2], taken[i % 2]);
+    for (int i = 0; i < 4; ++i) product[i] = fma_rn(bits_float(uint32_t(c[t][i])), factors.r[i % 2], factors.taken[i % 2]);
 #pragma unroll
     for (int half = 0; half < 2; ++half) best[t][half] = fmaxf(product[2 * half], product[2 * half + 1]);
   }

@@ -83,7 +83,7 @@ HA_KERNEL(kSelectThreads, 1) select_kernel(const HA_CONSTANT SelectArgs args) {
   };
   if (thread_index() < c.blocks) shared.blocks[thread_index()] = find_block(g, c, block0 + thread_index(), g.length(args.p.lengths, batch));
   for (int i = warp; i < c.blocks; i += warps)
-    load_queries<D>(shared.queries + i * c.fine * D, shared.fine + i * c.fine, q, first + i * per_block, c.fine, per_block, 32, lane);
+    load_queries<D>(shared.queries + i * c.fine * D, shared.fine + i * c.fine / 2, q, first + i * per_block, c.fine, per_block, 32, lane);
   copy_commit();
 
   const int round = c.blocks / c.rounds;

@@ -28,7 +28,7 @@ struct SuperScores {
         Fragment<D> queries;
         load_shared(queries, shared.queries_coarse + column * D, lane);
         const int mine = column + lane % 4 * 2 + odd, i = mine >> shift;
-        Factors factors = *reinterpret_cast<const Factors*>(shared.coarse + column + lane % 4 * 2);
+        Factors factors = shared.coarse[column / 2 + lane % 4];
         if (!shift) factors.r[1 - odd] = NAN;
         float product[kTiles][2], best[kTiles];
         multiply(keys, queries, factors, product);
@@ -82,6 +82,27 @@ struct UnitScores {
   const Shared& shared;
   KeyTile<D> keys[kTiles];
 
+  // Passes the 16 query pools in place `column` by: best[t] = the largest product with this lane's key pools of tile t, if any.
+  template <bool kCareful>
+  HA_DEVICE void pass(int column, int lane, float (&best)[kTiles]) const {
+    float product[2][kTiles][2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      Fragment<D> queries;
+      load_shared(queries, shared.queries + (column + n * 8) * D, lane);
+      multiply(keys, queries, shared.fine[column / 2 + n * 4 + lane % 4], product[n]);
+    }
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float most = fmaxf(product[0][t][half], product[1][t][half]);
+        product[0][t][half] = mul_rn(kCareful ? doubled_below_zero(most) : most, keys[t].scale[half]);
+      }
+      best[t] = fmaxf(product[0][t][0], product[0][t][1]);
+    }
+  }
+
   // Passes the pools of the `wanted` query blocks by; `rank`: of the unit among those of query block `lane` in this pass; `block0`: its
   // first key block, `mine`: the one behind it whose score this lane has in the end. `kCareful`: scales are small.
   template <bool kCareful>
@@ -91,29 +112,14 @@ struct UnitScores {
     for (; wanted; wanted &= wanted - 1) {
       const int i = count_bits(~wanted & (wanted - 1));
       float best[kTiles];
+      pass<kCareful>(i * c.fine, lane, best);
+      for (int column = 16; column < c.fine; column += 16) {  // more than 16 pools a query block
+        float more[kTiles];
+        pass<kCareful>(i * c.fine + column, lane, more);
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t) best[t] = -INFINITY;
-      for (int column = 0; column < c.fine; column += 16) {
-        Fragment<D> queries[2];
-        Factors factors[2];
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          load_shared(queries[n], shared.queries + (i * c.fine + column + n * 8) * D, lane);
-          factors[n] = *reinterpret_cast<const Factors*>(shared.fine + i * c.fine + column + n * 8 + lane % 4 * 2);
-        }
-        float product[2][kTiles][2];
-#pragma unroll
-        for (int n = 0; n < 2; ++n) multiply(keys, queries[n], factors[n], product[n]);
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const float most = fmaxf(product[0][t][half], product[1][t][half]);
-            best[t] = fmaxf(best[t], mul_rn(kCareful ? doubled_below_zero(most) : most, keys[t].scale[half]));
-          }
-        }
+        for (int t = 0; t < kTiles; ++t) best[t] = fmaxf(best[t], more[t]);
       }
-      float value = tile_maximum(best, lane);
+      float value = fmaxf(tile_maximum(best, lane), -INFINITY);
       value = fmaxf(value, shuffle_xor(value, 1));
       value = fmaxf(value, shuffle_xor(value, 2));
       if (!kCareful) value = doubled_below_zero(value);

@@ -9,8 +9,8 @@ struct Shared {
   int8_t* queries;         // fine query pools: [blocks * config.fine], each at shared_place
   int8_t* queries_coarse;  // those of a round: [columns]
   uint32_t* area;          // scores: of superblocks [blocks / rounds, stride], then of key blocks [blocks, row]
-  float* fine;             // factors of the query pools, NaN where there is none: [blocks, config.fine]
-  float* coarse;           // [columns]
+  Factors* fine;           // of the query pools, NaN where there is none: [blocks, config.fine / 2]
+  Factors* coarse;         // [columns / 2]
   uint32_t* masks;         // kept units as bits: [blocks, words]
   int32_t* carried;        // best key blocks of earlier passes: [blocks, config.carried]
   SelectBlock* blocks;
@@ -21,9 +21,9 @@ struct Shared {
   HA_DEVICE Shared(const SelectConfig& c, int pool_bytes) {
     queries = reinterpret_cast<int8_t*>(shared_memory());
     queries_coarse = queries + c.blocks * c.fine * pool_bytes;
-    coarse = reinterpret_cast<float*>(queries_coarse + c.columns * pool_bytes);
-    fine = coarse + c.columns;
-    area = reinterpret_cast<uint32_t*>(fine + c.blocks * c.fine);
+    coarse = reinterpret_cast<Factors*>(queries_coarse + c.columns * pool_bytes);
+    fine = coarse + c.columns / 2;
+    area = reinterpret_cast<uint32_t*>(fine + c.blocks * c.fine / 2);
     masks = area + c.area;
     carried = reinterpret_cast<int32_t*>(masks + c.blocks * c.words);
     blocks = reinterpret_cast<SelectBlock*>(carried + c.blocks * c.carried);
@@ -51,13 +51,13 @@ HA_DEVICE SelectBlock find_block(const Geometry& g, const SelectConfig& c, int64
 // Sends `columns` query pools from pool `first` on into shared memory, of which those below `count` are wanted, and writes their
 // factors. Threads `index` of `step` do it together.
 template <int D>
-HA_DEVICE void load_queries(int8_t* target, float* factors, const PoolView& q, int first, int columns, int count, int step, int index) {
+HA_DEVICE void load_queries(int8_t* target, Factors* factors, const PoolView& q, int first, int columns, int count, int step, int index) {
   constexpr int kPieces = D / 16;
   for (int i = index; i < columns * kPieces; i += step) {
     const int column = i / kPieces, piece = i % kPieces, pool = first + column;
     const bool inside = column < count && pool >= 0 && pool < q.count;
     copy_async(shared_address(target + shared_place<D>(column, piece)), q.values + int64_t(inside ? pool : 0) * D + piece * 16, inside);
-    if (piece == 0) factors[column] = inside ? load_once(q.scales + pool) : NAN;
+    if (piece == 0) set_factor(factors, column, inside ? load_once(q.scales + pool) : NAN);
   }
 }
 
