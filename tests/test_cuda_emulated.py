@@ -155,6 +155,9 @@ HOPPER_CASES = [
     Problem(Case("exact-non-causal", 129, 257, config(causal=0).exact(), heads=(2, 2), dims=(40, 72), lengths=(257, 1, 0)), "fp16"),
     Problem(Case("narrow", 131, 400, SMALL, heads=(2, 1), dims=(8, 128), lengths=(399,)), "bf16"),
     Problem(Case("one-block", 300, 450, replace(SMALL, num_blocks=1, sinks=0, local_overlap=0), **_FULL), "bf16"),
+    # Keys end one before a tile load does, for query blocks without a key block; the longest lists that need no room in shared memory.
+    Problem(Case("one-key-short", 203, 203, replace(SMALL, local_size=64, local_overlap=0, sinks=0), (1, 1), (64, 64), (63,), "padding"), "bf16"),
+    Problem(Case("no-lists", 150, 200, replace(SMALL, block_size=16, num_blocks=0, sample_size=0), dims=(128, 128)), "bf16"),
     Problem(Case("no-block", 300, 450, replace(SMALL, num_blocks=0), **_FULL), "fp16"),
     Problem(Case("no-sample", 150, 600, replace(SMALL, sample_size=0, sinks=200), **_FULL), "bf16"),
     Problem(Case("block192", 200, 900, replace(SMALL, block_size=192, local_size=192), **_FULL), "bf16"),

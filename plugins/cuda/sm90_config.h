@@ -98,7 +98,10 @@ inline HopperConfig hopper_config(const Geometry& g, const AttendConfig& attend,
 }
 // Local part, sinks, and everything of `blocks` and of the exact path.
 inline HopperConfig hopper_position_config(const Geometry& g, int padded) {
-  return hopper_config(g, position_config(g, hopper_shape(padded), padded * 2), padded, g.a.num_blocks);
+  AttendConfig attend = position_config(g, hopper_shape(padded), padded * 2);
+  // Short query blocks come without lists (uses_hopper), whose biases would not fit.
+  if (g.a.num_blocks + g.a.sample_size == 0) attend.query_blocks = 0;
+  return hopper_config(g, attend, padded, g.a.num_blocks);
 }
 // One level of `sortlsh`.
 inline HopperConfig hopper_node_config(const Geometry& g, int padded, int level) {

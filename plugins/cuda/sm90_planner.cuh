@@ -90,11 +90,11 @@ struct Planner {
     return s < count && (!Walk::kConsecutive || block.step(first + s).listed());
   }
 
-  // Listed keys are gathered, and runs that pass the length but not the tensor's end.
+  // Listed keys are gathered, and runs that pass the length but not the tensor's end; where no run is there, the first keys are loaded.
   HA_DEVICE void digest(const Walk& walk, int slot) const {
     const Step& step = block.step(slot);
-    const bool gathered =
-        !Walk::kConsecutive || step.listed() || (walk.length != g.seq_k && max(step.lower, step.upper) + Block::kKeys / 2 > walk.length);
+    const int run = max(max(step.lower, step.upper), 0);
+    const bool gathered = !Walk::kConsecutive || step.listed() || (walk.length != g.seq_k && run + Block::kKeys / 2 > walk.length);
     uint32_t modes = uint32_t(gathered) << 31;
     for (int group = 0; group < kGroups; ++group) modes |= uint32_t(step.modes[group]) << (4 * group);
     block.digest(slot) = {step.lower, step.upper, step.part, modes};
