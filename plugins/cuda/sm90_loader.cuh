@@ -41,6 +41,8 @@ struct Loader {
       const Digest digest = block.digest(step.slot);
       load(digest, args.keys, args.p.k, g.head_dim, kv_slice, length);
       load(digest, args.values, args.p.v, g.head_dim_v, kv_slice, length);
+      // Those that compute may be done with a step's keys while a thread here has yet to look up its values.
+      if (step.ends_batch(j == total - 1)) release(block.steps_done(step.slot));
       step.advance(j == total - 1);
     }
   }
@@ -66,6 +68,11 @@ struct Loader {
     if (barrier_test(barrier, parity)) return;
     publish_all();
     barrier_wait(barrier, parity);
+  }
+  // Once a warp.
+  HA_DEVICE void release(uint32_t barrier) const {
+    sync_warp();
+    if (thread % 32 == 0) barrier_arrive(barrier);
   }
   // This thread's copies into the oldest of the unpublished buffers have landed.
   HA_DEVICE void publish() {

@@ -83,10 +83,10 @@ struct HopperBlock {
     barrier_init(queries_ready(), kFills);
     barrier_init(queries_free(), kReaders);
     for (int i = 0; i < 2; ++i) {
-      barrier_init(tile_ready(i), 1);
+      barrier_init(tile_ready(i), kTable.planners);
       barrier_init(tile_done(i), kReaders);
-      barrier_init(steps_ready(i * kBatch), 1);
-      barrier_init(steps_done(i * kBatch), kReaders);
+      barrier_init(steps_ready(i * kBatch), kTable.planners);
+      barrier_init(steps_done(i * kBatch), kReaders + kTable.loaders / 32);
     }
     barrier_publish();
   }

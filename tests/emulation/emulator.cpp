@@ -72,6 +72,15 @@ void land_one() {
   ++block.progress;
 }
 
+// Lets the last of the threads that fell behind go on: the first is as far behind as can be.
+bool wake_one() {
+  Fiber* last = nullptr;
+  for (auto& fiber : block.fibers)
+    if (fiber.asleep && (!last || fiber.asleep > last->asleep)) last = &fiber;
+  if (last) last->asleep = 0;
+  return last;
+}
+
 // Says first what each thread waits for.
 [[noreturn]] void fail_deadlock() {
   for (int i = 0, start = 0; i < block.threads; ++i) {
@@ -92,15 +101,15 @@ void run_block(int threads) {
     const int first = int(random_number() % uint32_t(threads)), direction = random_number() % 2 ? 1 : threads - 1;
     for (int i = 0; i < threads; ++i) {
       block.current = int((first + int64_t(i) * direction) % threads);
-      if (self().done) continue;
+      if (self().done || self().asleep) continue;
       ha_switch_fiber(&block.scheduler, self().stack_pointer);
       left -= self().done;
     }
     for (size_t chances = block.flying.size(); chances; --chances)
       if (random_number() % 4 == 0) land_one();
     if (left && block.progress == before) {
-      if (block.flying.empty()) fail_deadlock();
-      land_one();
+      if (!block.flying.empty()) land_one();
+      else if (!wake_one()) fail_deadlock();
     }
   }
   require(block.flying.empty(), "the block ended before a load had landed");
@@ -111,6 +120,13 @@ void run_block(int threads) {
 void fail(const char* message) {
   std::fprintf(stderr, "emulator: %s (block %lld, thread %d)\n", message, static_cast<long long>(block.index), block.current);
   std::abort();
+}
+
+void fall_behind() {
+  constexpr uint32_t kOneIn = 256;
+  if (random_number() % kOneIn) return;
+  self().asleep = ++block.clock;
+  yield();
 }
 
 void yield() { ha_switch_fiber(&self().stack_pointer, block.scheduler); }

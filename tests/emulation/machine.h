@@ -24,6 +24,7 @@ struct Fiber {
   void* stack_pointer = nullptr;
   std::unique_ptr<unsigned char[]> stack;
   bool done = false;
+  uint64_t asleep = 0;  // since when, if it is
   const char* waits = "to start";  // for what, and at which address or of which number
   int64_t place = 0;
   std::vector<Copy> open;                 // not committed
@@ -93,6 +94,8 @@ extern Block block;
 
 [[noreturn]] void fail(const char* message);
 void yield();
+// Now and then the calling thread stands still until no other can go on, as a warp may that is not scheduled.
+void fall_behind();
 inline Fiber& self() { return block.fibers[block.current]; }
 
 template <class Compute>

@@ -69,7 +69,10 @@ void barrier_expect(uint32_t barrier, int bytes) {
   ++block.progress;
 }
 void barrier_arrive_copied(uint32_t barrier) {
-  require(self().groups.empty(), "copies that were committed to a group arrive at no barrier");
+  for (auto& group : self().groups) {  // it waits for them, too: they land now, and stay counted by copy_wait
+    for (const Copy& copy : group) land(copy, block.current);
+    group.clear();
+  }
   block.flying.push_back([copies = std::move(self().open), thread = block.current, barrier] {
     for (const Copy& copy : copies) land(copy, thread);
     arrive(barrier, 1);
@@ -79,6 +82,7 @@ void barrier_arrive_copied(uint32_t barrier) {
 void barrier_wait(uint32_t address, int parity) {
   const PhaseBarrier& barrier = barrier_at(address);
   wait_until(parity ? "barrier, odd phase, at" : "barrier, even phase, at", address, [&] { return barrier.phase != parity; });
+  fall_behind();
 }
 
 bool barrier_test(uint32_t address, int parity) { return barrier_at(address).phase != parity; }
