@@ -47,8 +47,8 @@ struct Planner {
       sync();
       if (thread == 0) walk.plan_steps(g);
     }
+    barrier_arrive(block.tile_ready(parity));
     sync();
-    if (thread == 0) barrier_arrive(block.tile_ready(parity));
     const float factor = block.factor(g);
     for (int j = 0, total = walk.total; j < total; j += Block::kBatch) describe(walk, j, min(total - j, Block::kBatch), factor);
   }
@@ -81,8 +81,7 @@ struct Planner {
                              block.list_bias(slot));
         }
     }
-    sync();
-    if (thread == 0) barrier_arrive(block.steps_ready(first));
+    barrier_arrive(block.steps_ready(first));
     place.advance(true);
   }
 

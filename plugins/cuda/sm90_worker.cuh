@@ -28,6 +28,7 @@ struct Worker {
   HA_DEVICE void run(int turn, int64_t slice) {
     const int parity = turn & 1;
     const Walk& walk = block.walk(parity);
+    barrier_wait(block.tile_ready(parity), turn >> 1 & 1);
     barrier_wait(block.queries_ready(), parity);
     if (!Walk::kConsecutive) fence_products();
     const int total = walk.total;
@@ -105,12 +106,17 @@ struct Worker {
   // that a buffer is never waited for that cannot be filled while the group holds another.
   HA_DEVICE bool next(int& left, Digest& digest) {
     if (left == 0) return false;
-    barrier_wait(block.full(place.index), place.phase);
-    digest = block.digest(step.slot);
+    digest = await_keys();
     if constexpr (Walk::kConsecutive) {
       if (digest.mode(group) == Mode::kSkip) return pass_over(left, digest);
     }
     return true;
+  }
+  // The next step, whose keys have arrived.
+  HA_DEVICE Digest await_keys() const {
+    if (step.starts_batch()) barrier_wait(block.steps_ready(step.slot), step.phase);
+    barrier_wait(block.full(place.index), place.phase);
+    return block.digest(step.slot);
   }
   HA_DEVICE bool pass_over(int& left, Digest& digest) {
     do {
@@ -119,8 +125,7 @@ struct Worker {
       release_buffer();
       finish_step(left);
       if (left == 0) return false;
-      barrier_wait(block.full(place.index), place.phase);
-      digest = block.digest(step.slot);
+      digest = await_keys();
     } while (digest.mode(group) == Mode::kSkip);
     return true;
   }
