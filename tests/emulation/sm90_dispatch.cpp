@@ -1,0 +1,45 @@
+// What sm90_config.h decides before a launch, for tests: which problems the Hopper kernels take, their shared memory, the order of tiles.
+#include <vector>
+
+#include "sm90_config.h"
+
+#define HA_TEST extern "C" __attribute__((visibility("default")))
+
+// Whether they take the problem on a device of this compute capability.
+HA_TEST int ha_emulated_uses_hopper(const HaParams* p, int capability) { return ha::uses_hopper(ha::Geometry(*p), p->dtype, capability); }
+
+// The most bytes of shared memory that one of its launches asks for.
+HA_TEST int ha_emulated_hopper_bytes(const HaParams* p) {
+  const ha::Geometry g(*p);
+  const int padded = ha::hopper_head(ha::max64(g.head_dim, g.head_dim_v));
+  int most = ha::hopper_position_config(g, padded).shared.bytes;
+  if (ha::has_nodes(g))
+    for (int level = 0; level < g.levels(); ++level) most = int(ha::max64(most, ha::hopper_node_config(g, padded, level).shared.bytes));
+  return most;
+}
+
+// What is wrong with the order of tiles on so many processors: 0 = nothing, 1 = a tile left out or taken twice, 2 = a block of threads
+// meets tiles out of turn, 3 = query heads of one key head apart.
+HA_TEST int ha_emulated_schedule_mistake(const HaParams* p, int64_t tiles, int64_t processors) {
+  const ha::Geometry g(*p);
+  const ha::HopperSchedule s = ha::hopper_schedule(g, tiles);
+  const int64_t blocks = ha::min64(s.count, processors);
+  std::vector<int> seen(size_t(g.batch * g.heads_q * tiles));
+  if (s.count != int64_t(seen.size())) return 1;
+  for (int64_t block = 0; block < blocks; ++block)
+    for (int64_t turn = 0; turn * blocks < s.count; ++turn) {
+      const int64_t index = s.at(block, blocks, turn);
+      if (index < turn * blocks || index >= (turn + 1) * blocks || (index - turn * blocks == block) != (turn % 2 == 0 || 2 * block == blocks - 1))
+        return 2;
+      if (index >= s.count) break;
+      int64_t slice = -1, tile = -1;
+      s.find(index, slice, tile);
+      if (slice < 0 || slice >= g.batch * g.heads_q || tile < 0 || tile >= tiles || seen[size_t(slice * tiles + tile)]++) return 1;
+      // All tiles of the heads that share keys lie in one run.
+      const int64_t kv = slice / g.group();
+      if (index / (s.together * tiles) != kv * g.group() / s.together) return 3;
+    }
+  for (const int times : seen)
+    if (times != 1) return 1;
+  return 0;
+}
