@@ -40,7 +40,7 @@ attend_kernel(const HA_CONSTANT TileArgs args) {
             v_row,
             0,
             int(g.length(args.p.lengths, batch)),
-            (g.a.scale > 0.0f ? g.a.scale : 1.0f / sqrtf(float(g.head_dim))) * kLog2E};
+            base2_factor(g)};
   const char* const q = static_cast<const char*>(args.p.q) + slice * g.seq_q * k_row;
   if constexpr (Walk::kConsecutive) tile.load_queries(q, [&](int row) { return Walk::row_index(config, g, tile_index, row); });
   if (thread_index() == 0) {

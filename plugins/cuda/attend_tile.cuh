@@ -5,8 +5,6 @@
 
 namespace ha {
 
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-
 struct TileArgs {
   HaParams p;
   float* lse;

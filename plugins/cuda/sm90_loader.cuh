@@ -42,7 +42,7 @@ struct Loader {
       load(digest, args.keys, args.p.k, g.head_dim, kv_slice, length);
       load(digest, args.values, args.p.v, g.head_dim_v, kv_slice, length);
       // Those that compute may be done with a step's keys while a thread here has yet to look up its values.
-      if (step.ends_batch(j == total - 1)) release(block.steps_done(step.slot));
+      if (step.ends_batch(j == total - 1)) release(block.steps_done(step.slot), thread);
       step.advance(j == total - 1);
     }
   }
@@ -68,11 +68,6 @@ struct Loader {
     if (barrier_test(barrier, parity)) return;
     publish_all();
     barrier_wait(barrier, parity);
-  }
-  // Once a warp.
-  HA_DEVICE void release(uint32_t barrier) const {
-    sync_warp();
-    if (thread % 32 == 0) barrier_arrive(barrier);
   }
   // This thread's copies into the oldest of the unpublished buffers have landed.
   HA_DEVICE void publish() {

@@ -8,7 +8,8 @@ namespace ha {
 template <class T, int P, class Walk>
 struct Planner {
   using Block = HopperBlock<T, P, Walk>;
-  static constexpr int kGroups = Block::kTable.groups, kRowsEach = Block::kRows / Block::kTable.planners, kEntriesEach = Block::kKeys / Block::kTable.planners;
+  static constexpr int kGroups = Block::kTable.groups, kRowsEach = Block::kRows / Block::kTable.planners;
+  static constexpr int kEntriesEach = Block::kKeys / Block::kTable.planners;
   static_assert(Block::kBatch * kGroups <= Block::kTable.planners && kEntriesEach >= 1);
 
   const Block& block;
@@ -49,7 +50,7 @@ struct Planner {
     }
     barrier_arrive(block.tile_ready(parity));
     sync();
-    const float factor = block.factor(g);
+    const float factor = base2_factor(g);
     for (int j = 0, total = walk.total; j < total; j += Block::kBatch) describe(walk, j, min(total - j, Block::kBatch), factor);
   }
 

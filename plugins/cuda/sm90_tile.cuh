@@ -7,8 +7,6 @@
 
 namespace ha {
 
-constexpr float kHopperLog2E = 1.4426950408889634f, kHopperLn2 = 0.6931471805599453f;
-
 // The constants that the walks take: a warp group is their `warp`.
 template <int P>
 struct HopperShape {
@@ -33,7 +31,7 @@ struct alignas(16) Digest {
 
   HA_DEVICE Mode mode(int group) const { return Mode(modes >> (4 * group) & 15); }
   HA_DEVICE bool gathered() const { return modes >> 31; }
-  HA_DEVICE bool listed() const { return part == Part::kList || part == Part::kSample; }
+  HA_DEVICE bool listed() const { return is_listed(part); }
 };
 static_assert(sizeof(Digest) == kDigestBytes);
 
@@ -94,12 +92,13 @@ struct HopperBlock {
   // A buffer is filled when every loading thread has announced its copies and the first of them has arrived for the description, or for
   // tile loads and all.
   static constexpr int kFills = kTable.loaders + 1;
-
-  // Turns logits into base 2.
-  HA_DEVICE float factor(const Geometry& g) const {
-    return (g.a.scale > 0.0f ? g.a.scale : 1.0f / sqrtf(float(g.head_dim))) * kHopperLog2E;
-  }
 };
+
+// A warp arrives once for all its threads, when each of them has come here.
+HA_DEVICE void release(uint32_t barrier, int thread) {
+  sync_warp();
+  if (thread % 32 == 0) barrier_arrive(barrier);
+}
 
 // A place in the ring of buffers, and whether it has gone round an odd number of times.
 template <int kBuffers>

@@ -33,11 +33,11 @@ struct Worker {
     if (!Walk::kConsecutive) fence_products();
     const int total = walk.total;
     if (total < 0) {  // no tile: its rows are left as they are
-      release(block.queries_free());
-      release(block.tile_done(parity));
+      release(block.queries_free(), thread);
+      release(block.tile_done(parity), thread);
       return;
     }
-    const float factor = block.factor(g);
+    const float factor = base2_factor(g);
     const uint32_t queries = block.queries() + group * kGroupRows * 128;
     State state;
     state.clear();
@@ -59,23 +59,23 @@ struct Worker {
         if (in_turns) arrive_named(kFirstTurn + (group ^ 1), 256);
         product_wait<0>();
         fence_registers(state.o);
-        release(block.free(values.index));
+        release(block.free(values.index), thread);
         finish_keys(state, walk, digest, parity, factor);
         state.take_probabilities();
         values = leave(left);
       }
-      release(block.queries_free());
+      release(block.queries_free(), thread);
       barrier_wait(block.full(values.index), values.phase);
       state.start_values(block.buffer(values.index));
       product_wait<0>();
       fence_registers(state.o);
-      release(block.free(values.index));
+      release(block.free(values.index), thread);
     } else {
-      release(block.queries_free());
+      release(block.queries_free(), thread);
     }
     if (block.args.config.attend.stored) store<true>(state, parity, slice);
     else store<false>(state, parity, slice);
-    release(block.tile_done(parity));
+    release(block.tile_done(parity), thread);
   }
 
  private:
@@ -86,19 +86,14 @@ struct Worker {
   }
 
   HA_DEVICE int row_of(int half) const { return group * kGroupRows + thread / 32 * 16 + thread % 32 / 4 + 8 * half; }
-  // Once a warp.
-  HA_DEVICE void release(uint32_t barrier) const {
-    sync_warp();
-    if (thread % 32 == 0) barrier_arrive(barrier);
-  }
   HA_DEVICE void release_buffer() {
-    release(block.free(place.index));
+    release(block.free(place.index), thread);
     place.advance();
   }
   // Nothing is read any more of the current step's description.
   HA_DEVICE void finish_step(int& left) {
     const bool last = --left == 0;
-    if (step.ends_batch(last)) release(block.steps_done(step.slot));
+    if (step.ends_batch(last)) release(block.steps_done(step.slot), thread);
     step.advance(last);
   }
 
@@ -213,15 +208,15 @@ struct Worker {
       total += shuffle_xor(total, 2);
       float top = state.largest[half], scale = 1.0f, weight = 0.0f;
       if (kStored && seen_lse != -INFINITY) {
-        top = fmaxf(top, seen_lse * kHopperLog2E);
+        top = fmaxf(top, seen_lse * kLog2E);
         scale = exp2_fast(state.largest[half] - top);
-        weight = exp2_fast(seen_lse * kHopperLog2E - top);
+        weight = exp2_fast(seen_lse * kLog2E - top);
         total = total * scale + weight;
       }
       const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
       scale *= inverse;
       weight *= inverse;
-      if (args.lse && t == 0 && row.index >= 0) args.lse[at] = total == 0.0f ? -INFINITY : (top + log2f(total)) * kHopperLn2;
+      if (args.lse && t == 0 && row.index >= 0) args.lse[at] = total == 0.0f ? -INFINITY : (top + log2f(total)) * kLn2;
 #pragma unroll
       for (int m = 0; m < P / 32; ++m) {
         if constexpr (kStored) transpose_quad(seen[m].w, thread);

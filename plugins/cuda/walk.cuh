@@ -19,7 +19,15 @@ struct Shape {
   static constexpr int kPairBlock = kKeys;
 };
 
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// Turns logits into base 2.
+HA_DEVICE float base2_factor(const Geometry& g) { return (g.a.scale > 0.0f ? g.a.scale : 1.0f / sqrtf(float(g.head_dim))) * kLog2E; }
+
 enum class Part : int { kLocal, kSinks, kPair, kList, kSample };
+
+// Whether a step's keys lie in its list.
+HA_DEVICE bool is_listed(Part part) { return part == Part::kList || part == Part::kSample; }
 
 // How a warp treats a step: no row sees a key, every row sees all, consecutive keys cut by rows, or by the list's biases.
 enum class Mode : int { kSkip, kPlain, kMasked, kBiased };
@@ -32,7 +40,7 @@ struct alignas(16) Step {
   Part part;
   Mode modes[kMostAttendWarps];  // of each warp
 
-  HA_DEVICE bool listed() const { return part == Part::kList || part == Part::kSample; }
+  HA_DEVICE bool listed() const { return is_listed(part); }
 };
 static_assert(sizeof(Step) == kStepBytes);
 

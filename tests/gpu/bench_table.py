@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 TIMES = {
@@ -107,7 +107,11 @@ def markdown(report: dict) -> str:
         if any(r["causal"] == causal for r in rows):
             parts.append(f"### {mask.capitalize()}, {heads} heads, bf16: milliseconds\n{times_table(rows, causal)}")
             parts.append(f"### {mask.capitalize()}: memory over the inputs, MiB\n{memory_table(rows, causal)}")
-    parts += [f"{verdict(result)}." for result in report["targets"]]
+    return "\n\n".join(parts + closing(report, verdict)) + "\n"
+
+
+def closing(report: dict, line: Callable[[dict], str]) -> list[str]:
+    """What ends a page: a line on each target, what was left out, what failed."""
+    parts = [f"{line(result)}." for result in report["targets"]]
     parts += [f"Left out: {name}: {reason}." for name, reason in report["missing"].items()]
-    parts += [f"FAILED: {name}: {reason}." for name, reason in report["failed"].items()]
-    return "\n\n".join(parts) + "\n"
+    return parts + [f"FAILED: {name}: {reason}." for name, reason in report["failed"].items()]

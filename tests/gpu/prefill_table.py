@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench_table import milliseconds, table
+from bench_table import closing, milliseconds, table
 
 DEPTH = 32  # layers of the model that the targets speak of
 
@@ -175,7 +175,4 @@ def markdown(report: Mapping[str, Any]) -> str:
     attention = ", ".join(f"{ms:.3f} at {int(tokens):,} tokens" for tokens, ms in report["fa4"].items()) or "not measured"
     parts.append(f"FA4, one layer's attention: {attention}.")
     parts.append(f"### Engines\n{engine_table(report['engines'])}")
-    parts += [f"{verdict(result)}." for result in report["targets"]]
-    parts += [f"Left out: {name}: {reason}." for name, reason in report["missing"].items()]
-    parts += [f"FAILED: {name}: {reason}." for name, reason in report["failed"].items()]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts + closing(report, verdict)) + "\n"
