@@ -22,7 +22,7 @@ def _gate(default: float | None, meaning: str, sense: str, *kinds: str, top: flo
 
 @dataclass(frozen=True)
 class Limits:
-    """What is allowed, by gate. `hard` is advisory, and None, until a user asks for it."""
+    """What is allowed, by gate. `hard` and `needle` are advisory, and None, until a user asks for them."""
 
     delta_nats: float = _gate(0.01, "loss added, nats a token", "<=", LANGUAGE)
     kl: float = _gate(0.005, "KL(exact || ours), nats a token", "<=", LANGUAGE)
@@ -32,6 +32,7 @@ class Limits:
     op_error: float = _gate(2.0, "the op's error over plain low precision's", "<=")
     model_error: float = _gate(2.0, "the backend's error over one ulp of noise", "<=")
     hard: float | None = _gate(None, "share of the hard inputs that pass", ">=", top=1.0)
+    needle: float | None = _gate(None, "share kept of the planted keys that exact attention recalls", ">=", LANGUAGE, top=1.0)
 
     def __post_init__(self) -> None:
         for option in fields(self):

@@ -240,6 +240,7 @@ _VALIDATE = [
     check("validate-exact-engine-of-no-tensorrt", 2, "is for --backend tensorrt", "--exact-engine", at("engine"), "--lengths", "64"),
     check("validate-needle-of-tokens", 2, "--needle plants a prompt of bytes", "--needle", "--lengths", "64"),
     check("validate-needle-too-short", 2, "512 is too short", "--needle", "--text", file("text", b"\x03" * 600), of=spoilt(of_bytes)),
+    check("validate-gate-needle-without-it", 2, "--gate needle judges what --no-needle leaves out", "--no-needle", "--gate", "needle=1"),
     check("engine-of-another-gpu", 3, "model.engine cannot run here", "--backend", "tensorrt", of=spoilt(other_engine), patch=other_gpu),
     check("engine-damaged", 2, "model.engine changed or missing", "--backend", "tensorrt", of=spoilt(damaged_engine)),
     check("engine-without-the-plugin", 3, "plugin", "--backend", "tensorrt", of=spoilt(engine_without_plugin), patch=other_gpu),

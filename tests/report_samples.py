@@ -102,6 +102,25 @@ def _hard_row(distribution: str, ours: float, window: float, limit: float) -> di
     }
 
 
+def needle(prompts: int = 4) -> dict:
+    """A grid in which approximate attention loses a little more of each later cell, most of it where every position approximates."""
+    rows = []
+    for kind, keys, base in (("single", 1, 0.0), ("multi-key", 4, 0.02)):
+        for i, length in enumerate(LENGTHS):
+            lost = [base + 0.01 * i + 0.001 * j for j in range(3)]
+            depths = [{"depth": depth, **_recall(loss)} for depth, loss in zip((0.1, 0.5, 0.85), lost, strict=True)]
+            rows.append({"kind": kind, "keys": keys, "length": length, **_recall(sum(lost) / 3), "depths": depths})
+    return {"prompts": prompts, "rows": rows}
+
+
+def _recall(lost: float) -> dict:
+    return {
+        "exact": estimate(1.0, 0.0),
+        "all_positions": estimate(0.9871 - 3 * lost, 0.0123),
+        "prefill_exact_decode": estimate(0.9992 - lost, 0.0017),
+    }
+
+
 def _layers_of_plan() -> list[dict]:
     config = Config.from_attributes({"causal": 1}).attributes()
     return [
@@ -226,7 +245,7 @@ def report(kind: str = "language", limits: Limits | None = None, **changes: Any)
             _hard_row("heavy columns", 0.083, 0.22, 0.1),
             _hard_row("gaussian", 0.099, 0.61, 0.1),
         ],
-        "needle": None,
+        "needle": needle() if language else None,
         "environment": {
             "machine": {"processor": "processor", "cores": 2, "memory_gb": 23.5, "gpu": None, "cuda": None},
             "versions": {"torch": "2.15.0", "onnx": "1.23.2"},

@@ -81,7 +81,8 @@ def worse(kind: str = "language") -> dict:
 def test_a_folder_is_like_itself(kind: str, make: Make) -> None:
     found = compare(make("a", samples.report(kind)), make("b", samples.report(kind)))
     assert found["unfair"] == [] and found["plan"] == [] and found["problems"] == [None, None]
-    for part in ("gates", "errors", "time", "layers", "hard_inputs", "sizes"):
+    assert bool(found["needle"]) == (kind == "language")  # vectors cannot be asked
+    for part in ("gates", "errors", "time", "layers", "hard_inputs", "sizes", *(["needle"] if kind == "language" else [])):
         assert found[part] and all(row["pair"][0] == row["pair"][1] for row in found[part]), part
 
 
@@ -200,7 +201,7 @@ def test_json_is_one_object(make: Make, capsys: pytest.CaptureFixture[str]) -> N
     code, out, _ = run([make("a", samples.report()), make("b", changed("inputs", sha256="f" * 64)), "--json"], capsys)
     found = json.loads(out)
     assert code == 0 and found["names"] == ["a", "b"] and found["unfair"][0]["what"] == "input"
-    assert set(found) >= {"plan", "gates", "errors", "time", "layers", "hard_inputs", "sizes", "verdicts", "problems"}
+    assert set(found) >= {"plan", "gates", "errors", "time", "layers", "needle", "hard_inputs", "sizes", "verdicts", "problems"}
 
 
 @pytest.mark.parametrize("kind", ["language", "features"])

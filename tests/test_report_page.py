@@ -15,6 +15,7 @@ from report_page import Page, numbers, page
 from hyperattention.export.gate_options import Limits
 from hyperattention.validate import report as report_module
 from hyperattention.validate.charts import charts, row_histogram
+from hyperattention.validate.grid_plot import Panel, grid_chart
 from hyperattention.validate.plots import Series, Span, bar_chart, line_chart, range_chart
 from hyperattention.validate.report import render
 
@@ -47,7 +48,7 @@ def test_the_page_is_well_formed_and_fetches_nothing(kind: str) -> None:
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     assert ("meta", {"http-equiv": "Content-Security-Policy", "content": policy}) in found.tags
     figures = [svg for svg in found.svgs if svg.get("class") != "swatch"]
-    assert len(figures) == sum(chart is not None for chart in charts(samples.report(kind)).values()) == (7 if kind == "language" else 6)
+    assert len(figures) == sum(chart is not None for chart in charts(samples.report(kind)).values()) == (9 if kind == "language" else 6)
     for svg in figures:
         title, description = svg.find("title"), svg.find("desc")
         assert svg.get("role") == "img" and title is not None and svg.get("aria-label") == title.text
@@ -139,6 +140,45 @@ def test_token_tables_say_what_the_json_says() -> None:
             assert numbers(row[0]) == [length["length"]]
             for cell, key in zip(row[1:5], ("delta_nats", "kl", "top1", "exact_nats"), strict=True):
                 close(cell, [told[key]["mean"], told[key]["se"]])
+
+
+def test_the_needle_tables_and_grids_say_what_the_json_says() -> None:
+    report, cells = samples.report(), ("exact", "all_positions", "prefill_exact_decode")
+    found, rows = page(report), report["needle"]["rows"]
+    for told, row in zip(found.table("Kind", "Keys", "Tokens"), rows, strict=True):
+        assert (told[0], numbers(told[1]), numbers(told[2])) == (row["kind"], [row["keys"]], [row["length"]])
+        for cell, key in zip(told[3:], cells, strict=True):
+            close(cell, [row[key]["mean"], row[key]["se"]])
+    every = [(row, depth) for row in rows for depth in row["depths"]]
+    for told, (row, depth) in zip(found.table("Kind", "Depth"), every, strict=True):
+        assert (told[0], numbers(told[1]), numbers(told[2])) == (row["kind"], [row["length"]], [depth["depth"]])
+        for cell, key in zip(told[3:], cells, strict=True):
+            close(cell, [depth[key]["mean"], depth[key]["se"]])
+    for kind in ("single", "multi-key"):
+        chart = charts(report)[f"needle {kind}"]
+        assert chart is not None
+        drawn = [e.text or "" for e in ElementTree.fromstring(chart.svg).iter("title")][1:]
+        lengths = zip([row for row in rows if row["kind"] == kind], ("8k", "12,345", "32k"), strict=True)
+        shares = {(length, depth["depth"]): depth for row, length in lengths for depth in row["depths"]}
+        names = zip(("exact", "all positions", "prefill"), cells, strict=True)
+        told = {f"{name}, {n}, {at:g}: {100 * cell[key]['mean']:.1f} %" for name, key in names for (n, at), cell in shares.items()}
+        assert len(drawn) == len(told) == 27 and set(drawn) == told
+
+
+def test_a_report_without_planted_keys_has_no_grid() -> None:
+    found = samples.report(needle=None)
+    assert "planted" not in page(found).text and "planted" not in render(found, "report.md.jinja")
+    assert charts(found)["needle single"] is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, -0.5, 7.0], ids=str)
+def test_a_share_that_is_none_breaks_no_grid(bad: float) -> None:
+    chart = grid_chart("t", ["0.5"], [Panel("<p>", ["8k"], [[bad]]), Panel("q", [], [[]])], "tokens", "depth")
+    assert chart is not None
+    (box,) = list(ElementTree.fromstring(chart.svg).iter("rect"))
+    style = dict(part.split(":") for part in box.attrib["style"].split(";"))
+    assert 0 <= float(style["fill-opacity"]) <= 0.5 and ("not measured" in chart.svg) == math.isnan(bad)
+    assert grid_chart("t", [], [Panel("p", ["8k"], [])], "tokens", "depth") is None
 
 
 def test_feature_tables_say_what_the_json_says() -> None:
@@ -234,7 +274,7 @@ def test_numbers_that_are_none_break_no_figure(kind: str) -> None:
     report = samples.report(kind)
     for bad in (math.nan, math.inf, 0.0, -1.0):
         parts: dict[str, Any] = {
-            name: spoiled(report[name], bad) for name in ("approximation", "layers", "baseline", "hard_inputs", "time")
+            name: spoiled(report[name], bad) for name in ("approximation", "layers", "baseline", "hard_inputs", "time", "needle")
         }
         for svg in page(samples.report(kind, **parts)).svgs:
             drawn = [

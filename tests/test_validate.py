@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from hyperattention.config import Config
 from hyperattention.errors import UsageError
 from hyperattention.reference import exact_attention
-from hyperattention.validate.inputs import NEEDLE_DIGITS, Corpus, load_corpus, needle, recalled, windows
+from hyperattention.validate.inputs import Corpus, load_corpus, windows
 from hyperattention.validate.metrics import (
     attention_error,
     by_position,
@@ -117,28 +116,6 @@ def test_no_more_windows_than_the_text_holds() -> None:
     assert len(windows(short, 249, 3)) == 1
     with pytest.raises(UsageError, match="250 tokens.*needs 251"):
         windows(short, 250, 1)
-
-
-@pytest.mark.parametrize("depth", [0.1, 0.6, 0.85, 1.0])
-def test_needle_is_planted_once_and_asked_at_the_end(depth: float) -> None:
-    length = 3001
-    w = needle(vb.corpus(), length, depth, 5)
-    text = bytes(w.ids[0].tolist()).decode()
-    key, digits = re.search(r"# key ([0-9a-f]{8}) = (\d{8})\n", text).groups()
-    assert w.ids.shape == (1, length + 1) and text.endswith(f"\n# recall {key} = {digits}")
-    assert text.count(key) == 2 and bytes(w.answer).decode() == digits
-    at = text.index(f"# key {key}")
-    assert abs(at - min(depth * length, length - 512)) < 200 and (at == 0 or text[at - 1] == "\n")
-
-
-def test_recall_counts_digits() -> None:
-    w = needle(vb.corpus(), 2001, 0.5, 0)
-    logits = torch.zeros(2001, 256)
-    logits[torch.arange(2001), w.targets] = 1
-    assert recalled(logits, w) == 1
-    logits[-NEEDLE_DIGITS // 2 :, :] = 0
-    logits[-NEEDLE_DIGITS // 2 :, 0] = 1
-    assert recalled(logits, w) == 0.5
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def parts(report: dict, path: tuple = ()) -> Iterator[tuple]:
             yield from parts(value, (*path, name))
 
 
-@pytest.mark.parametrize("path", [p for p in parts(samples.report()) if p != ("needle",)], ids=".".join)
+@pytest.mark.parametrize("path", list(parts(samples.report())), ids=".".join)
 def test_the_schema_wants_every_part(path: tuple[str, ...], schema: jsonschema.Draft202012Validator) -> None:
     report = copy.deepcopy(samples.report())
     owner = report

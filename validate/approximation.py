@@ -6,19 +6,17 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from statistics import median
 
-import torch
 from torch import Tensor
 
 from hyperattention.export.patch import Patched
 from hyperattention.validate.baseline import Baseline, approximating
 from hyperattention.validate.feeds import IDS, LENGTHS
 from hyperattention.validate.hard_inputs import hard_rows
-from hyperattention.validate.inputs import DEPTHS, Corpus, needle, recalled, windows
+from hyperattention.validate.inputs import Corpus, windows
 from hyperattention.validate.layers import layer_rows
 from hyperattention.validate.metrics import (
     TokenMetrics,
     by_position,
-    estimate,
     summarise,
     tensor_error,
     token_metrics,
@@ -105,25 +103,3 @@ def measure_length(bench: Workbench, corpus: Corpus, length: int, count: int, ha
         "not_finite": {"logits": broken} if broken else {},
     }
     return Measured(row, time_row(bench, length, seconds, exact_seconds, torch_seconds), layers, baseline, hard_inputs)
-
-
-def measure_needle(bench: Workbench, corpus: Corpus, length: int, seed: int, prompts: int) -> dict:
-    """Digits recalled at four depths, teacher forced, by exact attention and in both regimes; `prompts` prompts a depth."""
-    rows = []
-    for depth in DEPTHS:
-        scores: dict[str, list[float]] = {"exact": [], "all_positions": [], "prefill_exact_decode": []}
-        for number in range(prompts):
-            window = needle(corpus, length, depth, seed + number)
-            bench.step(f"needle at depth {depth}, prompt {number + 1} of {prompts}")
-            given = token_feed(bench, window.inputs)
-            scores["exact"].append(recalled(bench.exact.infer(given)["logits"][0], window))
-            scorer = bench.backend if bench.plan.task == "logits" else bench.scorer
-            scores["all_positions"].append(recalled(scorer.infer(given)["logits"][0], window))
-            scores["prefill_exact_decode"].append(recalled(prefill_exact_decode(bench, window), window))
-        rows.append({"depth": depth, **{k: asdict(estimate([torch.tensor(v)], 1)) for k, v in scores.items()}})
-    return {"length": length, "prompts": prompts, "depths": rows}
-
-
-def needle_steps(prompts: int) -> int:
-    """Steps that `measure_needle` reports."""
-    return len(DEPTHS) * prompts

@@ -6,6 +6,7 @@ import math
 from statistics import fmean
 
 from hyperattention.export.gate_options import LANGUAGE
+from hyperattention.validate.grid_plot import Panel, grid_chart
 from hyperattention.validate.plots import Chart, Series, Span, bar_chart, line_chart, range_chart, short
 from hyperattention.validate.report_format import seconds
 
@@ -125,10 +126,24 @@ def _token_charts(report: dict) -> dict[str, Chart | None]:
     return {
         "nats": line_chart("Loss added against exact attention by length", series("delta_nats"), "nats", limit=limits["delta_nats"]),
         "kl": line_chart("KL divergence from exact attention by length", series("kl"), "KL, nats", True, limits["kl"]),
+        **{f"needle {kind}": needle_chart(report, kind) for kind in ("single", "multi-key")},
         "position": bar_chart(
             f"Loss added by position, all positions, {longest['length']:,} tokens", bars, "nats", "position in the window"
         ),
     }
+
+
+def needle_chart(report: dict, kind: str) -> Chart | None:
+    """Share of planted digits recalled by depth and length, exact attention beside both regimes, for one kind of prompt."""
+    rows = [row for row in report["needle"]["rows"] if row["kind"] == kind] if report["needle"] else []
+    depths = [cell["depth"] for cell in rows[0]["depths"]] if rows else []
+    columns = [short(row["length"]) for row in rows]
+    panels = [
+        Panel(name, columns, [[row["depths"][i][regime]["mean"] for row in rows] for i in range(len(depths))])
+        for regime, name in (("exact", "exact"), ("all_positions", "all positions"), ("prefill_exact_decode", "prefill"))
+    ]
+    keys = f"{rows[0]['keys']} keys planted" if rows and rows[0]["keys"] > 1 else "one key planted"
+    return grid_chart(f"Recall, {keys}, percent of digits", [f"{depth:g}" for depth in depths], panels, "tokens", "depth")
 
 
 def _feature_charts(report: dict) -> dict[str, Chart | None]:

@@ -76,6 +76,7 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
             "errors": _joined(reports, _errors),
             "time": _joined(reports, _times),
             "layers": _layers(a, b),
+            "needle": _joined(reports, _recall),
             "hard_inputs": _joined(reports, _hard),
             "sizes": _sizes(a, b),
         }
@@ -160,6 +161,12 @@ def _errors(report: dict) -> Iterable[tuple[dict, dict]]:
         for output in row["outputs"]:
             for key in ("relative_l2", "cosine", "norm_ratio"):
                 yield {"length": row["length"], "metric": f"{output['name']}: {key.replace('_', ' ')}"}, output[key]
+
+
+def _recall(report: dict) -> Iterable[tuple[dict, dict]]:
+    for row in report["needle"]["rows"] if report["needle"] else ():
+        for regime in ("exact", "all_positions", "prefill_exact_decode"):
+            yield {"kind": row["kind"], "regime": regime.replace("_", " "), "length": row["length"]}, row[regime]
 
 
 def _times(report: dict) -> Iterable[tuple[dict, dict]]:

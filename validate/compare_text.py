@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hyperattention.export.console import readable
-from hyperattention.validate.report_format import NOTHING, layer_list, number, seconds
+from hyperattention.validate.report_format import NOTHING, layer_list, number, percent, seconds
 
 _AFFECTED = {
     (): "only what lies at a common one can be compared",
@@ -62,6 +62,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
             list(map(_layer, found["layers"])),
             "No attention layer.",
         ),
+        Table("Planted keys", ["recall of", ">tokens", f">{first}", f">{second}"], list(map(_recall, found["needle"])), "Not measured."),
         Table("Hard inputs", ["input", ">tokens", f">{first}", f">{second}"], list(map(_hard, found["hard_inputs"])), "Not measured."),
         Table("Files", ["file", f">{first}", f">{second}"], list(map(_size, found["sizes"])), "No file."),
     ]
@@ -118,6 +119,10 @@ def _layer(row: dict) -> list[str]:
     pair = [value or {} for value in row["pair"]]
     errors = [number(value.get("relative_l2")) for value in pair]
     return [str(row["index"]), *(v.get("mode", NOTHING) for v in pair), *errors, *(number(v.get("lse_std"), 2) for v in pair)]
+
+
+def _recall(row: dict) -> list[str]:
+    return [f"{row['kind']}, {row['regime']}", f"{row['length']:,}", *map(percent, row["pair"])]
 
 
 def _hard(row: dict) -> list[str]:

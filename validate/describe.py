@@ -59,4 +59,8 @@ def result_notes(plan: ExportPlan, measured: dict) -> list[str]:
     for row in rows:
         for name, count in row["not_finite"].items():
             notes.append(f"Output {name} holds {count} NaN or infinite numbers at {row['length']:,} tokens; exact attention's holds none.")
+    asked = {row["length"] for row in measured["needle"]["rows"]} if measured["needle"] else set()
+    short = [f"{row['length']:,}" for row in rows if asked and row["length"] not in asked]
+    if short:
+        notes.append(f"No planted key was asked for at {', '.join(short)} tokens: a prompt is longer than that.")
     return notes

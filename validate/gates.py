@@ -6,10 +6,12 @@ Everything here works on the report alone, so that a saved report can be judged 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from hyperattention.errors import UsageError
 from hyperattention.export.gate_options import LANGUAGE, Limits
+
+NEEDLE_ADVICE = 0.95  # of the planted keys that exact attention recalls
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Gate:
     """One limit and the worst value that was held against it."""
 
     name: str
-    group: str  # "implementation", "approximation" or "hard inputs"
+    group: str  # "implementation", "approximation", "needle" or "hard inputs"
     value: float
     limit: float
     sense: str  # "<=" or ">="
@@ -39,7 +41,8 @@ def evaluate(report: dict, limits: Limits) -> list[Gate]:
     if not report["approximation"]:
         raise UsageError("the report holds no comparison with exact attention; run the validation again")
     outputs = _token_gates if report["kind"] == LANGUAGE else _feature_gates
-    return [*_implementation_gates(report, limits), *outputs(report["approximation"], limits), *_hard_gate(report, limits)]
+    advice = [*_needle_gate(report, limits), *_hard_gate(report, limits)]
+    return [*_implementation_gates(report, limits), *outputs(report["approximation"], limits), *advice]
 
 
 def _implementation_gates(report: dict, limits: Limits) -> list[Gate]:
@@ -97,6 +100,22 @@ def _feature_gates(approximation: list[dict], limits: Limits) -> list[Gate]:
     ]
 
 
+def _needle_gate(report: dict, limits: Limits) -> list[Gate]:
+    """What an approximate prefill keeps of exact attention's recall, at the worst kind and length; advisory unless asked for, because
+    only models of bytes can be asked. Rows of which exact attention recalls less than half say nothing about the approximation."""
+    rows, advisory = report["needle"]["rows"] if report["needle"] else [], limits.needle is None
+    able = [row for row in rows if row["exact"]["mean"] >= 0.5]
+    if not able:
+        if not advisory and report["plan_summary"]["approximate_layers"]:
+            found = "exact attention recalls less than half of the planted keys" if rows else "the report holds no planted keys"
+            raise UsageError(f"--gate needle: {found}, so nothing can be judged; leave the gate out, or run the validation with --needle")
+        return []
+    shares = [(row["prefill_exact_decode"]["mean"] / row["exact"]["mean"], f"{row['kind']} at {row['length']:,} tokens") for row in able]
+    limit = NEEDLE_ADVICE if limits.needle is None else limits.needle
+    meaning = "share kept of the planted keys that exact attention recalls: approximate prefill, exact decode"
+    return [replace(_gate("needle", "needle", shares, limit, ">=", meaning), advisory=advisory)]
+
+
 def _hard_gate(report: dict, limits: Limits) -> list[Gate]:
     """The share of the hard inputs that pass; advisory unless asked for, because no approximation passes them all."""
     rows, advisory = report["hard_inputs"], limits.hard is None
@@ -147,8 +166,10 @@ def verdict(report: dict, gates: list[Gate]) -> dict:
 
 def _small_print(gates: list[Gate], busy: str | None) -> list[str]:
     """What stands below the headline: gates that are advice and fail, and a warning about the speed."""
-    advice = [f"Advice, not a gate: of the hard inputs, {g.where} fails." for g in gates if g.advisory and not g.passed]
-    return [*advice, busy] if busy else advice
+    failed = [g for g in gates if g.advisory and not g.passed]
+    hard = [f"Advice, not a gate: of the hard inputs, {g.where} fails." for g in failed if g.name == "hard"]
+    lost = [f"Advice, not a gate: of the planted keys, {1 - g.value:.0%} are lost ({g.where})." for g in failed if g.name == "needle"]
+    return [*lost, *hard, *([busy] if busy else [])]
 
 
 _NOT_JUDGED = {
@@ -163,6 +184,8 @@ def _headline(failed: list[Gate], approximate: bool, report: dict) -> str:
         return "Not safe: the backend does not compute what the operator's definition says."
     if any(g.group == "approximation" for g in failed):
         return "Not safe: the output is too far from exact attention."
+    if any(g.name == "needle" for g in failed):
+        return "Not safe: fewer of the planted keys are recalled than were asked for."
     if failed:
         return "Not safe: fewer of the hard inputs pass than were asked for."
     if report["inputs"]["kind"] == "random":

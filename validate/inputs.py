@@ -129,23 +129,45 @@ def windows(corpus: Corpus, length: int, count: int) -> list[Window]:
     return [Window(corpus.ids[None, s : s + length + 1].clone(), length, s) for s in starts]
 
 
-def needle(corpus: Corpus, length: int, depth: float, seed: int) -> Window:
+def needle_room(keys: int) -> int:
+    """Bytes that the shortest prompt with `keys` planted pairs takes."""
+    key, digits = "0" * 8, "0" * NEEDLE_DIGITS
+    return 2 * EDGE_ROWS + keys * len(_planted(key, digits)) + len(_question(key, digits)) - 1
+
+
+def needle(corpus: Corpus, length: int, depth: float, seed: int, keys: int = 1) -> Window:
     """A prompt of bytes with `# key <8 hex> = <8 digits>` at `depth` and `# recall <8 hex> = <8 digits>` at its end.
 
-    The answer is part of the window: its digits are the last targets, so that one forward pass scores them all.
+    With `keys` above 1 further pairs, none of them asked for, stand at equal distances from it around the text. The answer is part of the
+    window: its digits are the last targets, so that one forward pass scores them all. Raises UsageError for too short a `length`.
     """
+    if length < needle_room(keys):
+        raise UsageError(f"a needle prompt with {keys} keys takes at least {needle_room(keys)} bytes; {length} is too short")
     draw = random.Random(f"{seed}/{length}/{depth}")
-    key, digits = f"{draw.getrandbits(32):08x}", "".join(draw.choice("0123456789") for _ in range(NEEDLE_DIGITS))
-    planted, question = f"# key {key} = {digits}\n".encode(), f"# recall {key} = {digits}".encode()
-    room = length + 1 - len(planted) - len(question)
-    if room < 2 * EDGE_ROWS:
-        raise UsageError(f"a needle prompt takes at least {2 * EDGE_ROWS + len(planted) + len(question)} bytes; {length} is too short")
+    pairs: dict[str, str] = {}
+    while len(pairs) < keys:
+        key = f"{draw.getrandbits(32):08x}"
+        pairs[key] = "".join(draw.choice("0123456789") for _ in range(NEEDLE_DIGITS))
+    planted = [_planted(key, digits) for key, digits in pairs.items()]
+    question = _question(*next(iter(pairs.items())))
+    room = length + 1 - len(question) - sum(map(len, planted))
     start = draw.randrange(max(1, len(corpus.ids) - room))
     text = bytes(corpus.ids[start : start + room].tolist())
-    at = text.rfind(b"\n", 0, min(int(depth * room), room - EDGE_ROWS)) + 1
-    body = text[:at] + planted + text[at:-1] + b"\n" + question
-    ids = torch.tensor(list(body), dtype=torch.int64)[None]
+    depths = [depth, *((depth + i / keys) % 1.0 for i in range(1, keys))]
+    places = [text.rfind(b"\n", 0, min(int(at * room), room - EDGE_ROWS)) + 1 for at in depths]
+    body, end = b"", 0
+    for at, line in sorted(zip(places, planted, strict=True)):
+        body, end = body + text[end:at] + line, at
+    ids = torch.tensor(list(body + text[end:-1] + b"\n" + question), dtype=torch.int64)[None]
     return Window(ids, length, start, tuple(ids[0, -NEEDLE_DIGITS:].tolist()))
+
+
+def _planted(key: str, digits: str) -> bytes:
+    return f"# key {key} = {digits}\n".encode()
+
+
+def _question(key: str, digits: str) -> bytes:
+    return f"# recall {key} = {digits}".encode()
 
 
 def recalled(logits: Tensor, window: Window) -> float:

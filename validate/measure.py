@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hyperattention.errors import UsageError
 from hyperattention.export.gate_options import LANGUAGE, kind_of
 from hyperattention.export.plan import ExportPlan
 from hyperattention.export.switched import Captured
-from hyperattention.validate.approximation import measure_length, measure_needle
+from hyperattention.validate.approximation import measure_length
 from hyperattention.validate.features import measure_features
 from hyperattention.validate.feeds import Feed, Material, TextMaterial
 from hyperattention.validate.implementation import broken_output, check_length, check_model, check_op, op_cases, seeds_spread
-from hyperattention.validate.inputs import DEPTHS, Corpus, needle
+from hyperattention.validate.needle import choose_grid, measure_needle
 from hyperattention.validate.runners import TorchRunner
 from hyperattention.validate.signature import keys_follow, length_range
 from hyperattention.validate.workbench import Measured, Workbench, is_exact, measure_time, nothing_approximates
 
 EXTRA_SEEDS = 4
-NEEDLE_PROMPTS = 4
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,8 @@ def measure(bench: Workbench, definition: TorchRunner, material: Material, exten
         broken = [broken_output(name, number, f"{length:,} tokens") for name, number in row["not_finite"].items()]
         report["implementation"]["whole_model"] += broken
     report["time"] += [measure_time(bench, material.stretched(bench.plan, length), length) for length in extent.time_lengths]
-    report["needle"] = _needle(bench, material, max(lengths), extent)
+    grid = choose_grid(bench.plan, material, lengths, extent.needle, bench.device.type == "cuda")
+    report["needle"] = measure_needle(bench, grid, extent.seed)
     return report
 
 
@@ -84,16 +83,6 @@ def _implementation(bench: Workbench, definition: TorchRunner, material: Materia
     }
 
 
-def check_needle(plan: ExportPlan, material: Material, extent: Extent) -> None:
-    """Before any work: raises UsageError where --needle asks for prompts that the model cannot read or the lengths cannot hold."""
-    if not extent.needle:
-        return
-    corpus = _needle_corpus(plan, material)
-    if corpus is None:
-        raise UsageError("--needle plants a prompt of bytes; it needs a language model exported with --input-ids bytes")
-    needle(corpus, max(extent.windows), DEPTHS[0], extent.seed)
-
-
 def _captured(bench: Workbench, material: Material, lengths: tuple[int, ...]) -> tuple[int, Feed, list[Captured]]:
     """A length where something approximates, as short as can be, its feed and the attention calls of exact attention there."""
     found = []
@@ -115,21 +104,3 @@ def implementation_lengths(plan: ExportPlan, lengths: tuple[int, ...]) -> tuple[
     low, high = length_range(plan)
     shortest = next((n for n in lengths if not is_exact(plan, n)), lengths[0])
     return (min(high, max(low, check_length(plan, shortest))),)
-
-
-def needle_prompts(plan: ExportPlan, material: Material, extent: Extent, cuda: bool) -> int:
-    """Prompts at each depth of the needle; 0 where it is not asked for, or the model cannot read them."""
-    wanted = extent.needle if extent.needle is not None else cuda
-    if not wanted or _needle_corpus(plan, material) is None:
-        return 0
-    return NEEDLE_PROMPTS if cuda else 1
-
-
-def _needle_corpus(plan: ExportPlan, material: Material) -> Corpus | None:
-    corpus = material.corpus if isinstance(material, TextMaterial) and kind_of(plan.task) == LANGUAGE else None
-    return corpus if corpus is not None and corpus.tokens == "bytes" else None
-
-
-def _needle(bench: Workbench, material: Material, length: int, extent: Extent) -> dict | None:
-    corpus, prompts = _needle_corpus(bench.plan, material), needle_prompts(bench.plan, material, extent, bench.device.type == "cuda")
-    return measure_needle(bench, corpus, length, extent.seed, prompts) if corpus is not None and prompts else None

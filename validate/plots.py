@@ -107,7 +107,7 @@ def line_chart(
     ys += [] if limit is None else [limit] if log_y else [limit, 0.0]
     x_axis, y_axis = Axis(xs, LEFT, WIDTH - RIGHT, True), Axis(ys, HEIGHT - BOTTOM, TOP, log_y)
     said = "; ".join(f"{s.name}: " + ", ".join(f"{y:.3g} at {x:,}" for x, y in s.points) for s in shown)
-    parts = [_open(title, said), *_rules(y_axis, tick), *_labels([(x_axis(x), short(x)) for x in xs]), *_names("tokens", unit)]
+    parts = [opening(title, said), *_rules(y_axis, tick), *_labels([(x_axis(x), short(x)) for x in xs]), *_names("tokens", unit)]
     parts += [part for s in shown for part in _band(s, x_axis, y_axis)]
     parts += [part for s in shown for part in _line(s, x_axis, y_axis)]
     if limit is not None:
@@ -124,7 +124,8 @@ def _finite(s: Series, log_y: bool) -> Series:
     return Series(s.name, [s.points[i] for i in keep], s.colour, band, s.dashed)
 
 
-def _open(title: str, said: str, height: float = HEIGHT) -> str:
+def opening(title: str, said: str, height: float = HEIGHT) -> str:
+    """The start of a figure of `height`, whose title and description say it in words."""
     label = escape(title)
     return f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{label}"><title>{label}</title><desc>{escape(said)}</desc>'
 
@@ -206,7 +207,7 @@ def bar_chart(title: str, bars: list[tuple[str, float]], unit: str, below: str, 
     axis = Axis([*(v for _, v in bars), 0.0], HEIGHT - BOTTOM, TOP, False)
     width = (WIDTH - LEFT - RIGHT) / len(bars)
     said = ", ".join(f"{text}: {value:.3g}" for text, value in bars)
-    parts = [_open(title, said), *_rules(axis, tick_text)]
+    parts = [opening(title, said), *_rules(axis, tick_text)]
     for i, (text, value) in enumerate(bars):
         top, bottom = sorted((axis(value), axis(0.0)))
         box = f'x="{LEFT + i * width + 1:.1f}" y="{top:.1f}" width="{width - 2:.1f}" height="{max(bottom - top, 0.8):.1f}" rx="1.5"'
@@ -240,7 +241,7 @@ def range_chart(title: str, rows: list[tuple[str, list[Span]]], below: str) -> C
     bottom = TOP + step * len(rows)
     axis = Axis([v for s in spans for v in (s.low, s.high)], left, WIDTH - RIGHT - 6, True)
     said = "; ".join(f"{label}: " + ", ".join(f"{s.name} {s.mean:.3g}" for s in row) for label, row in rows)
-    parts = [_open(title, said, bottom + BOTTOM)]
+    parts = [opening(title, said, bottom + BOTTOM)]
     ticks = axis.ticks()
     parts += [f'<line class="grid" x1="{axis(v):.1f}" x2="{axis(v):.1f}" y1="{TOP}" y2="{bottom}"/>' for v in ticks]
     parts += _labels([(axis(v), tick_text(v)) for v in ticks], bottom + 19)

@@ -15,7 +15,7 @@ from hyperattention.export.gate_options import FEATURES, LANGUAGE
 from hyperattention.validate.charts import bin_text, charts, row_histogram
 from hyperattention.validate.report_format import FILTERS
 
-SCHEMA = 2
+SCHEMA = 3
 # What judging or rendering a report of the right schema raises where its inner parts are missing or of another type.
 INCOMPLETE = (KeyError, TypeError, AttributeError, IndexError, ValueError, UndefinedError)
 _PARTS = {

@@ -22,7 +22,8 @@ from hyperattention.validate.backends import BACKENDS, check_engines, choose, ma
 from hyperattention.validate.describe import plan_notes, plan_summary, result_notes
 from hyperattention.validate.gates import Limits, judge
 from hyperattention.validate.material import LENGTHS, check_lengths, choose_material
-from hyperattention.validate.measure import EXTRA_SEEDS, Extent, check_needle, measure
+from hyperattention.validate.measure import EXTRA_SEEDS, Extent, measure
+from hyperattention.validate.needle import choose_grid
 from hyperattention.validate.operators import native_library, native_operator, reference_operator
 from hyperattention.validate.report import SCHEMA
 from hyperattention.validate.runners import TorchRunner
@@ -64,6 +65,8 @@ class Options:
         for name, values, least in (("--lengths", self.lengths, 2), ("--windows", self.windows, 1), ("--tail", (self.tail,), 1)):
             if min(values, default=least) < least:
                 raise UsageError(f"{name} holds {min(values)}; it takes numbers of at least {least}")
+        if self.needle is False and self.limits.needle is not None:
+            raise UsageError("--gate needle judges what --no-needle leaves out; give one of the two")
         if self.windows and len(self.windows) not in (1, len(self.lengths or LENGTHS)):
             raise UsageError(
                 f"--windows has {len(self.windows)} numbers; give one, or one for each of the {len(self.lengths or LENGTHS)} lengths"
@@ -92,7 +95,7 @@ def validate(options: Options, counted: Callable[[int], Callable[[str], None]], 
     material, lengths = choose_material(source, plan, options.text, options.inputs, options.lengths, options.seed)
     extent = _extent(options, lengths)
     check_lengths(plan, extent.time_lengths)
-    check_needle(plan, material, extent)
+    choose_grid(plan, material, extent.windows, extent.needle, device.type == "cuda")  # refused before any work
     notes += plan_notes(plan, material.note)
     beyond = [n for n in extent.time_lengths if source.max_positions and n > source.max_positions]
     if beyond:
@@ -195,4 +198,5 @@ def _extent(options: Options, lengths: tuple[int, ...]) -> Extent:
     counts = options.windows or WINDOWS
     each = counts * len(lengths) if len(counts) == 1 else tuple(counts[min(i, len(counts) - 1)] for i in range(len(lengths)))
     windows = dict(sorted(zip(lengths, each, strict=True)))
-    return Extent(windows, options.time_lengths, options.needle, options.seed)
+    needle = True if options.needle is None and options.limits.needle is not None else options.needle
+    return Extent(windows, options.time_lengths, needle, options.seed)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from hyperattention.export.gate_options import LANGUAGE, kind_of
 from hyperattention.export.plan import ExportPlan
-from hyperattention.validate.approximation import needle_steps
 from hyperattention.validate.configs import configs
 from hyperattention.validate.distributions import approximates
 from hyperattention.validate.feeds import Material, is_padded
 from hyperattention.validate.hard_inputs import hard_steps
 from hyperattention.validate.implementation import padded_length
-from hyperattention.validate.measure import Extent, implementation_lengths, needle_prompts
+from hyperattention.validate.measure import Extent, implementation_lengths
+from hyperattention.validate.needle import choose_grid
 from hyperattention.validate.signature import length_range
 
 TWIN_STEPS = 4  # exporting one: that it is done, and the three of export_onnx
@@ -26,7 +26,7 @@ def count_steps(plan: ExportPlan, material: Material, extent: Extent, twin: bool
     count += _implementation(plan, lengths)
     for length, wanted in extent.windows.items():
         count += _at_length(plan, length, len(material.feeds(plan, length, wanted)), rival, hard=length == max(lengths))
-    return count + (2 + rival) * len(extent.time_lengths) + needle_steps(needle_prompts(plan, material, extent, cuda))
+    return count + (2 + rival) * len(extent.time_lengths) + choose_grid(plan, material, lengths, extent.needle, cuda).steps
 
 
 def keys_at(plan: ExportPlan, length: int) -> int:
