@@ -82,6 +82,9 @@ def export_model(
     sinks: Annotated[Optional[int], _attribute("sinks", "First keys, always exact.")] = None,
     exact_below: Annotated[Optional[int], _attribute("exact_below", "At most this many keys: exact attention.")] = None,
     num_projections: Annotated[Optional[int], _attribute("num_projections", "Hash bits of sortlsh.")] = None,
+    strict_causal: Annotated[
+        bool, typer.Option("--strict-causal", help="Choose a query block's keys without a look at its rows behind the first.", **_TUNED)
+    ] = False,
     validate: Annotated[bool, typer.Option(help="Measure the result against exact attention.", **_CHECKS)] = True,
     text: Annotated[Optional[Path], typer.Option(help="Held-out text; a model that reads bytes needs one.", **_CHECKS)] = None,
     inputs: Annotated[
@@ -119,7 +122,7 @@ def export_model(
     attributes = dict(
         selector=selector, block_size=block_size, num_blocks=num_blocks, pool_size=pool_size, sample_size=sample_size,
         stratified=stratified, local_size=local_size, local_overlap=local_overlap, sinks=sinks, exact_below=exact_below,
-        num_projections=num_projections,
+        num_projections=num_projections, strict_causal=1 if strict_causal else None,
     )  # fmt: skip
     ranges = planning.named_ranges(dim or [], batch)
     source = open_source(

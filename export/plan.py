@@ -259,7 +259,14 @@ def make_plan(
             decided.append(LayerPlan(layer.index, layer.name, "native", layer.problem, None))
             continue  # its sizes and scale may be none that a Config takes
         scale = 0.0 if abs(layer.scale * layer.head_dim**0.5 - 1) < 1e-6 else layer.scale
-        config = replace(base, causal=int(layer.causal), scale=base.scale or scale, seed=layer_seed(seed, layer.index))
+        if base.strict_causal and not layer.causal and order in chosen:
+            raise UsageError(
+                f"--strict-causal: layer {layer.index} ({layer.name}) is not causal: all rows see all keys; leave out option or layer"
+            )
+        strict = base.strict_causal and int(layer.causal)
+        config = replace(
+            base, causal=int(layer.causal), scale=base.scale or scale, seed=layer_seed(seed, layer.index), strict_causal=strict
+        )
         if order in chosen:
             mode = "exact" if preset == "exact" else "approximate"
             decided.append(LayerPlan(layer.index, layer.name, mode, f"chosen by --layers {layers}", config))

@@ -38,6 +38,7 @@ RANGES: dict[str, tuple[int, int]] = {
     "exact_below": (0, INT32_MAX),
     "num_projections": (1, 16),
     "seed": (0, INT32_MAX),
+    "strict_causal": (0, 1),
 }
 
 
@@ -62,6 +63,7 @@ class Config:
     exact_below: int = 4096
     num_projections: int = 7
     seed: int = 0
+    strict_causal: int = 0
 
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():
@@ -81,8 +83,19 @@ class Config:
         object.__setattr__(self, "scale", struct.unpack("f", struct.pack("f", self.scale))[0])
         if self.selector not in SELECTORS:
             raise UsageError(f"selector is {self.selector!r}; it takes one of {', '.join(SELECTORS)}")
+        if self.strict_causal:
+            self._check_strict()
         if self.selector == "blocks":
             self._check_blocks()
+
+    def _check_strict(self) -> None:
+        if self.selector != "blocks":
+            raise UsageError(
+                f"strict_causal is 1 with selector {self.selector}, which looks ahead by whole nodes; "
+                f"take selector blocks, or strict_causal 0"
+            )
+        if not self.causal:
+            raise UsageError("strict_causal is 1 with causal 0, where every row sees all keys; take causal 1, or strict_causal 0")
 
     def _check_blocks(self) -> None:
         if self.block_size % self.pool_size:

@@ -77,6 +77,16 @@ class Geometry:
     def query_blocks(self) -> range:
         return self.tiles(self.config.block_size)
 
+    def query_pools(self, rows: int) -> range:
+        """Query pools of `rows` rows of the selector `blocks`, counted from position 0.
+
+        Strict: the one before the first query block is the call's row 0 alone (rule 22).
+        """
+        tiles = self.tiles(rows)
+        if self.config.strict_causal and tiles:
+            return range(self.query_blocks.start * self.config.block_size // rows - 1, tiles.stop)
+        return tiles
+
     @property
     def local_blocks(self) -> range:
         return self.tiles(self.config.local_size) if self.config.causal else range(1)

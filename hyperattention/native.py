@@ -43,12 +43,10 @@ class Library:
     def pool(self, q: Tensor, k: Tensor, v: Tensor, config: Config, side: str, rows: int, lengths: Tensor | None = None):
         """Quantised pools of `rows` positions of "queries" or "keys": int8 [B,H,P,D] and float32 factors [B,H,P]."""
         call = _Call(self, q, k, v, config, lengths)
-        p = call.params
-        first = p.seq_k - p.seq_q if config.causal and side == "queries" else 0
-        heads, length = (p.heads_q, p.seq_q) if side == "queries" else (p.heads_kv, p.seq_k)
-        pools = (first + length - 1) // rows - first // rows + 1 if length else 0
-        values = call.output((p.batch, heads, pools, p.head_dim), torch.int8)
-        scales = call.output((p.batch, heads, pools), torch.float32)
+        g = call.geometry
+        heads, pools = (g.heads_q, len(g.query_pools(rows))) if side == "queries" else (g.heads_kv, -(-g.seq_k // rows))
+        values = call.output((g.batch, heads, pools, g.head_dim), torch.int8)
+        scales = call.output((g.batch, heads, pools), torch.float32)
         call.run(self._pool, SIDES[side], rows, values.data_ptr(), scales.data_ptr())
         return values, scales
 
@@ -122,7 +120,7 @@ class _Call:
             raise UsageError(f"{library.path.name} takes tensors of one {library.device_type} device; found {found}")
         if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPE_CODES:
             raise UsageError(f"Q, K, V are {q.dtype}, {k.dtype}, {v.dtype}; they take one of float32, float16, bfloat16 together")
-        g = Geometry.of(q, k, v, config, lengths)
+        self.geometry = g = Geometry.of(q, k, v, config, lengths)
         self.rows = (g.batch, g.heads_q)
         self.o_shape, self.dtype = (g.batch, g.heads_q, g.seq_q, g.head_dim_v), q.dtype
         int32 = {"lengths", "plan"}

@@ -45,6 +45,7 @@ def _attention(
     exact_below: int,
     num_projections: int,
     seed: int,
+    strict_causal: int,
 ) -> tuple[Tensor, Tensor]:
     config = Config(
         causal=causal,
@@ -61,6 +62,7 @@ def _attention(
         exact_below=exact_below,
         num_projections=num_projections,
         seed=seed,
+        strict_causal=strict_causal,
     )
     Geometry.of(q, k, v, config, lengths)
     if _has_kernel(q, v):

@@ -105,8 +105,13 @@ def pool(x: Tensor, rows: int, first: int, eligible: range) -> tuple[Tensor, Ten
 
 
 def query_pools(q: Tensor, rows: int, g: Geometry, length: int) -> tuple[Tensor, Tensor]:
-    """Query pools [..., P, D] and their factor 1/sqrt(max(1, q8.q8)); NaN where the pool is skipped."""
+    """The pools of `Geometry.query_pools`: values [..., P, D] and factor 1/sqrt(max(1, q8.q8)), NaN where the pool is skipped."""
     values, _, used = pool(q, rows, g.first, range(0, g.live_rows(length)))
+    if g.config.strict_causal and g.seq_q:
+        own, _, own_used = pool(q[..., :1, :], rows, 0, range(0, min(g.live_rows(length), 1)))
+        gap = len(g.query_pools(rows)) - 1 - values.shape[-2]  # of the first query block's rows that the call does not have
+        values = torch.cat([own, torch.nn.functional.pad(values, (0, 0, gap, 0))], -2)
+        used = torch.cat([own_used, torch.nn.functional.pad(used, (gap, 0))], -1)
     square = values.int().square().sum(-1).clamp(min=1)
     # On the processor PyTorch's fp32 root is not IEEE's (17% off by an ulp); the fp64 root, rounded, is for every such integer.
     root = square.double().sqrt().float()
@@ -173,11 +178,16 @@ def select_blocks(q: Tensor, k: Tensor, g: Geometry, lengths: Tensor | None = No
     return chosen
 
 
-def _rows(pools: Pools, rows: int, start: int, stop: int, first: int = 0) -> Pools:
-    """The pools that cover positions [start, stop), where pool 0 starts at floor(first / rows)."""
-    base = first // rows
+def _rows(pools: Pools, rows: int, start: int, stop: int, base: int = 0) -> Pools:
+    """The pools that cover positions [start, stop), of pools that are counted from `base`."""
     lo, hi = max(start // rows - base, 0), max(-(-stop // rows) - base, 0)
     return pools[0][..., lo:hi, :], pools[1][..., lo:hi]
+
+
+def _queries(pools: Pools, rows: int, index: int, g: Geometry) -> Pools:
+    """The query pools that query block `index` is scored with: its own, strict those of the block before (rule 22)."""
+    start = (index - g.config.strict_causal) * g.config.block_size
+    return _rows(pools, rows, start, start + g.config.block_size, g.query_pools(rows).start)
 
 
 def _pad(pools: Pools, count: int) -> Pools:
@@ -191,7 +201,7 @@ def _select_flat(index: int, candidates: range, g: Geometry, pools: dict[int, tu
     """Every candidate scored: [Hkv, G, min(num_blocks, candidates)]."""
     size, rows = g.config.block_size, g.config.pool_size
     queries, keys = pools[rows]
-    queries = _rows(queries, rows, index * size, (index + 1) * size, g.first)
+    queries = _queries(queries, rows, index, g)
     keys = _pad(_rows(keys, rows, candidates.start * size, candidates.stop * size), len(candidates) * (size // rows))
     return candidates.start + _best(_scores(queries, keys, size // rows), min(g.config.num_blocks, len(candidates)))
 
@@ -199,11 +209,10 @@ def _select_flat(index: int, candidates: range, g: Geometry, pools: dict[int, tu
 def _select_two_levels(index: int, candidates: range, g: Geometry, pools: dict[int, tuple[Pools, Pools]]) -> Tensor:
     """Rule 23: superblocks first, then the candidates of the best; [Hkv, G, <= num_blocks], -1 behind the last."""
     size, rows = g.config.block_size, g.config.pool_size
-    span = (index * size, (index + 1) * size)
     per_super, per_block = SUPERBLOCK // size, size // rows
     supers = range(candidates.start // per_super, -(-candidates.stop // per_super))
     queries, keys = pools[COARSE_POOL]
-    queries = _rows(queries, COARSE_POOL, *span, g.first)
+    queries = _queries(queries, COARSE_POOL, index, g)
     # Coarse pools at or past the end of the last candidate block take no part.
     keys = _rows(keys, COARSE_POOL, supers.start * SUPERBLOCK, candidates.stop * size)
     score = _scores(queries, _pad(keys, len(supers) * SUPERBLOCK // COARSE_POOL), SUPERBLOCK // COARSE_POOL)
@@ -215,7 +224,7 @@ def _select_two_levels(index: int, candidates: range, g: Geometry, pools: dict[i
     head = torch.arange(g.heads_kv, device=kept.device)[:, None, None]
     inside = at.clamp(max=kf.shape[-1] - 1)
     keys = k8[head, 0, inside], torch.where(at < kf.shape[-1], kf[head, 0, inside], float("nan"))
-    score = _scores(_rows(queries, rows, *span, g.first), keys, per_block)
+    score = _scores(_queries(queries, rows, index, g), keys, per_block)
     # The first and the last superblock may hold blocks that are no candidates.
     candidate = (block >= candidates.start) & (block < candidates.stop)
     order = torch.sort(score.masked_fill(~candidate, -torch.inf), dim=-1, descending=True, stable=True).indices

@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define HA_ABI_VERSION 2
+#define HA_ABI_VERSION 3
 
 enum HaStatus {
   HA_OK = 0,
@@ -44,6 +44,7 @@ typedef struct HaAttributes {
   int32_t exact_below;
   int32_t num_projections;
   int32_t seed;
+  int32_t strict_causal;
 } HaAttributes;
 
 // One problem. Tensors are dense, row-major: q [batch, heads_q, seq_q, head_dim], k [batch, heads_kv, seq_k, head_dim],
@@ -87,7 +88,8 @@ HA_EXPORT int ha_cuda_workspace_size(const HaParams* params, size_t* bytes);
 
 // Stage 1, the selector's quantised pools (operator rules 18 and 20), for tests: `rows` consecutive positions a pool,
 // values int8 [batch, heads, pools, head_dim], scales float [batch, heads, pools]: the query's 1/sqrt(max(1, q8.q8)), the
-// key's max|x|/127; NaN for a pool that is skipped (its values are 0). Pools of queries start at floor(p0 / rows).
+// key's max|x|/127; NaN for a pool that is skipped (its values are 0). Pools of queries start at floor(p0 / rows); with
+// strict_causal at floor(b floor(p0 / b) / rows) - 1, b = block_size, and the first one is row 0 alone (rule 22).
 HA_EXPORT int ha_cpu_pool(const HaParams* params, int32_t side, int32_t rows, int8_t* values, float* scales);
 HA_EXPORT int ha_cuda_pool(const HaParams* params, int32_t side, int32_t rows, int8_t* values, float* scales);
 // Stage 2, the selector: writes the plan.

@@ -41,6 +41,7 @@ const IntegerField kFields[kIntegerFields] = {
     {"exact_below", &HaAttributes::exact_below, 0, INT32_MAX, 4096},
     {"num_projections", &HaAttributes::num_projections, 1, 16, 7},
     {"seed", &HaAttributes::seed, 0, INT32_MAX, 0},
+    {"strict_causal", &HaAttributes::strict_causal, 0, 1, 0},
 };
 
 HaAttributes default_attributes() {
@@ -67,6 +68,10 @@ void check_attributes(const HaAttributes& a) {
           "scale is " + std::to_string(a.scale) + "; it takes 0 for 1/sqrt(head size), or a number from 1e-20 to 1e+20");
   require(a.selector == HA_BLOCKS || a.selector == HA_SORTLSH,
           "selector is " + std::to_string(a.selector) + "; it takes one of blocks (0), sortlsh (1)");
+  require(!a.strict_causal || a.selector == HA_BLOCKS,
+          "strict_causal is 1 with selector sortlsh, which looks ahead by whole nodes; take selector blocks, or strict_causal 0");
+  require(!a.strict_causal || a.causal,
+          "strict_causal is 1 with causal 0, where every row sees all keys; take causal 1, or strict_causal 0");
   if (a.selector == HA_SORTLSH) return;
   require(a.block_size % a.pool_size == 0, "block_size " + std::to_string(a.block_size) + " is not a multiple of pool_size " +
                                                std::to_string(a.pool_size) + "; choose a pool_size that divides it");
@@ -108,7 +113,7 @@ void set_last_error(const std::string& message) noexcept {
 extern "C" const char* ha_last_error(void) { return ha::last_error.c_str(); }
 
 extern "C" const char* ha_build_info(void) {
-  return "{\"version\": \"" HA_VERSION "\", \"abi\": 2, \"build_id\": \"" HA_BUILD_ID "\", \"backends\": " HA_BACKENDS
+  return "{\"version\": \"" HA_VERSION "\", \"abi\": 3, \"build_id\": \"" HA_BUILD_ID "\", \"backends\": " HA_BACKENDS
          ", \"architectures\": " HA_ARCHITECTURES ", \"compiler\": \"" __VERSION__ "\"}";
 }
 

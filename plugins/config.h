@@ -21,7 +21,7 @@ struct IntegerField {
   int64_t low, high;
   int32_t fallback;
 };
-constexpr int kIntegerFields = 12;
+constexpr int kIntegerFields = 13;
 extern const IntegerField kFields[kIntegerFields];
 
 HaAttributes default_attributes();

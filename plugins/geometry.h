@@ -51,7 +51,13 @@ struct Geometry {
   }
   HA_INLINE Range query_blocks() const { return tiles(a.block_size); }
   HA_INLINE Range local_blocks() const { return a.causal ? tiles(a.local_size) : Range{0, 1}; }
-  HA_INLINE int64_t query_pools(int64_t rows) const { return tiles(rows).size(); }
+  // Query pools of `rows` positions, counted from position 0. Strict: the one before the first query block is row 0 alone (rule 22).
+  HA_INLINE Range query_pools(int64_t rows) const {
+    if (!a.strict_causal || seq_q == 0) return tiles(rows);
+    return {floor_div(query_blocks().start * a.block_size, rows) - 1, tiles(rows).stop};
+  }
+  // The first of the query pools that score a query block, counted likewise (rules 20 and 22).
+  HA_INLINE int64_t scoring_pools(int64_t block, int64_t rows) const { return (block - a.strict_causal) * (a.block_size / rows); }
   HA_INLINE int64_t key_pools(int64_t rows) const { return ceil_div(seq_k, rows); }
 
   HA_INLINE int64_t length(const int32_t* lengths, int64_t b) const {  // rule 2

@@ -90,7 +90,7 @@ def expected_pools(case: Case, dtype: torch.dtype, side: str, rows: int) -> tupl
     make, tensor = (query_pools, x.q) if side == "queries" else (key_pools, x.k)
     pools = [make(tensor[b], rows, x.geometry, length) for b, length in enumerate(x.geometry.clamp(x.lengths))]
     values, factors = (torch.stack(parts) for parts in zip(*pools, strict=True))
-    count = len(x.geometry.tiles(rows)) if side == "queries" else -(-x.geometry.seq_k // rows)
+    count = len(x.geometry.query_pools(rows)) if side == "queries" else -(-x.geometry.seq_k // rows)
     return values[:, :, :count], factors[:, :, :count]  # the reference pads an empty tensor to one skipped pool
 
 
@@ -144,7 +144,7 @@ class Stages:
 
     def pool(self, side: str, rows: int) -> tuple[Tensor, Tensor]:
         g = self.x.geometry
-        pools = len(g.tiles(rows)) if side == "queries" else -(-g.seq_k // rows)
+        pools = len(g.query_pools(rows)) if side == "queries" else -(-g.seq_k // rows)
         shape = (g.batch, g.heads_q if side == "queries" else g.heads_kv, pools)
         values, factors = self._run(
             self.library._pool, None, {"values": ((*shape, g.head_dim), torch.int8), "factors": (shape, torch.float32)},

@@ -70,6 +70,8 @@ class Case:
             k[:, :, 16:35, 0] = float("nan")  # all of key block 1 and a pool of block 2
             k[:, :, 60, 1], k[:, :, 101, 2], k[:, :, 128:160] = float("inf"), -float("inf"), float("nan")
             q[:, :, 70, 3], q[:, :, 176:192] = float("nan"), float("inf")  # a pool, and all of query block 11
+        elif self.fill == "first-row":
+            q[:, :, 0, 0] = float("nan")
         elif self.fill == "scattered":  # a few rows that are not finite, anywhere
             for x in (q, k):
                 for value in (float("nan"), float("inf"), -float("inf")):
@@ -138,6 +140,20 @@ def grid() -> list[Case]:
         cases += [Case(f"sinks{sinks}-causal{causal}", config=config(sinks=sinks, causal=causal)) for causal in (0, 1)]
     for overlap in (0, 1):
         cases.append(Case(f"overlap{overlap}-sinks90", config=config(sinks=90, local_overlap=overlap)))
+    strict = config(strict_causal=1)
+    cases += [
+        Case("strict", config=strict, heads=(4, 2)),
+        Case("strict-chunk", 70, 203, strict, lengths=(203, 137, 133, 40)),
+        Case("strict-chunk-one-row-of-a-block", 65, 208, strict),
+        Case("strict-chunk-whole-block", 67, 195, strict),
+        Case("strict-more-queries", 203, 90, strict, lengths=(0, 1, 20, 90)),
+        Case("strict-exact", 64, 203, strict),
+        Case("strict-no-query", 0, 70, strict),
+        *(
+            Case(f"strict-block{block}-pool{pool}", 130, 259, replace(strict, block_size=block, pool_size=pool, local_size=local))
+            for block, pool, local in ((16, 16, 16), (17, 17, 34), (48, 1, 48), (48, 3, 96), (64, 64, 64), (128, 32, 128))
+        ),
+    ]
     cases.append(Case("only-sinks", config=config(causal=0, num_blocks=0, sample_size=0)))
     cases.append(Case("nothing", config=config(causal=0, num_blocks=0, sample_size=0, sinks=0)))
     cases += [Case(fill, fill=fill) for fill in ("constant", "zero", "ties", "tiny")]
@@ -149,6 +165,9 @@ def grid() -> list[Case]:
         Case("two-levels-block16", 70, 8600, replace(long, block_size=16, pool_size=2), heads=(2, 2), dims=(4, 4)),
         Case("two-levels-block128", 70, 9000, replace(long, block_size=128, local_size=128, sinks=130, num_blocks=64), dims=(4, 4)),
         Case("two-levels-block256", 70, 9500, replace(long, block_size=256, local_size=256, num_blocks=64), dims=(4, 4)),
+        Case("two-levels-strict", 100, 9031, replace(long, strict_causal=1), lengths=(9031, 8990, 500)),
+        Case("two-levels-strict-block16", 90, 8600, replace(long, block_size=16, pool_size=2, strict_causal=1), dims=(4, 4)),
+        Case("two-levels-strict-block256", 300, 9500, replace(long, block_size=256, local_size=256, strict_causal=1), dims=(4, 4)),
         Case("two-levels-ties", 70, 9001, long, dims=(2, 2), fill="ties"),
         Case("two-levels-share", 66, 70001, long, heads=(1, 1), dims=(4, 4)),
         Case("flat-above-32-superblocks", 70, 9001, replace(long, block_size=48, local_size=48), dims=(4, 4)),
@@ -215,6 +234,8 @@ PLAN_ONLY = [
     Case("nonfinite-non-causal", config=config(causal=0), fill="nonfinite"),
     Case("overflow", fill="overflow"),
     Case("opposed", fill="opposed"),
+    Case("strict-nonfinite", config=config(strict_causal=1), fill="nonfinite"),
+    Case("strict-first-row", 133, 203, config(strict_causal=1), fill="first-row"),
     Case("opposed-tiny", fill="opposed-tiny"),
     Case("cancelling", fill="cancelling"),
     Case("cancelling-pool16", config=config(pool_size=16, causal=0), fill="cancelling"),

@@ -53,6 +53,17 @@ def _within(pools: Pools, rows: int, start: int, stop: int) -> list:
     return [pools[t] for t in range(-(-start // rows), -(-stop // rows)) if t in pools]
 
 
+def _scoring(q: np.ndarray, pools: Pools, rows: Rows, size: int, query_block: int) -> list:
+    """The query pools of `size` rows that a query block is scored with (20, 22)."""
+    b = rows.config.block_size
+    if not rows.config.strict_causal:
+        return _within(pools, size, query_block * b, (query_block + 1) * b)
+    if query_block > rows.tiles(b)[0]:
+        return _within(pools, size, (query_block - 1) * b, query_block * b)
+    alone = quantised_pools(q[:1], 1, rows.first, lambda p: not rows.dead(p), keys=False)
+    return list(alone.values())
+
+
 def candidates(rows: Rows, query_block: int) -> range:
     """Key blocks that a query block may choose from (19)."""
     b = rows.config.block_size
@@ -75,11 +86,11 @@ def select(q: np.ndarray, k: np.ndarray, rows: Rows) -> dict[int, list[int]]:
         supers = sorted({j * b // 256 for j in blocks})
         if two_levels and len(supers) > 32:  # (23)
             end = (blocks[-1] + 1) * b
-            mine = _within(q_pools[16], 16, block * b, (block + 1) * b)
+            mine = _scoring(q, q_pools[16], rows, 16, block)
             coarse = {s: _score(mine, _within(k_pools[16], 16, s * 256, min((s + 1) * 256, end))) for s in supers}
             kept = _best(coarse, max(32, -(-len(supers) // 8)))
             blocks = [j for j in blocks if j * b // 256 in kept]
-        mine = _within(q_pools[c.pool_size], c.pool_size, block * b, (block + 1) * b)
+        mine = _scoring(q, q_pools[c.pool_size], rows, c.pool_size, block)
         scores = {j: _score(mine, _within(k_pools[c.pool_size], c.pool_size, j * b, (j + 1) * b)) for j in blocks}
         chosen[block] = _best(scores, count)
     return chosen

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import oracle
@@ -99,11 +99,14 @@ def random_case(seed: int, head_sizes: str = "any") -> Case:
         batch = draw.randint(1, 3) if small else 1
         kinds = ((0, seq_k), (seq_k // 2, seq_k), (seq_k, seq_k), (-1, 2))
         lengths = tuple(draw.randint(*draw.choice(kinds)) for _ in range(batch))
+    c = _config(draw, draw.choice(("blocks", "sortlsh")), seq_k)
+    if c.causal and c.selector == "blocks" and seed % 3 == 0:
+        c = replace(c, strict_causal=1)
     return Case(
         f"random{seed}",
         seq_q,
         seq_k,
-        _config(draw, draw.choice(("blocks", "sortlsh")), seq_k),
+        c,
         (heads_kv * draw.choice((1, 1, 2, 3)), heads_kv),
         _head_sizes(draw, head_sizes == "cuda"),
         lengths,

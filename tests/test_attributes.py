@@ -64,6 +64,8 @@ def test_config_refuses_values_out_of_range(name: str, value: int) -> None:
         ({"selector": "lsh"}, r"selector is 'lsh'; it takes one of blocks, sortlsh"),
         ({"block_size": 48, "local_size": 96, "pool_size": 32}, r"block_size 48 .*pool_size 32"),
         ({"local_size": 96}, r"local_size 96 .*block_size 64"),
+        ({"strict_causal": 1, "selector": "sortlsh"}, r"strict_causal is 1 with selector sortlsh, .*; take selector blocks"),
+        ({"strict_causal": True, "causal": 0}, r"strict_causal is 1 with causal 0, .*; take causal 1, or strict_causal 0"),
     ],
     ids=str,
 )

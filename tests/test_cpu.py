@@ -208,6 +208,8 @@ REFUSALS = {
     "value-size": ({"head_dim_v": 0}, "head_dim_v is 0; it takes an integer from 1 to 256"),
     "heads": ({"heads_q": 3, "heads_kv": 2}, "3 query heads over 2 key heads"),
     "attribute": ({"block_size": 257}, "block_size is 257; it takes an integer from 16 to 256"),
+    "strict-full": ({"strict_causal": 1, "selector": 0, "causal": 0}, "strict_causal is 1 with causal 0"),
+    "strict-sorted": ({"strict_causal": 1, "selector": 1}, "strict_causal is 1 with selector sortlsh"),
     "no-keys": ({"k": None}, "k is a null pointer"),
     "no-values": ({"v": None}, "v is a null pointer"),
     "no-output": ({"out": None}, "out is a null pointer"),

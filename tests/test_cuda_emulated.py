@@ -192,6 +192,7 @@ CASES = [
     Problem(Case("block256-uniform", 100, 900, replace(SMALL, block_size=256, local_size=256, stratified=0), (1, 1), (64, 64)), "fp16"),
     Problem(Case("exact", 130, 190, Config().exact(), heads=(2, 1), dims=(64, 64), lengths=(190, 77)), "bf16"),
     Problem(Case("exact-one-row", 1, 131, Config().exact(), heads=(1, 1), dims=(128, 128)), "bf16"),
+    Problem(Case("strict", 150, 600, replace(SMALL, strict_causal=1), heads=(2, 1), dims=(64, 64), lengths=(600, 431)), "bf16"),
     Problem(Case("no-key", 66, 0, heads=(1, 1), dims=(64, 64)), "bf16"),
     Problem(Case("two-levels", 66, 9001, config(block_size=64, local_size=64), heads=(1, 1), dims=(64, 64), lengths=(8999, 500)), "bf16"),
 ]
@@ -249,13 +250,23 @@ PLANS = (
         )
         for block in (16, 32, 128, 256)
     ]
+    # Rule 22: rows before the call's first one, of few and of many query blocks a block of threads.
+    + [
+        Problem(
+            Case(f"two-levels-strict{block}", rows, 9500, config(block_size=block, local_size=block, strict_causal=1), (1, 1), (64, 64)),
+            "bf16",
+        )
+        for block, rows in ((16, 163), (64, 2100), (256, 700))
+    ]
     # Negative scores, also where their halves would round otherwise.
     + [Problem(Case(f"opposed-tiny-seed{seed}", fill="opposed-tiny", dims=(64, 64), seed=seed), "fp32") for seed in range(4)]
 )
 # Selections that little shared memory (bytes) makes in parts: key blocks in passes, superblocks of fewer query blocks at a time.
+_ROUNDS = config(block_size=256, local_size=256, pool_size=16)
 LITTLE_SHARED = [
     (7100, Problem(Case("passes", 700, 9500, config(block_size=64, local_size=64), (2, 1), (64, 64), (9500, 9100)), "bf16")),
-    (6700, Problem(Case("rounds", 1300, 9500, config(block_size=256, local_size=256, pool_size=16), (2, 1), (64, 64)), "bf16")),
+    (6700, Problem(Case("rounds", 1300, 9500, _ROUNDS, (2, 1), (64, 64)), "bf16")),
+    (6700, Problem(Case("rounds-strict", 1300, 9500, replace(_ROUNDS, strict_causal=1), (1, 1), (64, 64)), "bf16")),
     (5500, Problem(Case("flat", 300, 2500, config(block_size=48, local_size=48, pool_size=3), (1, 1), (64, 64)), "bf16")),
     (1000, Problem(Case("one-block", 150, 9001, config(block_size=64, local_size=64), (1, 1), (64, 64)), "bf16")),
 ]

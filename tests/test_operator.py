@@ -261,6 +261,44 @@ def test_prefill_in_chunks_equals_one_call(changes: dict) -> None:
     assert_near(torch.cat([p.lse for p in parts], 2), whole.lse, 1e-12)
 
 
+def test_strict_chunks_differ_in_their_first_blocks_alone() -> None:
+    """Rule 22: the second block's plan is one shot's, or the third's where the first row lies inside a block."""
+    c = config(strict_causal=1)
+    q, k, v = Case("prefill", 259, 259, c, heads=(4, 2)).inputs()
+    whole = attention(q, k, v, c).plan.selection
+    for first in (96, 101, 111):
+        part = attention(q[:, :, first:], k, v, c).plan.selection
+        same = 1 if first % c.block_size == 0 else 2
+        assert torch.equal(part[:, :, same:], whole[:, :, first // c.block_size + same :])
+        assert not torch.equal(part[:, :, :same], whole[:, :, first // c.block_size :][:, :, :same])
+
+
+STRICT = {
+    "whole": (203, 203, {}),
+    "chunk": (133, 203, {}),
+    "pool1": (203, 203, {"pool_size": 1, "sinks": 0}),
+    "block48": (150, 203, {"block_size": 48, "local_size": 48}),
+    "two-levels": (90, 8800, {"block_size": 64, "local_size": 64}),
+}
+
+
+@pytest.mark.parametrize("strict", [0, 1], ids=["plain", "strict"])
+@pytest.mark.parametrize(("rows", "keys", "changes"), STRICT.values(), ids=STRICT)
+def test_look_ahead(rows: int, keys: int, changes: dict, strict: int) -> None:
+    """Another query, key and value in row j moves no earlier row where the rule is strict, and at most block_size - 1 rows else."""
+    c = config(strict_causal=strict, num_blocks=1, **changes)
+    q, k, v = Case("look-ahead", rows, keys, c, heads=(2, 1), dims=(16, 8)).inputs()
+    before, farthest = attention(q, k, v, c).o, 0
+    for row in range(1, rows, 7):
+        other = [x.clone() for x in (q, k, v)]
+        for x, at in zip(other, (row, row + keys - rows, row + keys - rows), strict=True):
+            x[:, :, at] = 20 * x[:, :, at].flip(-1)
+        moved = (attention(*other, c).o != before).any(-1).any(1)[0].nonzero().flatten()
+        assert row in moved
+        farthest = max(farthest, row - int(moved.min()))
+    assert farthest == 0 if strict else 0 < farthest < c.block_size
+
+
 def test_a_batch_row_equals_it_alone() -> None:
     case = Case("batch", lengths=(203, 60, 150), heads=(4, 2))
     q, k, v = case.inputs()

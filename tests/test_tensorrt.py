@@ -49,11 +49,13 @@ BAD = (
     Bad("nan-scale", {"scale": float("nan")}, "scale is nan; it takes 0 for 1/sqrt(head size), or a number from 1e-20 to 1e+20"),
     Bad("selector", {"selector": "nearest"}, "selector is 'nearest'; it takes one of blocks, sortlsh"),
     Bad("pools", {"pool_size": 3}, "block_size 64 is not a multiple of pool_size 3"),
+    Bad("strict", {"strict_causal": 1, "selector": "sortlsh"}, "strict_causal is 1 with selector sortlsh"),
     Bad("local", {"local_size": 1000}, "local_size 1000 is not a multiple of block_size 64"),
 )
 
 GOOD = {
     "defaults": Config(),
+    "strict": Config(strict_causal=1),
     "changed": Config(causal=0, scale=0.25, block_size=32, pool_size=8, seed=2**31 - 1).exact(),
     "sortlsh": Config(selector="sortlsh", block_size=48, pool_size=5, local_size=1000, num_projections=16),
 }

@@ -19,7 +19,7 @@ size_t needed(const Problem& of, int64_t batch, int64_t seq_q, int64_t seq_k) {
   p.struct_size = sizeof(p), p.dtype = HA_BFLOAT16, p.batch = batch, p.heads_q = 8, p.heads_kv = 2;
   p.seq_q = seq_q, p.seq_k = seq_k, p.head_dim = p.head_dim_v = of.head_dim;
   const int32_t selector = std::string(of.selector) == "sortlsh" ? HA_SORTLSH : HA_BLOCKS;
-  p.attributes = {of.causal, 0, selector, of.block_size, 8, of.pool_size, 256, 1, of.local_size, 1, 64, of.exact_below, of.num_projections, 0};
+  p.attributes = {of.causal, 0, selector, of.block_size, 8, of.pool_size, 256, 1, of.local_size, 1, 64, of.exact_below, of.num_projections, 0, 0};
   size_t bytes = 0;
   expect(workspace_size(&p, &bytes) == 0, "the library takes " + std::to_string(seq_q) + " x " + std::to_string(seq_k));
   return bytes;

@@ -71,7 +71,7 @@ extern "C" int ha_cpu_pool(const HaParams* params, int32_t side, int32_t rows, i
     ha::cpu::require(side == HA_QUERIES || side == HA_KEYS, "side is " + std::to_string(side) + "; it takes 0 (queries) or 1 (keys)");
     ha::cpu::require(rows >= 1, "rows is " + std::to_string(rows) + "; it takes an integer of at least 1");
     const Geometry g(*params);
-    const bool some = g.batch * (side == HA_QUERIES ? g.query_pools(rows) : g.key_pools(rows)) > 0;
+    const bool some = g.batch * (side == HA_QUERIES ? g.query_pools(rows).size() : g.key_pools(rows)) > 0;
     ha::cpu::need(values, "values", some);
     ha::cpu::need(scales, "scales", some);
     OwnThreads threads(params->threads);

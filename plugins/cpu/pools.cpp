@@ -31,13 +31,14 @@ float make_key_pool(const HaParams& params, const Geometry& g, int64_t b, int64_
 
 void fill(const HaParams& params, const QueryPools& pools, Workers& workers) {
   const Geometry g(params);
-  const int64_t chunks = ceil_div(pools.pools, kPoolsAUnit), base = g.tiles(pools.rows).start;
+  const int64_t chunks = ceil_div(pools.pools, kPoolsAUnit), base = g.query_pools(pools.rows).start;
   for_each_unit(workers, g.batch * g.heads_q * chunks, [&] {
     return [&](int64_t unit) {
       const int64_t head = unit / chunks, begin = unit % chunks * kPoolsAUnit, end = min64(begin + kPoolsAUnit, pools.pools);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t at = head * pools.pools + i, start = (base + i) * pools.rows;
-        pools.factors[at] = make_query_pool(params, g, head / g.heads_q, head % g.heads_q, start, start + pools.rows,
+        const Range own = g.a.strict_causal && i == 0 ? Range{g.first(), g.first() + 1} : Range{start, start + pools.rows};  // rule 22
+        pools.factors[at] = make_query_pool(params, g, head / g.heads_q, head % g.heads_q, own.start, own.stop,
                                             pools.values + at * g.head_dim);
       }
     };
@@ -64,7 +65,7 @@ void fill(const HaParams& params, const KeyPools& pools, Workers& workers) {
 
 void pool(const HaParams& params, HaSide side, int64_t rows, int8_t* values, float* factors, Workers& workers) {
   const Geometry g(params);
-  if (side == HA_QUERIES) return fill(params, QueryPools{rows, g.query_pools(rows), values, factors}, workers);
+  if (side == HA_QUERIES) return fill(params, QueryPools{rows, g.query_pools(rows).size(), values, factors}, workers);
   const int64_t pools = g.key_pools(rows);
   for_each_unit(workers, g.batch * g.heads_kv * pools, [&] {
     return [&](int64_t unit) {

@@ -38,7 +38,7 @@ struct SelectorMemory {
  private:
   static void place(const Geometry& g, int64_t rows, QueryPools& q, KeyPools& k, Carver& carver) {
     q.rows = k.rows = rows;
-    q.pools = g.query_pools(rows);
+    q.pools = g.query_pools(rows).size();
     q.values = carver.take<int8_t>(g.batch * g.heads_q * q.pools * g.head_dim);
     q.factors = carver.take<float>(g.batch * g.heads_q * q.pools);
     k.groups = ceil_div(g.key_pools(rows), kPoolGroup);
@@ -104,10 +104,10 @@ class SelectWorker {
     return parts;
   }
 
-  // The live query pools of a block as int16 pairs, repeated up to a multiple of kScoreQueries (a maximum does not mind).
+  // The live query pools that score a block as int16 pairs, repeated up to a multiple of kScoreQueries (a maximum does not mind).
   void load_queries(const QueryPools& pools, int64_t b, int64_t head, int64_t block) {
-    const int64_t per_block = g_.a.block_size / pools.rows, base = g_.tiles(pools.rows).start;
-    const int64_t first = max64(block * per_block - base, 0), last = min64((block + 1) * per_block - base, pools.pools);
+    const int64_t start = g_.scoring_pools(block, pools.rows) - g_.query_pools(pools.rows).start;
+    const int64_t first = max64(start, 0), last = min64(start + g_.a.block_size / pools.rows, pools.pools);
     const int64_t line = (b * g_.heads_q + head) * pools.pools;
     live_.clear();
     for (int64_t i = line + first; i < line + last; ++i)

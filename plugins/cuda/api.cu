@@ -70,10 +70,10 @@ void select_blocks(const HaParams& p, unsigned char* base, const Workspace& w, i
     return Pools{reinterpret_cast<int8_t*>(base + values), reinterpret_cast<float*>(base + scales), rows, count, pool_stride(g.head_dim)};
   };
   SelectArgs args{p, select_config(g, shared_limit()), {}, {}, {}, {}, plan};
-  args.q_fine = pools(w.q_fine, w.q_fine_scale, g.a.pool_size, g.query_pools(g.a.pool_size));
+  args.q_fine = pools(w.q_fine, w.q_fine_scale, g.a.pool_size, g.query_pools(g.a.pool_size).size());
   args.k_fine = pools(w.k_fine, w.k_fine_scale, g.a.pool_size, g.key_pools(g.a.pool_size));
   if (args.config.supers) {
-    args.q_coarse = pools(w.q_coarse, w.q_coarse_scale, kCoarsePool, g.query_pools(kCoarsePool));
+    args.q_coarse = pools(w.q_coarse, w.q_coarse_scale, kCoarsePool, g.query_pools(kCoarsePool).size());
     args.k_coarse = pools(w.k_coarse, w.k_coarse_scale, kCoarsePool, g.key_pools(kCoarsePool));
   }
   launch_pools({p, HA_QUERIES, args.q_fine, args.q_coarse});
@@ -171,7 +171,7 @@ extern "C" int ha_cuda_pool(const HaParams* params, int32_t side, int32_t rows, 
     ha::require(side == HA_QUERIES || side == HA_KEYS, HA_INVALID, "side is " + std::to_string(side) + "; it takes 0 (queries) or 1 (keys)");
     ha::require(rows >= 1 && rows <= 256, HA_INVALID, "rows is " + std::to_string(rows) + "; it takes an integer from 1 to 256");
     const ha::Geometry g(*params);
-    const int64_t count = side == HA_QUERIES ? g.query_pools(rows) : g.key_pools(rows);
+    const int64_t count = side == HA_QUERIES ? g.query_pools(rows).size() : g.key_pools(rows);
     ha::require((values && scales) || count == 0, HA_INVALID, "values or scales is a null pointer; they take device memory");
     ha::require_side(*params, side);
     ha::launch_pools({*params, side, {values, scales, rows, count, g.head_dim}, {}});

@@ -42,10 +42,10 @@ inline Workspace workspace(const Geometry& g) {
       values = take(g.batch * heads * count * pool_stride(g.head_dim));
       scales = take(g.batch * heads * count * 4);
     };
-    pools(g.heads_q, g.query_pools(g.a.pool_size), w.q_fine, w.q_fine_scale);
+    pools(g.heads_q, g.query_pools(g.a.pool_size).size(), w.q_fine, w.q_fine_scale);
     pools(g.heads_kv, g.key_pools(g.a.pool_size), w.k_fine, w.k_fine_scale);
     if (select_config(g).supers) {
-      pools(g.heads_q, g.query_pools(kCoarsePool), w.q_coarse, w.q_coarse_scale);
+      pools(g.heads_q, g.query_pools(kCoarsePool).size(), w.q_coarse, w.q_coarse_scale);
       pools(g.heads_kv, g.key_pools(kCoarsePool), w.k_coarse, w.k_coarse_scale);
     }
   }

@@ -14,6 +14,11 @@ constexpr int kPerLane = 8;  // elements of a row that one lane holds
 // also write where the pools' stride is longer.
 HA_INLINE int row_lanes(int64_t stride) { return stride <= 64 ? 8 : stride <= 128 ? 16 : 32; }
 
+// Pools of the larger size, by their number from position 0: what `kLanes` neighbouring lanes make at a time.
+HA_INLINE Range pool_units(const Geometry& g, bool queries, int64_t rows) {
+  return queries ? g.query_pools(rows) : Range{0, g.key_pools(rows)};
+}
+
 // rint(x / a), at most 127 either way, as bytes. Quotients come from one product with the inverse wherever its error cannot change
 // what they round to.
 HA_DEVICE void quantise(const float (&x)[kPerLane], float a, uint32_t (&packed)[2]) {
@@ -41,9 +46,9 @@ struct Accumulator {
   int eligible = 0, seen = 0;
   int64_t pool = 0;
 
-  // Starts at position `start`; pools are counted from that of position `first`.
-  HA_DEVICE Accumulator(const Pools& out, int64_t first, int64_t start) {
-    if (out.rows) pool = floor_div(start, out.rows) - floor_div(first, out.rows);
+  // Starts at position `start`; `g` says where the pools of a query begin, those of a key begin at 0.
+  HA_DEVICE Accumulator(const Pools& out, const Geometry& g, bool queries, int64_t start) {
+    if (out.rows) pool = floor_div(start, out.rows) - (queries ? g.query_pools(out.rows).start : 0);
   }
 
   HA_DEVICE void add(const float (&x)[kPerLane], int rows) {
@@ -103,23 +108,26 @@ HA_KERNEL(kPoolThreads, sizeof(T) == 4 ? 2 : 4) pool_kernel(const HA_CONSTANT Po
   const int unit = args.fine.rows > args.coarse.rows ? args.fine.rows : args.coarse.rows;
   const int64_t heads = queries ? g.heads_q : g.heads_kv, rows = queries ? g.seq_q : g.seq_k;
   const int64_t first = queries ? g.first() : 0;  // position of row 0
-  const int64_t unit0 = floor_div(first, unit), units = floor_div(first + rows - 1, unit) - unit0 + 1;
-  const int64_t groups = ceil_div(units, kUnits);
+  const Range units = pool_units(g, queries, unit);
+  const int64_t groups = ceil_div(units.size(), kUnits);
   const int64_t slice = block_index() / groups, batch = slice / heads;
   const int lane = thread_index() % kLanes;
-  const int64_t start = (unit0 + block_index() % groups * kUnits + thread_index() / kLanes) * unit;  // position
+  const int64_t own = units.start + block_index() % groups * kUnits + thread_index() / kLanes, start = own * unit;  // position
+  const bool first_row = queries && g.a.strict_causal && own == units.start;  // all that this unit has, as its last row (rule 22)
 
   const int64_t length = g.length(args.p.lengths, batch);
-  const Range eligible = queries ? Range{0, g.live_rows(length)} : Range{min64(g.a.sinks, length), length};
+  const int64_t live = first_row ? min64(g.live_rows(length), 1) : g.live_rows(length);
+  const Range eligible = queries ? Range{0, live} : Range{min64(g.a.sinks, length), length};
   const int64_t row_bytes = g.head_dim * int64_t{sizeof(T)};
   const char* source = static_cast<const char*>(queries ? args.p.q : args.p.k) + slice * rows * row_bytes + lane * kPerLane * sizeof(T);
   const bool holds = lane * kPerLane < g.head_dim;
-  // Rows of this unit that are eligible, counted from its first position.
-  const auto local = [&](int64_t row) { return int(max64(0, min64(row + first - start, unit))); };
+  // Rows of this unit that are eligible, counted from its first position, behind which row 0 lies `before` positions.
+  const int64_t before = first_row ? unit - 1 : first - start;
+  const auto local = [&](int64_t row) { return int(max64(0, min64(row + before, unit))); };
   const int from = local(eligible.start), to = local(eligible.stop);
-  source += (start - first) * row_bytes;
+  source -= before * row_bytes;
 
-  Accumulator<kLanes> fine(args.fine, first, start), coarse(args.coarse, first, start);
+  Accumulator<kLanes> fine(args.fine, g, queries, start), coarse(args.coarse, g, queries, start);
   for (int base = 0; base < unit; base += args.together) {
     Words4 raw[kBatch][kParts] = {};
     bool take[kBatch];
@@ -151,11 +159,10 @@ void launch_instance(PoolArgs args) {
   args.together = kBatch;
   while (args.fine.rows % args.together || args.coarse.rows % args.together) --args.together;
   const bool queries = args.side == HA_QUERIES;
-  const int64_t rows = queries ? g.seq_q : g.seq_k, first = queries ? g.first() : 0, heads = queries ? g.heads_q : g.heads_kv;
+  const int64_t rows = queries ? g.seq_q : g.seq_k, heads = queries ? g.heads_q : g.heads_kv;
   if (rows == 0) return;
   const int unit = args.fine.rows > args.coarse.rows ? args.fine.rows : args.coarse.rows;
-  const int64_t units = floor_div(first + rows - 1, unit) - floor_div(first, unit) + 1;
-  const int64_t groups = ceil_div(units, kPoolThreads / kLanes);
+  const int64_t groups = ceil_div(pool_units(g, queries, unit).size(), kPoolThreads / kLanes);
   launch<pool_kernel<T, kLanes>>(g.batch * heads * groups, kPoolThreads, 0, args.p.stream, args);
 }
 

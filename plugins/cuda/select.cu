@@ -73,8 +73,8 @@ HA_KERNEL(kSelectThreads, 1) select_kernel(const HA_CONSTANT SelectArgs args) {
   const int64_t kv_slice = batch * g.heads_kv + slice % g.heads_q / g.group();
   const int per_block = g.a.block_size / g.a.pool_size;
   const PoolView q(args.q_fine, slice), k(args.k_fine, kv_slice), q_coarse(args.q_coarse, slice), k_coarse(args.k_coarse, kv_slice);
-  const int first = int(block0 * per_block - floor_div(g.first(), g.a.pool_size));
-  const int first_coarse = int(block0 * c.coarse - floor_div(g.first(), kCoarsePool));
+  const int first = int(g.scoring_pools(block0, g.a.pool_size) - g.query_pools(g.a.pool_size).start);
+  const int first_coarse = int(g.scoring_pools(block0, kCoarsePool) - g.query_pools(kCoarsePool).start);
 
   const Shared shared(c, D);
   const auto clear = [&](int64_t words) {
