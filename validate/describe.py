@@ -17,7 +17,7 @@ def _look_ahead(config: Config, length: int) -> int:
     if not config.causal:
         return 0
     if config.selector == "blocks":
-        return config.block_size - 1
+        return 0 if config.strict_causal else config.block_size - 1
     levels = Geometry(config, 1, 1, 1, length, length, 1, 1).levels
     return (config.local_size << (levels - 1)) - 1 if levels else 0
 
@@ -40,7 +40,9 @@ def plan_summary(plan: ExportPlan) -> dict:
 def plan_notes(plan: ExportPlan, note: str) -> list[str]:
     """What must be said beside the numbers: odd inputs, look-ahead."""
     notes = [note] if note else []
-    if plan.approximate and kind_of(plan.task) == LANGUAGE:
+    if plan.approximate and kind_of(plan.task) == LANGUAGE and all(c.strict_causal for c in configs(plan.approximate)):
+        notes.append("Look-ahead: none. The keys that a row meets are chosen by rows before its query block (strict_causal).")
+    elif plan.approximate and kind_of(plan.task) == LANGUAGE:
         notes.append(
             f"Look-ahead: the keys that a row meets are chosen for all rows {_LOOK_AHEAD[configs(plan.approximate)[0].selector]}, so later "
             f"rows take part in the choice, through Q only. All-position numbers can profit from it; in the regime of the gates the judged "
