@@ -235,6 +235,13 @@ HOPPER_CASES = [
 HOPPER_SEEDS = (138, 141, 144, 151, 160, 163, 177, 202, 262, 291, 297, 321, 331, 333, 345, 354, 370, 379, 381, 399)
 # Each head size once, dtypes and selectors in turn.
 SIZES = HEAD_SIZE_PROBLEMS[::5]
+
+
+def _two_levels(name: str, block: int, rows: int, **changes: int) -> Problem:
+    c = config(block_size=block, local_size=block, **changes)
+    return Problem(Case(f"{name}{block}", rows, 9500, c, (1, 1), (64, 64)), "bf16")
+
+
 PLANS = (
     [Problem(replace(case, dims=(64, 64)), "bf16") for case in PLAN_ONLY if case.seq_k < 1000]
     + [Problem(replace(case, dims=(64, 64)), dtype) for case, dtype in zip(SORTED_PLAN_ONLY, ("fp32", "bf16", "fp32", "fp32"), strict=True)]
@@ -244,20 +251,9 @@ PLANS = (
         for fill, dtype in (("ties", "fp16"), ("cancelling", "bf16"))
     ]
     + CHUNK_PROBLEMS
-    + [
-        Problem(
-            Case(f"two-levels-block{block}", 66, 9500, config(block_size=block, local_size=block, num_blocks=64), (1, 1), (64, 64)), "bf16"
-        )
-        for block in (16, 32, 128, 256)
-    ]
-    # Rule 22: rows before the call's first one, of few and of many query blocks a block of threads.
-    + [
-        Problem(
-            Case(f"two-levels-strict{block}", rows, 9500, config(block_size=block, local_size=block, strict_causal=1), (1, 1), (64, 64)),
-            "bf16",
-        )
-        for block, rows in ((16, 163), (64, 2100), (256, 700))
-    ]
+    + [_two_levels("two-levels-block", block, 66, num_blocks=64) for block in (16, 32, 128, 256)]
+    # Rule 22: few and many query blocks a block of threads.
+    + [_two_levels("two-levels-strict", block, rows, strict_causal=1) for block, rows in ((16, 163), (64, 2100), (256, 700))]
     # Negative scores, also where their halves would round otherwise.
     + [Problem(Case(f"opposed-tiny-seed{seed}", fill="opposed-tiny", dims=(64, 64), seed=seed), "fp32") for seed in range(4)]
 )
