@@ -32,7 +32,9 @@ def command(
     ] = "auto",
     exact_engine: Annotated[Optional[Path], typer.Option(help="model.engine of an export with --preset exact, to time against.")] = None,
     tail: Annotated[int, typer.Option(help="Positions, at least 1, that attend exactly after an approximate prefill.")] = 512,
-    needle: Annotated[Optional[bool], typer.Option(help="Recall of planted keys, by length and depth. (default: on with CUDA, off without)")] = None,
+    needle: Annotated[
+        Optional[bool], typer.Option(help="Recall of planted keys, by length and depth. (default: on with CUDA, off without)")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of prompts, perturbations and extra draws, 0 to 2147483643.")] = 0,
     threads: Annotated[int, typer.Option(help="Threads of ONNX Runtime, 0 to 1024; 0 = all.")] = 0,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Load pickled weights of --model (.bin).")] = False,
