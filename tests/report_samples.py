@@ -81,6 +81,29 @@ def _layer_row(layer: int, length: int) -> dict:
         "window_relative_l2": 5 * error,
         "seeds": {"relative_l2": [error, 0.9 * error, 1.2 * error]},
         "row_errors": {"edges": EDGES, "counts": [(i * i * layer) % 37 for i in range(len(EDGES) - 1)]},
+        "heads": [_head_row(head, layer, error) for head in range(4)],
+    }
+
+
+def _head_row(head: int, layer: int, error: float) -> dict:
+    return {
+        "head": head,
+        "relative_l2": error * (0.5 + head / 2),
+        "cosine": 0.99917,
+        "norm_ratio": 1.0023,
+        "lse_bias": -0.00061,
+        "lse_std": 0.0129,
+        "mass": 0.9125 - head / 100,
+        "top16_recall": 0.971 - head / 50,
+        "alpha": 8123.0,
+        "alpha_without_first_32": 2345.6 + head,
+        "alpha_blocks": 345.6 + 10 * head + layer,
+        "log_kappa": 9.87 + head,
+        "log_kappa_p1_p99": 5.43 + head,
+        "cv_stratified": 0.0123 * (1 + head),
+        "cv_uniform": 0.0234 * (1 + head),
+        "cv_predicted": 0.0123 * (1 + head),
+        "cv_measured": 0.0119 * (1 + head),
     }
 
 

@@ -22,6 +22,7 @@ from hyperattention.validate.metrics import (
     by_position,
     compare_functions,
     estimate,
+    head_errors,
     summarise,
     tensor_error,
     token_metrics,
@@ -81,7 +82,7 @@ def test_attention_error_names_worst_head_and_position_and_splits_lse() -> None:
     lse[0, 0, 0] = -math.inf  # a row that sees nothing
     ours = o.clone()
     ours[0, 2, 100:110] *= 1.5
-    row = attention_error(ours, lse + 0.25, o, lse)
+    row = attention_error(ours, lse + 0.25, o, lse, head_errors(ours, o))
     assert (row["worst_head"], row["worst_position"]) == (2, 100)
     assert row["lse_bias"] == pytest.approx(0.25) and row["lse_std"] == pytest.approx(0, abs=1e-6)
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from hyperattention.config import Config
 from hyperattention.export.switched import Captured
 from hyperattention.native import Library
+from hyperattention.validate.head_metrics import head_rows, layer_hardness
 from hyperattention.validate.implementation import check_plan
-from hyperattention.validate.metrics import attention_error, row_errors, tensor_error
+from hyperattention.validate.metrics import attention_error, head_errors, row_errors, tensor_error
 from hyperattention.validate.operators import Operator
 from hyperattention.validate.window import window_operator
 
@@ -44,7 +45,7 @@ def layer_rows(
 
     `kernels` (None: nothing to compare) are held against the reference's choices in the first such layer. `seeds` are whole
     outputs under the layer's own seed and the next two; `row_errors` counts the relative L2 error of every row of every head;
-    `window_relative_l2` is the error of window + sinks at equal keys per query.
+    `window_relative_l2` is the error of window + sinks at equal keys per query; `heads` has a row of head_metrics.py for each head.
     """
     rows, window = [], window_operator(operator)
     for c in captured:
@@ -55,14 +56,21 @@ def layer_rows(
         own, *others = seeds_of(c.config)
         o, lse = operator(c.q, c.k, c.v, own)
         exact_o, exact_lse = operator(c.q, c.k, c.v, c.config.exact())
-        row = {"layer": c.layer, "length": length, "plan_differences": differences, **attention_error(o, lse, exact_o, exact_lse)}
+        errors = head_errors(o, exact_o)
+        whole = attention_error(o, lse, exact_o, exact_lse, errors)
+        row = {"layer": c.layer, "length": length, "plan_differences": differences, **whole}
         row["row_errors"] = histogram(row_errors(o, exact_o))
         del o
-        spread = [tensor_error(operator(c.q, c.k, c.v, other)[0], exact_o).relative_l2 for other in others]
-        row["seeds"] = {"relative_l2": [row["relative_l2"], *spread]}
+        spread, lses = [row["relative_l2"]], [lse]
+        for other in others:
+            other_o, other_lse = operator(c.q, c.k, c.v, other)
+            spread.append(tensor_error(other_o, exact_o).relative_l2)
+            lses.append(other_lse)
+        row["seeds"] = {"relative_l2": spread}
         row["window_relative_l2"] = tensor_error(window(c.q, c.k, c.v, own)[0], exact_o).relative_l2
         _, kept = operator(c.q, c.k, c.v, replace(c.config, sample_size=0))
         mass = torch.exp((kept.double() - exact_lse.double()).clamp(max=0.0))
         row["mass"], row["mass_worst_head"] = float(mass.mean()), float(mass.mean(dim=(0, 2)).min())
+        row["heads"] = head_rows(errors, layer_hardness(c, kernels, exact_lse), exact_lse, lses)
         rows.append(row)
     return rows

@@ -138,14 +138,18 @@ def row_errors(ours: Tensor, exact: Tensor) -> Tensor:
     return (ours.float() - exact.float()).norm(dim=-1) / exact.float().norm(dim=-1).clamp(min=1e-12)
 
 
-def attention_error(o: Tensor, lse: Tensor, exact_o: Tensor, exact_lse: Tensor) -> dict:
-    """One layer's output [B, H, S, D] and LSE [B, H, S] against exact attention, for the per-layer table.
+def head_errors(ours: Tensor, exact: Tensor) -> list[TensorError]:
+    """The error of each head, [B, H, S, D]."""
+    return [tensor_error(ours[:, h], exact[:, h]) for h in range(ours.shape[1])]
+
+
+def attention_error(o: Tensor, lse: Tensor, exact_o: Tensor, exact_lse: Tensor, heads: Sequence[TensorError]) -> dict:
+    """One layer's output [B, H, S, D] and LSE [B, H, S] against exact attention, for the per-layer table; `heads`: `head_errors`.
 
     A bias of the LSE means double or missed mass; its spread is the noise of sampling. Rows whose exact LSE is -inf (no
     visible key) are left out of the LSE numbers.
     """
     whole = tensor_error(o, exact_o)
-    heads = [tensor_error(o[:, h], exact_o[:, h]) for h in range(o.shape[1])]
     worst = max(range(len(heads)), key=lambda h: heads[h].relative_l2)
     row = row_errors(o, exact_o)
     per_position = row.mean(dim=(0, 1))
