@@ -268,6 +268,7 @@ def report(kind: str = "language", limits: Limits | None = None, **changes: Any)
             _hard_row("heavy columns", 0.083, 0.22, 0.1),
             _hard_row("gaussian", 0.099, 0.61, 0.1),
         ],
+        "look_ahead": _look_ahead(language),
         "needle": needle() if language else None,
         "environment": {
             "machine": {"processor": "processor", "cores": 2, "memory_gb": 23.5, "gpu": None, "cuda": None},
@@ -278,6 +279,24 @@ def report(kind: str = "language", limits: Limits | None = None, **changes: Any)
         **changes,
     }
     return judge(whole, limits or Limits())
+
+
+def _look_ahead(language: bool) -> dict:
+    def row(selector: str, farthest: int, change: float) -> dict:
+        rows = [{"row": 8191 - farthest, "change": change}] if farthest else []
+        place = {"row": 8191, "place": "end of a query block and of a local block", "moved": len(rows)}
+        sizes = {"farthest": farthest, "largest_change": change}
+        return {"selector": selector, "approximates": selector != "exact", **sizes, "places": [{**place, **sizes, "rows": rows}]}
+
+    def rows(size: float) -> list[dict]:
+        return [row("exact", 0, 0.0), row("blocks", 61, 0.31 * size), row("blocks, strict", 0, 0.0), row("sortlsh", 4093, 0.77 * size)]
+
+    def cost(delta: float) -> dict:
+        return {"blocks": _tokens(0.0012, 0.00097), "strict": _tokens(0.0012 + delta, 0.00099), "cost": estimate(delta)}
+
+    strict = {"length": 32768, "own": "blocks", "all_positions": cost(0.0021), "prefill_exact_decode": cost(0.00011)}
+    whole = {"model": rows(0.1), "strict": strict} if language else {"model": None, "strict": None}
+    return {"layer": 1, "length": 8192, "own": "blocks", "op": rows(1.0), **whole}
 
 
 def exact_report(op_layers: list[int], kind: str = "language") -> dict:
@@ -292,4 +311,4 @@ def exact_report(op_layers: list[int], kind: str = "language") -> dict:
         "seeds": {},
     }
     rows = [{**row, "exact": True} for row in whole["approximation"]]
-    return report(kind, plan_summary=summary, approximation=rows, layers=[], baseline=[], hard_inputs=[])
+    return report(kind, plan_summary=summary, approximation=rows, layers=[], baseline=[], hard_inputs=[], look_ahead=None)

@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hyperattention import selection
 from hyperattention.config import Config
 from hyperattention.export.console import numbered
 from hyperattention.export.load import inspect_source, load_model
 from hyperattention.export.patch import Patched, install
 from hyperattention.export.plan import make_plan
 from hyperattention.reference import attention
-from hyperattention.selection import Geometry, Plan, draw_samples, select_blocks
+from hyperattention.selection import Geometry, Plan, draw_samples
 from hyperattention.validate.approximation import every_position
 from hyperattention.validate.describe import plan_summary
 from hyperattention.validate.feeds import TextMaterial
@@ -40,7 +41,7 @@ class ReferenceKernels:
     device_type = "cpu"
 
     def select(self, q: Tensor, k: Tensor, v: Tensor, config: Config, lengths: Tensor | None = None) -> Tensor:
-        return select_blocks(q, k, Geometry.of(q, k, v, config, lengths), lengths)
+        return selection.make_plan(q, k, Geometry.of(q, k, v, config, lengths), lengths).selection
 
     def samples(self, q: Tensor, k: Tensor, v: Tensor, config: Config, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return draw_samples(Geometry.of(q, k, v, config, lengths), lengths)

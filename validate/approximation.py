@@ -14,6 +14,7 @@ from hyperattention.validate.feeds import IDS, LENGTHS
 from hyperattention.validate.hard_inputs import hard_rows
 from hyperattention.validate.inputs import Corpus, windows
 from hyperattention.validate.layers import layer_rows
+from hyperattention.validate.look_ahead_runs import measure_look_ahead
 from hyperattention.validate.metrics import (
     TokenMetrics,
     by_position,
@@ -23,6 +24,7 @@ from hyperattention.validate.metrics import (
 )
 from hyperattention.validate.regimes import ALL_BLOCK, TAIL_BLOCK, prefill_backend, prefill_exact_decode, token_feed
 from hyperattention.validate.runners import Forward
+from hyperattention.validate.strict_cost import has_twin, strict_cost
 from hyperattention.validate.workbench import Measured, Workbench, check_finite, is_exact, not_finite, time_row, timed
 
 
@@ -38,7 +40,8 @@ def every_position(patched: Patched) -> Forward:
 
 
 def measure_length(bench: Workbench, corpus: Corpus, length: int, count: int, hard: bool) -> Measured:
-    """One length over `count` windows; with `hard` also what inputs that hurt do to its layers. The baseline reads the first window.
+    """One length over `count` windows; with `hard` also what inputs that hurt do to its layers, and the
+    look-ahead test. The baseline reads the first window.
 
     Raises UsageError where exact attention itself answers NaN or infinity.
     """
@@ -49,6 +52,7 @@ def measure_length(bench: Workbench, corpus: Corpus, length: int, count: int, ha
     layers: list[dict] = []
     baseline: list[dict] = []
     hard_inputs: list[dict] = []
+    look_ahead: dict | None = None
     approximated: list = []
     exact_twin: dict | None = None
     exact_seconds = None
@@ -65,7 +69,9 @@ def measure_length(bench: Workbench, corpus: Corpus, length: int, count: int, ha
         torch_seconds += timed(bench.exact, given, bench.repeats)
         if number == 0:
             layers = layer_rows(bench.operator, bench.kernels, captured, length, bench.step)
-            hard_inputs = hard_rows(bench.operator, captured, bench.step, corpus.kind) if hard else []
+            if hard:
+                hard_inputs = hard_rows(bench.operator, captured, bench.step, corpus.kind)
+                look_ahead = measure_look_ahead(bench, captured, window.inputs)
             approximated = approximating(captured)
         captured.clear()
         if number == 0 and approximated:
@@ -88,6 +94,8 @@ def measure_length(bench: Workbench, corpus: Corpus, length: int, count: int, ha
             exact_twin = asdict(tensor_error(other, exact[-other.shape[0] :]))
         bench.step(f"{at}: prefill, exact decode ({prefill_backend(bench)})")
         tails.append(token_metrics(exact[-bench.tail :], prefill_exact_decode(bench, window), window.targets[-bench.tail :]))
+        if number == 0 and look_ahead is not None and has_twin(bench.plan, length):
+            look_ahead["strict"] = strict_cost(bench, window, exact, (everywhere[0], tails[0]))
     row = {
         "length": length,
         "exact": is_exact(bench.plan, length),
@@ -102,4 +110,4 @@ def measure_length(bench: Workbench, corpus: Corpus, length: int, count: int, ha
         "exact_twin": exact_twin,
         "not_finite": {"logits": broken} if broken else {},
     }
-    return Measured(row, time_row(bench, length, seconds, exact_seconds, torch_seconds), layers, baseline, hard_inputs)
+    return Measured(row, time_row(bench, length, seconds, exact_seconds, torch_seconds), layers, baseline, hard_inputs, look_ahead)

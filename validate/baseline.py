@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import mean
 
-import torch
 from torch import Tensor
 
 from hyperattention.config import Config
 from hyperattention.export.patch import Captured
 from hyperattention.validate.cost import keys_per_query, window_keys
 from hyperattention.validate.inputs import Window
-from hyperattention.validate.metrics import TokenMetrics, estimate, spread, summarise, token_metrics
-from hyperattention.validate.regimes import ALL_BLOCK, TAIL_BLOCK, language_model, prefill_exact_decode
+from hyperattention.validate.metrics import TokenMetrics, estimate, spread, summarise
+from hyperattention.validate.regimes import ALL_BLOCK, TAIL_BLOCK, both_regimes
 from hyperattention.validate.window import NAME, window_config, window_operator
 from hyperattention.validate.workbench import Workbench
 
@@ -30,15 +29,11 @@ class Baseline:
 
     def add(self, window: Window, exact: Tensor) -> None:
         """Both regimes on one window, against the exact model's logits [S, vocabulary]."""
-        operator, tail = window_operator(self.bench.operator, self.length), self.bench.tail
-        ids, model = window.inputs.to(self.bench.device), language_model(self.bench)
+        operator = window_operator(self.bench.operator, self.length)
         self.bench.step(f"{self.length:,} tokens: {operator.name}")
-        with torch.inference_mode(), model.mode("plan", attention=operator):
-            logits = model.forward(ids).logits[0]
-        self.everywhere.append(token_metrics(exact, logits, window.targets))
-        del logits
-        logits = prefill_exact_decode(self.bench, window, operator)
-        self.tails.append(token_metrics(exact[-tail:], logits, window.targets[-tail:]))
+        everywhere, tail = both_regimes(self.bench, window, exact, operator)
+        self.everywhere.append(everywhere)
+        self.tails.append(tail)
 
     def row(self, layers: Sequence[dict], captured: Sequence[tuple[Config, int]]) -> dict:
         """A row of report.json's `baseline`, beside the rows `layers` of the same layers.

@@ -19,6 +19,7 @@ from hyperattention.validate.baseline import Baseline, approximating
 from hyperattention.validate.feeds import Feed, Material, without_padding
 from hyperattention.validate.hard_inputs import hard_rows
 from hyperattention.validate.layers import layer_rows
+from hyperattention.validate.look_ahead_runs import measure_look_ahead
 from hyperattention.validate.metrics import estimate, tensor_error
 from hyperattention.validate.workbench import Measured, Workbench, check_finite, not_finite, nothing_approximates, time_row, timed
 
@@ -81,11 +82,12 @@ def judged(answer: Mapping[str, Tensor], given: Feed) -> dict[str, Tensor]:
 
 
 def measure_features(bench: Workbench, material: Material, length: int, count: int, hard: bool) -> Measured:
-    """One length over at most `count` feeds; with `hard` also what inputs that hurt do to its layers.
+    """One length over at most `count` feeds; with `hard` also what inputs that hurt do to its layers, and the look-ahead test.
 
     Raises UsageError where exact attention itself answers NaN or infinity, and where no output is floating.
     """
     found, layers, baseline, hard_inputs, exact_twin, exact_s, takes_exact_path = _Found(), [], [], [], None, None, True
+    look_ahead: dict | None = None
     feeds = material.feeds(bench.plan, length, count)
     for number, given in enumerate(feeds):
         at = f"{length:,} tokens, input {number + 1} of {len(feeds)}"
@@ -97,7 +99,9 @@ def measure_features(bench: Workbench, material: Material, length: int, count: i
         takes_exact_path &= nothing_approximates(bench.plan, captured)
         if number == 0:
             layers = layer_rows(bench.operator, bench.kernels, captured, length, bench.step)
-            hard_inputs = hard_rows(bench.operator, captured, bench.step, material.kind) if hard else []
+            if hard:
+                hard_inputs = hard_rows(bench.operator, captured, bench.step, material.kind)
+                look_ahead = measure_look_ahead(bench, captured, None)
             approximated = approximating(captured)
             baseline = [Baseline(bench, length).row(layers, approximated)] if approximated else []
         captured.clear()
@@ -119,7 +123,7 @@ def measure_features(bench: Workbench, material: Material, length: int, count: i
         "not_finite": found.broken,
         "exact_twin": exact_twin,
     }
-    return Measured(row, time_row(bench, length, found.ours_s, exact_s, found.torch_s), layers, baseline, hard_inputs)
+    return Measured(row, time_row(bench, length, found.ours_s, exact_s, found.torch_s), layers, baseline, hard_inputs, look_ahead)
 
 
 def _summary(name: str, metrics: list[RowMetrics]) -> dict:

@@ -37,7 +37,7 @@ def measure(bench: Workbench, definition: TorchRunner, material: Material, exten
     """
     lengths = tuple(extent.windows)
     report: dict = {"implementation": _implementation(bench, definition, material, lengths, extent.seed)}
-    report |= {"approximation": [], "time": [], "layers": [], "baseline": [], "hard_inputs": []}
+    report |= {"approximation": [], "time": [], "layers": [], "baseline": [], "hard_inputs": [], "look_ahead": None}
     for length, count in extent.windows.items():
         found = _at_length(bench, material, length, count, hard=length == max(lengths))
         row = found.approximation
@@ -46,6 +46,7 @@ def measure(bench: Workbench, definition: TorchRunner, material: Material, exten
         report["layers"] += found.layers
         report["baseline"] += found.baseline
         report["hard_inputs"] += found.hard_inputs
+        report["look_ahead"] = found.look_ahead or report["look_ahead"]
         broken = [broken_output(name, number, f"{length:,} tokens") for name, number in row["not_finite"].items()]
         report["implementation"]["whole_model"] += broken
     report["time"] += [measure_time(bench, material.stretched(bench.plan, length), length) for length in extent.time_lengths]

@@ -13,6 +13,7 @@ from torch import Tensor
 from hyperattention.export.patch import Patched
 from hyperattention.validate.feeds import Feed, feed
 from hyperattention.validate.inputs import Window
+from hyperattention.validate.metrics import TokenMetrics, token_metrics
 from hyperattention.validate.operators import Operator
 from hyperattention.validate.signature import batch_rows
 from hyperattention.validate.workbench import Workbench
@@ -47,6 +48,17 @@ def prefill_exact_decode(bench: Workbench, window: Window, operator: Operator | 
                 cache = model.forward(ids[:, :split], use_cache=True).past_key_values
         with model.mode("exact"):
             return model.forward(ids[:, split:], past_key_values=cache, use_cache=True).logits[0]
+
+
+def both_regimes(bench: Workbench, window: Window, exact: Tensor, operator: Operator) -> tuple[TokenMetrics, TokenMetrics]:
+    """All positions, and prefill with exact decode, of the plan by another operator in PyTorch, against exact logits [S, vocabulary]."""
+    ids, model = window.inputs.to(bench.device), language_model(bench)
+    with torch.inference_mode(), model.mode("plan", attention=operator):
+        logits = model.forward(ids).logits[0]
+    everywhere = token_metrics(exact, logits, window.targets)
+    del logits
+    logits = prefill_exact_decode(bench, window, operator)
+    return everywhere, token_metrics(exact[-bench.tail :], logits, window.targets[-bench.tail :])
 
 
 def _cache(answer: dict, device: torch.device):

@@ -5,16 +5,19 @@ Where keys do not follow the input's length one to one, which layers approximate
 
 from __future__ import annotations
 
+from hyperattention.config import Config
 from hyperattention.export.gate_options import LANGUAGE, kind_of
 from hyperattention.export.plan import ExportPlan
 from hyperattention.validate.configs import configs
 from hyperattention.validate.distributions import approximates
 from hyperattention.validate.feeds import Material, is_padded
-from hyperattention.validate.hard_inputs import hard_steps
+from hyperattention.validate.hard_inputs import CPU, hard_steps
 from hyperattention.validate.implementation import padded_length
+from hyperattention.validate.look_ahead_runs import look_ahead_steps
 from hyperattention.validate.measure import Extent, implementation_lengths
 from hyperattention.validate.needle import choose_grid
 from hyperattention.validate.signature import length_range
+from hyperattention.validate.strict_cost import has_twin
 
 TWIN_STEPS = 4  # exporting one: that it is done, and the three of export_onnx
 
@@ -58,4 +61,15 @@ def _at_length(plan: ExportPlan, length: int, feeds: int, rival: bool, hard: boo
     layers, keys = _approximating(plan, length), keys_at(plan, length)
     each = 2 if not language else 3 if plan.task == "logits" else 4
     far = any(not config.is_exact(keys, keys) and approximates(config, keys) for config in configs(plan.approximate))
-    return each * feeds + rival + layers + (language and layers > 0) + (hard_steps() if hard and far else 0)
+    count = each * feeds + rival + layers + (language and layers > 0)
+    if hard and far:
+        count += hard_steps()
+    if hard and any(_looks_ahead(config, keys) for config in configs(plan.approximate)):
+        count += look_ahead_steps(language) + (language and has_twin(plan, keys))
+    return count
+
+
+def _looks_ahead(config: Config, keys: int) -> bool:
+    """Whether the look-ahead test takes such a layer: it approximates within the rows that are looked at."""
+    keys = min(keys, max(CPU.length, 2 * config.exact_below))
+    return bool(config.causal) and not config.is_exact(keys, keys) and approximates(config, keys)

@@ -42,13 +42,15 @@ class Workbench:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one length gives to report.json: a row of `approximation` and of `time`, rows of `layers`, `baseline` and `hard_inputs`."""
+    """What one length gives to report.json: a row of `approximation` and of `time`, rows of `layers`, `baseline` and `hard_inputs`,
+    and `look_ahead`, None but at the longest length."""
 
     approximation: dict
     time: dict
     layers: list[dict]
     baseline: list[dict]
     hard_inputs: list[dict]
+    look_ahead: dict | None
 
 
 def is_exact(plan: ExportPlan, length: int) -> bool:

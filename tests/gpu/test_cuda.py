@@ -108,6 +108,8 @@ LONG = {
     "two-levels-non-causal": (replace(BLOCKS, causal=0), 1, (2, 1), (2000, 12345), 64, "bf16"),
     "share-above-minimum": (BLOCKS, 1, (1, 1), (300, 140_000), 64, "bf16"),
     "no-overlap": (replace(BLOCKS, local_overlap=0), 1, (2, 1), (9001, 9001), 64, "bf16"),
+    "strict": (replace(BLOCKS, strict_causal=1), 1, (2, 1), (9001, 9001), 64, "bf16"),
+    "strict-chunk": (replace(BLOCKS, strict_causal=1), 2, (2, 1), (3011, 12013), 128, "fp16", (12013, 9500)),
     "no-samples": (replace(BLOCKS, sample_size=0), 1, (2, 1), (9001, 9001), 64, "bf16"),
     "no-blocks": (replace(BLOCKS, num_blocks=0), 1, (2, 1), (9001, 9001), 128, "bf16"),
     "most-of-all": (replace(BLOCKS, num_blocks=64, sample_size=4096, sinks=4096), 1, (1, 1), (700, 12000), 64, "bf16"),
