@@ -64,7 +64,7 @@ validate() {
 }
 
 "$python" tests/gpu/collect_machine.py "$out/machine.json" || exit 3
-wanted cuda && step cuda tests cuda -m gpu tests/gpu/test_cuda.py tests/test_op.py
+wanted cuda && step cuda tests cuda -m gpu tests/gpu/test_cuda.py tests/gpu/test_table_cases.py tests/test_op.py
 wanted engines && step engines "$python" tests/gpu/engine_run.py --out "$out/engines"
 wanted ort && step ort tests ort -m gpu tests/gpu/test_ort_cuda.py
 wanted sanitizer && step sanitizer sanitize
