@@ -86,6 +86,18 @@ def validation(files: Mapping[str, str], plan: ExportPlan, weights: dict[str, st
     }
 
 
+def policy(source: "Source", what: Mapping[str, Any], library: Path, device: str) -> dict[str, Any]:
+    """Of the measurements of an automatic policy: `what` says which text and length, `library` holds the kernels for `device`."""
+    return {
+        "the model": model(source),
+        "what is measured": dict(what),
+        "the library": sha256(library),
+        "the machine": {**asdict(EngineHost.here(None)), "device": device},
+        "a package's version": _versions("torch", "transformers"),
+        "hyperattention itself": _code("export", "validate"),
+    }
+
+
 def _model_files(folder: Path) -> list[str]:
     names = [path.name for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
     skipped = (*_NOT_READ, *(_OTHER_WEIGHTS if any(name.endswith(".safetensors") for name in names) else ()))

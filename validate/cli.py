@@ -6,9 +6,10 @@ import typer
 
 from hyperattention.errors import UsageError
 from hyperattention.export import entry
-from hyperattention.validate.commands import bench, compare, doctor, inspect, report, validate
+from hyperattention.validate.commands import bench, compare, doctor, inspect, policy, report, validate
 
 COMMANDS = {
+    "policy": policy,
     "validate": validate,
     "report": report,
     "compare": compare,

@@ -48,17 +48,29 @@ def one_thread() -> contextlib.AbstractContextManager[None]:
 
 def reference_operator() -> Operator:
     """The definition: fp32 arithmetic in PyTorch. A layer planned as exact is left to PyTorch's own exact attention, which is
-    faster than the reference's tiles and just as independent of the kernels; its LSE is then NaN, not computed."""
+    faster than the reference's tiles and just as independent of the kernels."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, config: Config, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        with one_thread():
+            out = reference.attention(q, k, v, config, lengths)
+        return out.o, out.lse
+
+    return exact_by_torch(Operator("reference", run))
+
+
+def exact_by_torch(operator: Operator) -> Operator:
+    """`operator`, but a layer planned as exact is left to PyTorch's own exact attention; its LSE is then NaN, not computed.
+
+    So a model whose layers are all exact computes the same, bit for bit, as in the mode "exact".
+    """
 
     def run(q: Tensor, k: Tensor, v: Tensor, config: Config, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         if config.exact_below == INT32_MAX:
             o = exact_attention(q, k, v, config.resolved_scale(q.shape[-1]), bool(config.causal), lengths)
             return o, q.new_full(q.shape[:3], torch.nan, dtype=torch.float32)
-        with one_thread():
-            out = reference.attention(q, k, v, config, lengths)
-        return out.o, out.lse
+        return operator(q, k, v, config, lengths)
 
-    return Operator("reference", run)
+    return Operator(operator.name, run)
 
 
 def native_library(bundle: Bundle, device: torch.device) -> Library:

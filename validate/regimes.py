@@ -7,6 +7,8 @@ the gates; the first shows the selector looking ahead, which can make it better 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,14 +42,25 @@ def prefill_exact_decode(bench: Workbench, window: Window, operator: Operator | 
     """
     ids = window.inputs.to(bench.device)
     split, model = ids.shape[1] - bench.tail, language_model(bench)
-    with torch.inference_mode():
-        if bench.plan.task == "prefill" and operator is None:
-            cache = _cache(bench.backend.infer(token_feed(bench, window.inputs[:, :split])), bench.device)
-        else:
-            with model.mode("plan", attention=operator or bench.operator):
-                cache = model.forward(ids[:, :split], use_cache=True).past_key_values
-        with model.mode("exact"):
-            return model.forward(ids[:, split:], past_key_values=cache, use_cache=True).logits[0]
+    if bench.plan.task == "prefill" and operator is None:
+        cache = _cache(bench.backend.infer(token_feed(bench, window.inputs[:, :split])), bench.device)
+    else:
+        cache = prefill(model, ids[:, :split], operator or bench.operator)
+    return exact_decode(model, ids[:, split:], cache)
+
+
+@torch.inference_mode()
+def prefill(model: Patched, ids: Tensor, operator: Operator) -> Any:
+    """transformers' cache after ids int64 [B, S], read as the plan says by `operator`."""
+    with model.mode("plan", attention=operator):
+        return model.forward(ids, use_cache=True).past_key_values
+
+
+@torch.inference_mode()
+def exact_decode(model: Patched, ids: Tensor, cache: Any) -> Tensor:
+    """Logits [S, vocabulary] of ids int64 [1, S], which attend exactly over themselves and `cache`, which is extended."""
+    with model.mode("exact"):
+        return model.forward(ids, past_key_values=cache, use_cache=True).logits[0]
 
 
 def both_regimes(bench: Workbench, window: Window, exact: Tensor, operator: Operator) -> tuple[TokenMetrics, TokenMetrics]:

@@ -1,0 +1,119 @@
+"""policy.json: which layers approximate and how, what that was measured to cost, and on which part of which text.
+
+`hyperattention policy` writes it (validate/policy), `export-model --layers auto` puts it into the plan and so into the manifest and the
+ONNX nodes. Layers are told by their number and name: the policy of another model is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hyperattention.config import Config
+from hyperattention.errors import UsageError
+from hyperattention.export.files import write_whole
+
+if TYPE_CHECKING:
+    from hyperattention.export.source import Source
+
+FILE = "policy.json"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class LayerPolicy:
+    """One attention layer: attributes on top of its own mask, scale and seed (None: exact), and why.
+
+    keys: keys per query at the calibration length. predicted_kl: what this layer alone adds, nats a token at all positions.
+    """
+
+    index: int
+    name: str
+    attributes: dict[str, Any] | None
+    keys: float
+    predicted_kl: float
+
+    @property
+    def reason(self) -> str:
+        """For the plan."""
+        at = f"{self.keys:,.0f} keys a query"
+        return f"policy: exact, {at}" if self.attributes is None else f"policy: {at}, predicted KL {self.predicted_kl:.2g} nats"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The choice for every layer that the operator can replace, and what it rests on.
+
+    budget: `Budget.to_json`. calibration: text (name, sha256, from, to in tokens), length, windows, dtype, device. verified: the joint
+    choice, measured by whole forward passes. pareto: joint choices by rising cost, {"keys", "predicted_kl"}. fixed: settings that
+    all layers share, as far as they were measured whole. All JSON values.
+    """
+
+    model: str
+    architecture: str
+    budget: dict[str, Any]
+    calibration: dict[str, Any]
+    layers: tuple[LayerPolicy, ...]
+    keys: float
+    exact_keys: float
+    predicted_kl: float
+    verified: dict[str, Any]
+    pareto: tuple[dict[str, Any], ...]
+    fixed: tuple[dict[str, Any], ...]
+    fingerprint: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The policy as JSON values."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Any, name: str = FILE) -> "Policy":
+        """The inverse of `to_json`. Raises UsageError, calling it `name`, where it was not written by this version's `to_json`."""
+        try:
+            if data["schema"] != SCHEMA:
+                raise UsageError(f"{name} is of schema {data['schema']}, this version reads {SCHEMA}; run `hyperattention policy` again")
+            found = {key: value for key, value in data.items() if key != "schema"}
+            layers = tuple(LayerPolicy(**layer) for layer in found.pop("layers"))
+            for layer in layers:
+                Config.from_attributes(layer.attributes or {})
+            return cls(**{**found, "layers": layers, "pareto": tuple(found["pareto"]), "fixed": tuple(found["fixed"])})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"{name} is no policy of this version ({error}); run `hyperattention policy` again") from error
+
+    def check(self, source: "Source") -> None:
+        """Raises UsageError where `source` is another model than the one that was measured."""
+        wanted = [(layer.index, layer.name) for layer in source.layers if layer.problem is None]
+        found = [(layer.index, layer.name) for layer in self.layers]
+        if self.architecture != source.architecture or wanted != found:
+            raise UsageError(
+                f"the policy was measured on {self.model} ({self.architecture}, {len(found)} attention layers), not on {source.name} "
+                f"({source.architecture}, {len(wanted)}); run `hyperattention policy` on this model"
+            )
+
+    def summary(self) -> str:
+        """One line for people."""
+        approximate = sum(layer.attributes is not None for layer in self.layers)
+        return (
+            f"{approximate} of {len(self.layers)} layers approximate, {self.keys:,.0f} keys a query where exact attention has "
+            f"{self.exact_keys:,.0f} ({self.exact_keys / self.keys:.2f}x fewer)"
+        )
+
+
+def read_policy(path: Path) -> Policy:
+    """policy.json at `path`. Raises UsageError where it cannot be read or is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--policy: {path} cannot be read ({error.strerror}); give a file that `hyperattention policy` wrote") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"--policy: {path} is no JSON ({error}); give a file that `hyperattention policy` wrote") from error
+    return Policy.from_json(data, str(path))
+
+
+def write_policy(policy: Policy | Mapping[str, Any], path: Path) -> None:
+    """Writes policy.json in one step. Raises OSError."""
+    data = policy.to_json() if isinstance(policy, Policy) else dict(policy)
+    write_whole(path, json.dumps(data, indent=1) + "\n")

@@ -1,0 +1,92 @@
+"""The settings that a layer may take: a grid over the attributes that trade accuracy for cost, some as in the paper, and exact.
+
+The grid is of selector `blocks`, whose cost and error each attribute moves smoothly. Small local blocks leave keys for more heavy
+blocks, which hold more mass a key; samples keep what is left honest; coarser pools make the selection itself cheaper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from hyperattention.config import PRESETS, Config
+from hyperattention.errors import UsageError
+from hyperattention.validate.cost import keys_per_query
+
+GRID: dict[str, tuple[Any, ...]] = {
+    "local_size": (128, 256, 512, 1024),
+    "num_blocks": (4, 8, 16, 24, 32),
+    "sample_size": (64, 256, 512),
+    "pool_size": (4, 8),
+}
+# Of `paper` these move its cost; the released code has 4096 and 1.
+PAPER_GRID: dict[str, tuple[Any, ...]] = {"local_size": (512, 2048), "num_blocks": (1, 2), "sinks": (64,), "stratified": (1,)}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Attributes on top of a layer's own mask, scale and seed; None: the layer stays exact."""
+
+    attributes: dict[str, Any] | None
+
+    def config(self, layer: Config) -> Config:
+        """The node of a layer whose exact node is `layer`."""
+        return layer if self.attributes is None else replace(layer, **self.attributes)
+
+    def keys(self, layer: Config, length: int) -> float:
+        """Keys of a mean query row at `length` tokens (validate/cost.py)."""
+        return keys_per_query(self.config(layer), length)
+
+    def __str__(self) -> str:
+        if self.attributes is None:
+            return "exact"
+        default = PRESETS["blocks"].attributes()
+        shown = {name: value for name, value in self.attributes.items() if name in GRID or default[name] != value}
+        return ", ".join(f"{name} {value}" for name, value in shown.items())
+
+
+EXACT = Candidate(None)
+
+
+def candidates(length: int, causal: bool, fixed: Mapping[str, Any]) -> list[Candidate]:
+    """Every different setting that approximates at `length` keys, then `EXACT`; `fixed` attributes hold for all of them.
+
+    Raises UsageError where no setting under `fixed` approximates at this length, or `fixed` holds a value out of range.
+    """
+    Config.from_attributes({**PRESETS["blocks"].attributes(), **fixed})
+    found: dict[Config, Candidate] = {}
+    for attributes in _settings(fixed):
+        try:
+            config = Config.from_attributes({**attributes, "causal": int(causal)})
+        except UsageError:  # two of the grid's values that do not go together, such as a local block smaller than a block
+            continue
+        if not config.is_exact(length, length) and _has_far_keys(config, length):
+            found.setdefault(config, Candidate(attributes))
+    if not found:
+        said = ", ".join(f"{name} {value}" for name, value in fixed.items()) or "the preset"
+        raise UsageError(
+            f"no setting approximates at {length:,} tokens under {said} (exact_below, local_size); measure at a longer --length, or fix "
+            f"other attributes"
+        )
+    return [*found.values(), EXACT]
+
+
+def _settings(fixed: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for preset, grid in (("blocks", GRID), ("paper", PAPER_GRID)):
+        base = PRESETS[preset].attributes()
+        if fixed.get("selector", base["selector"]) != base["selector"]:
+            continue
+        for values in product(*grid.values()):
+            yield _searched({**base, **dict(zip(grid, values, strict=True)), **fixed})
+
+
+def _searched(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Without what the model or the plan decides."""
+    return {name: value for name, value in attributes.items() if name not in ("causal", "scale", "seed")}
+
+
+def _has_far_keys(config: Config, length: int) -> bool:
+    """Whether a causal local part leaves most rows keys to approximate: else the setting is exact attention in disguise."""
+    return not config.causal or 4 * config.local_size <= length

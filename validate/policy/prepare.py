@@ -1,0 +1,161 @@
+"""Everything a search works with, from the options of the command: the model, calibration windows, candidates, kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hyperattention.config import INT32_MAX
+from hyperattention.errors import UnsupportedModel, UsageError
+from hyperattention.export import fingerprint
+from hyperattention.export.budget import Budget
+from hyperattention.export.choices import DEVICES, check_device, choice
+from hyperattention.export.gate_options import LANGUAGE, kind_of
+from hyperattention.export.patch import Patched
+from hyperattention.export.plan import ExportPlan, make_plan
+from hyperattention.export.source import AttentionLayer, Source, Trust, default_dtype, open_source
+from hyperattention.library import ort_library_path, trt_library_path
+from hyperattention.native import Library
+from hyperattention.validate.inputs import DEPTHS, Corpus, Window, load_corpus, needle, windows
+from hyperattention.validate.operators import native_operator
+from hyperattention.validate.policy.calibration import calibration_part, describe_part
+from hyperattention.validate.policy.candidates import Candidate, candidates
+from hyperattention.validate.policy.search import Search
+from hyperattention.validate.policy.store import Store
+from hyperattention.validate.policy.trial import Laboratory
+
+LONGEST = {"cuda": 32768, "cpu": 8192}  # of a calibration window, unless --length says otherwise
+TAIL, WINDOWS, PROBES, PROMPTS = 512, 2, 3, 2
+NEEDLE_SEED = 2**20  # prompts of a seed that no validation uses by default
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to search; paths are read, never written into the policy. `length` 0: as long as the model and the device allow."""
+
+    model: str
+    text: Path
+    budget: Budget
+    length: int = 0
+    windows: int = WINDOWS
+    tail: int = TAIL
+    probes: int = PROBES
+    input_ids: str = "tokens"
+    dtype: str | None = None
+    device: str = "auto"
+    seed: int = 0
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    trust: Trust = Trust()
+
+    def __post_init__(self) -> None:
+        choice("--device", self.device, DEVICES)
+        limits = (("--length", self.length, 0, 2**24), ("--windows", self.windows, 1, 1024), ("--tail", self.tail, 1, 2**20))
+        for name, value, low, high in (*limits, ("--probes", self.probes, 1, 64), ("--seed", self.seed, 0, INT32_MAX - NEEDLE_SEED)):
+            if not low <= value <= high:
+                raise UsageError(f"{name} is {value}; it takes {low} to {high}")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A search that nothing was measured for yet; no weight is loaded."""
+
+    options: Options
+    source: Source
+    plan: ExportPlan  # every layer exact
+    length: int
+    device: torch.device
+    part: Corpus
+    candidates: list[Candidate]
+    tail: int
+
+    def describe(self) -> dict[str, Any]:
+        """The calibration, for policy.json."""
+        return {
+            **describe_part(self.part),
+            "length": self.length,
+            "windows": self.options.windows,
+            "tail": self.tail,
+            "needle_prompts": len(DEPTHS) * PROMPTS if self.options.budget.needle is not None else 0,
+            "dtype": self.plan.dtype,
+            "device": self.device.type,
+            "seed": self.options.seed,
+        }
+
+    def lines(self) -> list[str]:
+        """What will be measured, for people."""
+        o, layers = self.options, len(self.plan.planned)
+        settings, part = len(self.candidates) - 1, self.part
+        return [
+            f"{self.source.architecture}, {layers} layers, {self.plan.dtype} on {self.device.type}; budget: {o.budget}",
+            f"calibration: tokens 0 to {len(part.ids):,} of {part.name}, {o.windows} windows of {self.length:,}",
+            f"to measure: {settings} settings of the op in each layer, {layers * o.probes} models with one layer approximated, then joint ones",
+        ]
+
+    @property
+    def library(self) -> Path:
+        """The kernels. Raises EnvironmentFault where they are not built."""
+        return trt_library_path() if self.device.type == "cuda" else ort_library_path()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that a measurement reads."""
+        return fingerprint.policy(self.source, {**self.describe(), "probes": self.options.probes}, self.library, self.device.type)
+
+    def search(self, store: Store, step: Callable[[str], None]) -> Search:
+        """Loads the model and the kernels; nothing is measured before `run`."""
+        patched = self.source.load(self.plan, self.device)
+        assert isinstance(patched, Patched)
+        cuda = self.device.type == "cuda"
+        operator = native_operator(Library(self.library, "ha_cuda_" if cuda else "ha_cpu_", self.device.type))
+        chosen = windows(self.part, self.length, self.options.windows)
+        lab = Laboratory(patched, operator, chosen, self._needles(), self.tail, self.device)
+        return Search(lab, self.options.budget, self.candidates, self.options.probes, self._weights(), store, step)
+
+    def _needles(self) -> list[Window]:
+        if self.options.budget.needle is None:
+            return []
+        seeds = [NEEDLE_SEED + self.options.seed + number for number in range(PROMPTS)]
+        return [needle(self.part, self.length, depth, seed) for depth in DEPTHS for seed in seeds]
+
+    def _weights(self) -> list[float]:
+        """What a key costs in each layer, as a share of all: products of head dimensions and query heads."""
+        by_name = {layer.name: layer for layer in self.source.layers}
+        found = [_work(by_name[layer.name]) for layer in self.plan.planned]
+        return [work / sum(found) for work in found]
+
+
+def _work(layer: AttentionLayer) -> int:
+    return layer.heads_q * (layer.head_dim + layer.head_dim_v)
+
+
+def prepare(options: Options, say: Callable[[str], None] = lambda text: None) -> Prepared:
+    """Opens the model's files and the text. Raises UsageError and UnsupportedModel for what cannot be searched."""
+    check_device(options.device)
+    device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
+    source = open_source(options.model, trust=options.trust, say=say)
+    if kind_of(source.task) != LANGUAGE:
+        raise UnsupportedModel(
+            f"a policy is chosen by the next token, and {source.name} ({source.architecture}) has none: choose its layers yourself "
+            f"(--layers 0-3,7) and judge them with `hyperattention validate`"
+        )
+    length = options.length or min(source.max_positions or LONGEST[device.type], LONGEST[device.type])
+    dtype = "fp32" if device.type == "cpu" else options.dtype or default_dtype(source)
+    plan = make_plan(
+        source, layers="none", dtype=dtype, seq=(1, length, length), input_ids=options.input_ids, seed=options.seed, keep_exact="op"
+    )
+    if not plan.planned:
+        raise UnsupportedModel(
+            f"the operator can replace no layer of {source.name}: {source.layers[0].problem if source.layers else 'none'}"
+        )
+    causal = {layer.config.causal for layer in plan.planned if layer.config is not None}
+    if len(causal) > 1:
+        raise UnsupportedModel(f"{source.name} has causal and other layers; choose its layers yourself (--layers 0-3,7)")
+    settings = candidates(length, bool(causal.pop()), options.fixed)
+    if options.budget.needle is not None and options.input_ids != "bytes":
+        raise UsageError("--budget needle plants a prompt of bytes; it needs a model that reads them (--input-ids bytes)")
+    needed = options.windows * (length + 1)
+    corpus = load_corpus(options.text, options.input_ids, Path(source.model), source.vocab_size, options.seed, length)
+    return Prepared(options, source, plan, length, device, calibration_part(corpus, needed), settings, min(options.tail, length // 2))

@@ -1,0 +1,116 @@
+"""A whole model with a config for each layer, held against itself with exact attention: what a joint choice really costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperattention.config import Config
+from hyperattention.errors import UsageError
+from hyperattention.export.budget import REGIMES
+from hyperattention.export.patch import Patched, install
+from hyperattention.export.switched import Captured
+from hyperattention.validate.inputs import Window, recalled
+from hyperattention.validate.metrics import summarise, token_metrics
+from hyperattention.validate.operators import Operator, exact_by_torch
+from hyperattention.validate.regimes import ALL_BLOCK, TAIL_BLOCK, exact_decode, prefill
+
+ALL, PREFILL = REGIMES
+KEPT_BYTES = 2**31  # exact logits that are kept for the next trial; those past it are computed again
+
+
+@dataclass
+class Laboratory:
+    """A loaded model whose plan leaves every layer exact, its calibration windows, and the operator that approximates.
+
+    `windows` are text, `needles` prompts with a planted key; the last `tail` positions of a window are those that attend exactly
+    in prefill, exact decode.
+    """
+
+    patched: Patched
+    operator: Operator
+    windows: Sequence[Window]
+    needles: Sequence[Window]
+    tail: int
+    device: torch.device
+    kept: dict[int, Tensor] = field(default_factory=dict)
+
+    def exact_logits(self, window: Window) -> Tensor:
+        """Logits [S, vocabulary] of exact attention. Raises UsageError where they are not finite."""
+        at = id(window)
+        if at in self.kept:
+            return self.kept[at]
+        with torch.inference_mode(), self.patched.mode("exact"):
+            logits = self.patched.forward(window.inputs.to(self.device)).logits[0]
+        if not bool(torch.isfinite(logits).all()):
+            raise UsageError(
+                "the model itself, with exact attention, answers NaN or infinity on the calibration text; its weights are broken"
+            )
+        if sum(kept.nbytes for kept in self.kept.values()) + logits.nbytes <= KEPT_BYTES:
+            self.kept[at] = logits
+        return logits
+
+    def captured(self, window: Window) -> list[Captured]:
+        """The attention calls of the exact model on `window`, one a layer that the operator can replace."""
+        with torch.inference_mode(), self.patched.mode("exact"), self.patched.capture() as calls:
+            self.patched.forward(window.inputs.to(self.device))
+        return calls
+
+    def measure(
+        self,
+        configs: Mapping[int, Config],
+        regimes: Sequence[str],
+        windows: Sequence[Window],
+        needles: Sequence[Window] = (),
+        step: Callable[[str], None] = lambda text: None,
+    ) -> dict[str, Any]:
+        """The model with `configs` by layer index, all others exact: {regime: nats, KL, top-1 as in report.json, "needle": recall or None}.
+
+        `step` is told what is run.
+        """
+        model = with_configs(self.patched, configs)
+        operator = exact_by_torch(self.operator)
+        found: dict[str, list] = {regime: [] for regime in regimes}
+        for number, window in enumerate(windows):
+            exact = self.exact_logits(window)
+            for regime in regimes:
+                step(f"window {number + 1} of {len(windows)}, {regime.replace('_', ' ')}")
+                ours = self._logits(model, operator, window, regime)
+                rows = ours.shape[0]
+                found[regime].append(token_metrics(exact[-rows:], ours, window.targets[-rows:]))
+        answer: dict[str, Any] = {
+            regime: summarise(rows, ALL_BLOCK if regime == ALL else TAIL_BLOCK) for regime, rows in found.items() if rows
+        }
+        answer["needle"] = self._needle(model, operator, regimes, needles, step) if needles else None
+        return answer
+
+    def _needle(
+        self, model: Patched, operator: Operator, regimes: Sequence[str], needles: Sequence[Window], step: Callable[[str], None]
+    ) -> dict[str, float]:
+        scores: dict[str, list[float]] = {regime: [] for regime in ("exact", *regimes)}
+        for number, window in enumerate(needles):
+            step(f"needle {number + 1} of {len(needles)}")
+            scores["exact"].append(recalled(self.exact_logits(window), window))
+            for regime in regimes:
+                scores[regime].append(recalled(self._logits(model, operator, window, regime), window))
+        return {regime: mean(values) for regime, values in scores.items()}
+
+    def _logits(self, model: Patched, operator: Operator, window: Window, regime: str) -> Tensor:
+        """Logits of all positions, or of the last `tail` of them in prefill, exact decode."""
+        ids = window.inputs.to(self.device)
+        if regime == PREFILL:
+            split = ids.shape[1] - self.tail
+            return exact_decode(model, ids[:, split:], prefill(model, ids[:, :split], operator))
+        with torch.inference_mode(), model.mode("plan", attention=operator):
+            return model.forward(ids).logits[0]
+
+
+def with_configs(patched: Patched, configs: Mapping[int, Config]) -> Patched:
+    """The same loaded model with other configs for some layers, by index; the others stay as planned."""
+    layers = tuple(replace(layer, config=configs[layer.index]) if layer.index in configs else layer for layer in patched.plan.layers)
+    return install(patched.model, replace(patched.plan, layers=layers))

@@ -1,0 +1,69 @@
+"""A finished search as a policy: what is written to policy.json, and what of it a reader is told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hyperattention.export.policy import LayerPolicy, Policy
+from hyperattention.export.stages import digest
+from hyperattention.validate.policy.prepare import Prepared
+from hyperattention.validate.policy.search import Found, Search
+
+
+def as_policy(prepared: Prepared, search: Search, found: Found) -> Policy:
+    """The policy of a search that ran."""
+    source, chosen = prepared.source, found.trial.choice
+    names = {layer.index: layer.name for layer in prepared.plan.planned}
+    layers = []
+    for (index, config), option, weight in zip(search.layers, chosen.options, search.weights, strict=True):
+        candidate = search.candidates[option.candidate]
+        layers.append(LayerPolicy(index, names[index], candidate.attributes, option.cost / weight, option.loss))
+    return Policy(
+        model=source.name,
+        architecture=source.architecture,
+        budget=prepared.options.budget.to_json(),
+        calibration=prepared.describe(),
+        layers=tuple(layers),
+        keys=chosen.cost,
+        exact_keys=search.exact_keys,
+        predicted_kl=chosen.loss,
+        verified=found.trial.measured,
+        pareto=tuple({"keys": point.cost, "predicted_kl": point.loss} for point in found.points),
+        fixed=tuple(
+            {
+                "attributes": search.candidates[c].attributes,
+                "keys": trial.choice.cost,
+                "predicted_kl": trial.choice.loss,
+                "verified": trial.measured,
+            }
+            for c, trial in found.fixed
+        ),
+        fingerprint=digest([prepared.fingerprint(), prepared.options.budget.to_json(), dict(prepared.options.fixed)]),
+    )
+
+
+def lines(policy: Policy) -> list[str]:
+    """What a console shows of a policy: its sum, then a line for each regime, then the settings it was compared with."""
+    found = [policy.summary(), *_regimes("this policy", policy.verified)]
+    for rival in policy.fixed:
+        shown = ", ".join(
+            f"{name} {rival['attributes'][name]}" for name in ("selector", "local_size", "num_blocks", "sample_size", "pool_size")
+        )
+        found += _regimes(f"all layers {shown}: {rival['keys']:,.0f} keys", rival["verified"])
+    return found
+
+
+def _regimes(name: str, measured: dict[str, Any]) -> list[str]:
+    rows = []
+    for regime, row in measured.items():
+        if regime == "needle":
+            rows += (
+                [f"  {name}, needle: " + ", ".join(f"{where.replace('_', ' ')} {value:.3f}" for where, value in row.items())] if row else []
+            )
+            continue
+        nats, error = row["delta_nats"]["mean"], row["delta_nats"]["se"]
+        spread = f" ± {error:.5f}" if error is not None else ""
+        rows.append(
+            f"  {name}, {regime.replace('_', ' ')}: {nats:+.5f}{spread} nats, KL {row['kl']['mean']:.5f}, top-1 {row['top1']['mean']:.4f}"
+        )
+    return rows
