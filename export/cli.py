@@ -10,10 +10,12 @@ from rich.markup import escape
 
 from hyperattention.config import PRESETS, RANGES, SELECTORS
 from hyperattention.errors import UsageError
+from hyperattention.export import budget as budgets
 from hyperattention.export import entry, gate_options
 from hyperattention.export.choices import DEVICES, DTYPES, FEATURES, INPUT_IDS, KEEP_EXACT, LANGUAGE_TASKS, check_device
 
-_TUNED, _SHAPES, _CHECKS = (dict[str, Any](rich_help_panel=name) for name in ("Attributes of the op", "Shapes", "Validation"))
+_PANELS = ("Attributes of the op", "Shapes", "Validation", "Automatic policy")
+_TUNED, _SHAPES, _CHECKS, _AUTO = (dict[str, Any](rich_help_panel=name) for name in _PANELS)
 
 app = typer.Typer(pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
 
@@ -28,7 +30,9 @@ def _attribute(name: str, text: str) -> Any:
 def export_model(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory as transformers saves it, or FILE.py:FUNCTION (runs it).")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make. A finished output is replaced.")],
-    layers: Annotated[str, typer.Option(help="Layers that approximate: all, none, odd, even, first:N, last:N, or 0-3,7.")] = "odd",
+    layers: Annotated[
+        str, typer.Option(help="Layers that approximate: auto (measured, under --budget), all, none, odd, even, first:N, last:N, or 0-3,7.")
+    ] = "odd",
     preset: Annotated[
         str,
         typer.Option(autocompletion=entry.one_of(*PRESETS), help="blocks, paper (the paper's choices), or exact: our own exact attention."),
@@ -85,6 +89,19 @@ def export_model(
     strict_causal: Annotated[
         bool, typer.Option("--strict-causal", help="Choose a query block's keys without a look at its rows behind the first.", **_TUNED)
     ] = False,
+    budget: Annotated[
+        Optional[list[str]], typer.Option(metavar="NAME=VALUE", help=f"{budgets.help_text()} (default: {budgets.DEFAULT})", **_AUTO)
+    ] = None,
+    budget_regime: Annotated[
+        str,
+        typer.Option(autocompletion=entry.one_of(*budgets.JUDGED), help="Where it holds: " + ", ".join(budgets.JUDGED) + ".", **_AUTO),
+    ] = budgets.BOTH,
+    policy: Annotated[
+        Optional[Path], typer.Option(metavar="FILE", help="A policy that `hyperattention policy` wrote; nothing is measured.", **_AUTO)
+    ] = None,
+    calibration_length: Annotated[
+        Optional[int], typer.Option(help="Tokens of a window that is measured. (default: at most 32768 with CUDA, 8192 without)", **_AUTO)
+    ] = None,
     validate: Annotated[bool, typer.Option(help="Measure the result against exact attention.", **_CHECKS)] = True,
     text: Annotated[Optional[Path], typer.Option(help="Held-out text; a model that reads bytes needs one.", **_CHECKS)] = None,
     inputs: Annotated[
@@ -108,10 +125,11 @@ def export_model(
 ) -> None:
     """Turn a model into OUT: ONNX with the HyperAttention op, both native libraries, a TensorRT engine where there is a GPU, and a report.
 
-    Stages: load, ONNX, engine, validation, manifest. OUT appears when all of them are done; where only an accuracy gate failed, OUT is
-    kept with the report that says why. A run that fails or is interrupted leaves nothing, with --resume its finished stages.
+    Stages: policy (--layers auto), load, ONNX, engine, validation, manifest. OUT appears when all of them are done; where only an accuracy
+    gate failed, OUT is kept with the report that says why. A run that fails or is interrupted leaves nothing, with --resume what it
+    had finished.
     """
-    from hyperattention.export import memory, pipeline
+    from hyperattention.export import automatic, memory, pipeline
     from hyperattention.export import plan as planning
     from hyperattention.export.console import Reporter
     from hyperattention.export.folder import check_out
@@ -134,9 +152,10 @@ def export_model(
     ).ranged(ranges, (min_seq, opt_seq, max_seq))
     check_out(out, source.directory)
     given = {name: value for name, value in attributes.items() if value is not None}
-    plan = planning.make_plan(
-        source,
-        layers=layers,
+    passed_on = ("--allow-pickle",) * allow_pickle + ("--trust-remote-code",) * trust_remote_code
+    searched = ("--input-ids", input_ids, "--device", device, "--seed", str(seed), *(("--dtype", dtype) if dtype else ()), *passed_on)
+    asked = automatic.request(layers, preset, budget or [], budget_regime, policy, text, calibration_length, fixed=given, further=searched)
+    decided: dict[str, Any] = dict(
         preset=preset,
         attributes=given,
         dtype=dtype or default_dtype(source),
@@ -146,33 +165,9 @@ def export_model(
         seed=seed,
         keep_exact=keep_exact,
     )
+    plan = planning.make_plan(source, layers="all" if asked else layers, **decided)
     given_checks = [("--text", text), ("--inputs", inputs), ("--lengths", lengths or None), ("--device", device)]
     checks = [(option, str(value)) for option, value in given_checks if value is not None] + [("--gate", limit) for limit in gate or []]
-    warnings = planning.warnings(plan, source.max_positions) + planning.idle_attributes(preset, given)
-    if not validate:
-        idle = dict.fromkeys(option for option, value in checks if value != "auto")
-        warnings += [f"{option} has no effect: --no-validate measures nothing" for option in idle]
-    items, missing, obstacle = memory.predict(source, plan), pipeline.missing_parts(), pipeline.engine_obstacle(source, plan)
-    items.append(memory.Item("disk", pipeline.disk_bytes(source, plan, missing), "at most, beside OUT, while the export runs"))
-    reporter.plan(plan, source.architecture)
-    reporter.memory(items)
-    for warning in warnings:
-        reporter.warn(warning)
-    if validate and input_ids == "bytes" and text is None and inputs is None:
-        raise UsageError("--input-ids bytes: the validation needs held-out text; give --text FILE, or --no-validate")
-    if text is not None and not text.is_file():
-        raise UsageError(f"--text: there is no file {text}; give held-out plain text")
-    if inputs is not None and not inputs.is_file():
-        raise UsageError(f"--inputs: there is no file {inputs}; give an .npz file with one array for each input of the model")
-    if timing_cache is not None and not timing_cache.is_file():
-        raise UsageError(f"--timing-cache: there is no file {timing_cache}; give timing.cache of an earlier export with an engine")
-    check_material(source, plan, text, inputs)
-    gate_options.parse_gates(gate or [], gate_options.kind_of(plan.task))
-    _check_validation(lengths, device, plan.seq)
-    if validate and device == "cuda":
-        pipeline.check_validation_on_cuda(missing, obstacle)
-    planned = {"plan": plan.to_json(), "memory": [vars(item) for item in items], "missing": missing}
-    planned |= {"engine_obstacle": obstacle, "warnings": warnings}
     options = pipeline.Options(
         out=out,
         require_engine=require_engine,
@@ -180,10 +175,49 @@ def export_model(
         triton=triton,
         timing_cache=timing_cache,
         validate=validate,
-        validation=tuple(part for check in checks for part in check)
-        + ("--allow-pickle",) * allow_pickle
-        + ("--trust-remote-code",) * trust_remote_code,
+        validation=tuple(part for check in checks for part in check) + passed_on,
     )
+
+    def check(plan: planning.ExportPlan) -> None:
+        if validate and input_ids == "bytes" and text is None and inputs is None:
+            raise UsageError("--input-ids bytes: the validation needs held-out text; give --text FILE, or --no-validate")
+        if text is not None and not text.is_file():
+            raise UsageError(f"--text: there is no file {text}; give held-out plain text")
+        if inputs is not None and not inputs.is_file():
+            raise UsageError(f"--inputs: there is no file {inputs}; give an .npz file with one array for each input of the model")
+        if timing_cache is not None and not timing_cache.is_file():
+            raise UsageError(f"--timing-cache: there is no file {timing_cache}; give timing.cache of an earlier export with an engine")
+        check_material(source, plan, text, inputs)
+        gate_options.parse_gates(gate or [], gate_options.kind_of(plan.task))
+        _check_validation(lengths, device, plan.seq)
+        if validate and device == "cuda":
+            pipeline.check_validation_on_cuda(pipeline.missing_parts(), pipeline.engine_obstacle(source, plan))
+
+    search: dict[str, Any] = {}
+    if asked is not None and asked.measures:
+        check(plan)  # a wrong option is found before a policy is measured
+        if dry_run:
+            plan, search = automatic.undecided(plan), {"policy": automatic.dry_run(asked, source, reporter)}
+        else:
+            pipeline.check_environment(source, plan, options, pipeline.missing_parts())
+    if asked is not None and not search:
+        chosen = automatic.choose(asked, source, out, resume, reporter)
+        reporter.say(escape(chosen.summary()))
+        plan = planning.make_plan(source, layers=layers, policy=chosen, **decided)
+    warnings = planning.warnings(plan, source.max_positions) + planning.idle_attributes(preset, given)
+    if not validate:
+        used = ("--text", "--device") if asked is not None and asked.measures else ()
+        idle = dict.fromkeys(option for option, value in checks if value != "auto" and option not in used)
+        warnings += [f"{option} has no effect: --no-validate measures nothing" for option in idle]
+    items, missing, obstacle = memory.predict(source, plan), pipeline.missing_parts(), pipeline.engine_obstacle(source, plan)
+    items.append(memory.Item("disk", pipeline.disk_bytes(source, plan, missing), "at most, beside OUT, while the export runs"))
+    reporter.plan(plan, source.architecture)
+    reporter.memory(items)
+    for warning in warnings:
+        reporter.warn(warning)
+    check(plan)
+    planned = {"plan": plan.to_json(), "memory": [vars(item) for item in items], "missing": missing}
+    planned |= {"engine_obstacle": obstacle, "warnings": warnings, **search}
     if dry_run:
         for name, reason in missing.items():
             reporter.say(escape(f"missing: {name}: {reason}"))

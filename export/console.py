@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from hyperattention.config import shared
 from hyperattention.export import interrupt
 
 if TYPE_CHECKING:
@@ -116,10 +117,9 @@ class Reporter:
             table.add_row(str(layer.index), escape(layer.name), layer.mode, escape(layer.reason), seed)
         self.out.print(table)
         if plan.approximate:
-            config = plan.approximate[0].config
-            assert config is not None
-            shown = {name: value for name, value in config.attributes().items() if name not in ("seed", "scale", "causal")}
-            self.out.print("approximate layers: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
+            found = shared([layer.config.attributes() for layer in plan.approximate if layer.config is not None])
+            shown = ", ".join(f"{name} {value}" for name, value in found.items() if name not in ("seed", "scale", "causal"))
+            self.out.print(f"approximate layers: {shown}")
 
     def memory(self, items: list[Item]) -> None:
         """The memory prediction."""

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from hyperattention.errors import AccuracyFailed, EnvironmentFault, UsageError
-from hyperattention.export import bundle, disk, fingerprint
+from hyperattention.export import bundle, disk, fingerprint, policy
+from hyperattention.export.automatic import forget
 from hyperattention.export.console import Reporter
 from hyperattention.export.folder import output_folder
 from hyperattention.export.memory import workspace_bytes
@@ -169,11 +170,14 @@ def _stages(
         failed = found["failed"]
     else:
         stages.skip("validation")
+    if plan.policy is not None:
+        policy.write_policy(plan.policy, folder / policy.FILE)
     if options.triton:
         with reporter.stage("Triton"):
             write_repository(folder, source.name)
     with reporter.stage("manifest"):
         manifest = bundle.finish(folder)
+    forget(options.out)
     found = {"manifest": manifest, "reused": stages.reused}
     if failed is not None:
         raise AccuracyFailed(failed, found)

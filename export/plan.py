@@ -12,8 +12,10 @@ from typing import Any, Mapping, Sequence
 from hyperattention.config import INT32_MAX, PRESETS, Config, layer_seed
 from hyperattention.errors import UnsupportedModel, UsageError
 from hyperattention.export.choices import DTYPES, INPUT_IDS, KEEP_EXACT, TASKS, choice
+from hyperattention.export.policy import Policy
 from hyperattention.export.source import Input, Range, Source
 
+AUTO = "auto"  # of --layers: a policy chooses
 MODES = ("approximate", "exact", "native")
 MAX_SEQUENCE = 2**24  # the kernels' tests stop here; positions fit in 32 bits
 MAX_BATCH = 4096
@@ -40,7 +42,8 @@ class LayerPlan:
 class ExportPlan:
     """The whole export. seq (keys of the attention) and batch (rows) are (min, opt, max), and so is every dimension of `dims`.
 
-    `inputs` and `outputs` are the graph's, in order; `dims` ranges the named dimensions of the inputs.
+    `inputs` and `outputs` are the graph's, in order; `dims` ranges the named dimensions of the inputs. `policy` is policy.json's content
+    where the layers were chosen by one.
     """
 
     task: str
@@ -55,6 +58,7 @@ class ExportPlan:
     seed: int
     preset: str
     keep_exact: str
+    policy: dict[str, Any] | None = None
 
     @property
     def planned(self) -> tuple[LayerPlan, ...]:
@@ -94,13 +98,18 @@ class ExportPlan:
             unknown = {size for entry in inputs for size in entry.shape if not isinstance(size, int) and size not in dims}
             if unknown:
                 raise ValueError(f"no range for {', '.join(sorted(map(str, unknown)))}")
+            if data.get("policy") is not None:
+                Policy.from_json(data["policy"], "the policy in the manifest")
             return cls(**{**data, "layers": layers, "inputs": inputs, "outputs": tuple(data["outputs"]), "dims": dims, **shapes})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"the plan in the manifest does not fit this version ({error}); export the model again") from error
 
 
 def parse_layers(spec: str, count: int) -> frozenset[int]:
-    """Layer numbers named by all | none | odd | even | first:N | last:N | a list such as 0-3,7, of `count` layers."""
+    """Layer numbers named by all | none | odd | even | first:N | last:N | a list such as 0-3,7, of `count` layers.
+
+    "auto" names none: a policy does.
+    """
     named = {"all": range(count), "none": range(0), "odd": range(1, count, 2), "even": range(0, count, 2)}
     if spec in named:
         return frozenset(named[spec])
@@ -120,7 +129,7 @@ def parse_layers(spec: str, count: int) -> frozenset[int]:
                 raise UsageError(f"--layers {spec}: there is no layer {last}; the attention layers are 0 to {count - 1}")
             chosen.update(range(first, last + 1))
         return frozenset(chosen)
-    raise UsageError(f"--layers is {spec!r}; it takes all, none, odd, even, first:N, last:N, or numbers such as 0-3,7")
+    raise UsageError(f"--layers is {spec!r}; it takes auto, all, none, odd, even, first:N, last:N, or numbers such as 0-3,7")
 
 
 def check_range(option: str, values: Sequence[int], highest: int) -> Range:
@@ -230,9 +239,11 @@ def make_plan(
     input_ids: str = "tokens",
     seed: int = 0,
     keep_exact: str = "op",
+    policy: "Policy | None" = None,
 ) -> ExportPlan:
     """Decides for every attention layer of `source`; `attributes` override the preset's. `seq` is by default
-    `sequence_range`'s. Where the source fixes its key lengths or rows, `seq` or `batch` are not looked at.
+    `sequence_range`'s. Where the source fixes its key lengths or rows, `seq` or `batch` are not looked at. A `policy`, which goes with
+    `layers` "auto" and was measured on this model, decides each layer in their place.
 
     Raises UsageError for a value out of range and UnsupportedModel where a layer was asked for by number and cannot use the op.
     """
@@ -244,7 +255,10 @@ def make_plan(
         raise UsageError("causal is no option: whether a layer is causal, the model itself says")
     if preset == "exact":
         base = base.exact()
-    chosen = parse_layers(layers, len(source.layers))
+    if (layers == AUTO) != (policy is not None):
+        raise UsageError(f"--layers {layers}: auto, and only auto, takes a policy, which `hyperattention policy` measures")
+    settings = {layer.index: layer for layer in policy.layers} if policy is not None else {}
+    chosen = parse_layers(layers, len(source.layers)) if policy is None else policy.places(source)
     lengths = source.keys or check_range(_SEQUENCE, seq or sequence_range(source, None, None, None), MAX_SEQUENCE)
     if source.position_limit is not None and lengths[2] > source.position_limit:
         raise UsageError(f"--max-seq is {lengths[2]}; {source.name} has learned positions for {source.position_limit} tokens and no more")
@@ -267,13 +281,16 @@ def make_plan(
         config = replace(
             base, causal=int(layer.causal), scale=base.scale or scale, seed=layer_seed(seed, layer.index), strict_causal=strict
         )
+        setting = settings.get(layer.index)
+        why = setting.reason if setting is not None else f"{'' if order in chosen else 'not '}chosen by --layers {layers}"
         if order in chosen:
             mode = "exact" if preset == "exact" else "approximate"
-            decided.append(LayerPlan(layer.index, layer.name, mode, f"chosen by --layers {layers}", config))
+            own = replace(config, **setting.attributes) if setting is not None and setting.attributes is not None else config
+            decided.append(LayerPlan(layer.index, layer.name, mode, why, own))
         elif keep_exact == "op":
-            decided.append(LayerPlan(layer.index, layer.name, "exact", f"not chosen by --layers {layers}", config.exact()))
+            decided.append(LayerPlan(layer.index, layer.name, "exact", why, config.exact()))
         else:
-            decided.append(LayerPlan(layer.index, layer.name, "native", f"not chosen by --layers {layers}; --keep-exact onnx", None))
+            decided.append(LayerPlan(layer.index, layer.name, "native", f"{why}; --keep-exact onnx", None))
     return ExportPlan(
         task=source.task,
         dtype=choice("--dtype", dtype, DTYPES),
@@ -287,4 +304,5 @@ def make_plan(
         seed=seed,
         preset=preset,
         keep_exact=choice("--keep-exact", keep_exact, KEEP_EXACT),
+        policy=policy.to_json() if policy is not None else None,
     )

@@ -93,6 +93,11 @@ class Policy:
                 f"({source.architecture}, {len(wanted)}); run `hyperattention policy` on this model"
             )
 
+    def places(self, source: "Source") -> frozenset[int]:
+        """Places in `source.layers` of the layers that approximate."""
+        chosen = {layer.index for layer in self.layers if layer.attributes is not None}
+        return frozenset(place for place, layer in enumerate(source.layers) if layer.index in chosen and layer.problem is None)
+
     def summary(self) -> str:
         """One line for people."""
         approximate = sum(layer.attributes is not None for layer in self.layers)

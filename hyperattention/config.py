@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 from hyperattention.errors import UsageError
 
@@ -148,3 +150,9 @@ PRESETS: dict[str, Config] = {
 def layer_seed(base: int, layer: int) -> int:
     """The seed of one layer's node (operator rule 12)."""
     return (base + layer) % 2**31
+
+
+def shared(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Attributes that every row has with the same value: a policy gives each layer its own."""
+    first = rows[0] if rows else {}
+    return {name: value for name, value in first.items() if all(name in row and row[name] == value for row in rows)}

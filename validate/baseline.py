@@ -8,7 +8,7 @@ from statistics import mean
 
 from torch import Tensor
 
-from hyperattention.config import Config
+from hyperattention.config import Config, shared
 from hyperattention.export.patch import Captured
 from hyperattention.validate.cost import keys_per_query, window_keys
 from hyperattention.validate.inputs import Window
@@ -50,7 +50,7 @@ class Baseline:
             "name": NAME,
             "keys_per_query": mean(costs),
             "keys_per_query_ours": mean(keys_per_query(config, keys) for config, keys in captured),
-            "attributes": {name: getattr(windows[0], name) for name in names},
+            "attributes": shared([{name: getattr(window, name) for name in names} for window in windows]),
             "layers_relative_l2": spread([row["window_relative_l2"] for row in layers]),
             "ours_layers_relative_l2": spread([row["relative_l2"] for row in layers]),
             "windows": len(tails),

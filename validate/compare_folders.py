@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hyperattention.config import shared
 from hyperattention.errors import UsageError
 from hyperattention.export.bundle import MANIFEST, REPORT, Bundle
 from hyperattention.export.gate_options import LANGUAGE
+from hyperattention.validate.configs import configs
 from hyperattention.validate.gates import fastest_exact
 from hyperattention.validate.report import INCOMPLETE, read
 
 ERROR, TIME = "error", "time"
 _PLAN = ("task", "preset", "dtype", "input_ids", "seed", "keep_exact", "seq", "batch", "inputs", "outputs", "dims")
+BY_LAYER = "by layer"  # an attribute that the layers of one plan do not have alike
 _OURS_ALONE = ("seed", "scale")  # attributes that say nothing about a plan, or are said with its seed
 _TOKEN_METRICS = (
     ("delta nats", "prefill_exact_decode", "delta_nats"),
@@ -130,7 +133,8 @@ def plan_differences(a: Side, b: Side) -> list[dict]:
     told = [plan.to_json() for plan in plans]
     rows = [{"what": name, "pair": [t.get(name) for t in told]} for name in _PLAN]
     rows.append({"what": "approximate layers", "pair": [[n.index for n in plan.approximate] for plan in plans]})
-    attributes = [plan.approximate[0].config.attributes() if plan.approximate and plan.approximate[0].config else {} for plan in plans]
+    told = [[config.attributes() for config in configs(plan.approximate)] for plan in plans]
+    attributes = [{**dict.fromkeys(rows[0], BY_LAYER), **shared(rows)} if rows else {} for rows in told]
     names = [name for name in {**attributes[0], **attributes[1]} if name not in _OURS_ALONE]
     rows += [{"what": name, "pair": [found.get(name) for found in attributes]} for name in names]
     return [row for row in rows if row["pair"][0] != row["pair"][1]]

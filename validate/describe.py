@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hyperattention.config import INT32_MAX, Config
+from hyperattention.config import INT32_MAX, Config, shared
 from hyperattention.export.gate_options import LANGUAGE, kind_of
 from hyperattention.export.plan import ExportPlan
 from hyperattention.geometry import Geometry
@@ -32,7 +32,7 @@ def plan_summary(plan: ExportPlan) -> dict:
         "native_layers": [layer.index for layer in plan.layers if layer.config is None],
         "exact_below": min((c.exact_below for c in found), default=INT32_MAX),
         "look_ahead": max((_look_ahead(c, plan.seq[2]) for c in found), default=0),
-        "attributes": found[0].attributes() if found else {},
+        "attributes": shared([config.attributes() for config in found]),
         "seeds": {layer.index: c.seed for layer, c in zip(plan.approximate, found, strict=True)},
     }
 
@@ -43,8 +43,9 @@ def plan_notes(plan: ExportPlan, note: str) -> list[str]:
     if plan.approximate and kind_of(plan.task) == LANGUAGE and all(c.strict_causal for c in configs(plan.approximate)):
         notes.append("Look-ahead: none. The keys that a row meets are chosen by rows before its query block (strict_causal).")
     elif plan.approximate and kind_of(plan.task) == LANGUAGE:
+        farthest = max(configs(plan.approximate), key=lambda config: _look_ahead(config, plan.seq[2]))
         notes.append(
-            f"Look-ahead: the keys that a row meets are chosen for all rows {_LOOK_AHEAD[configs(plan.approximate)[0].selector]}, so later "
+            f"Look-ahead: the keys that a row meets are chosen for all rows {_LOOK_AHEAD[farthest.selector]}, so later "
             f"rows take part in the choice, through Q only. All-position numbers can profit from it; in the regime of the gates the judged "
             f"rows attend exactly."
         )

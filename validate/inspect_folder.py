@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from hyperattention.config import shared
 from hyperattention.errors import HyperAttentionError, UsageError
 from hyperattention.export.bundle import MANIFEST, REPORT, Bundle
 from hyperattention.export.engine_check import FATAL, EngineHost, Finding, findings, table
@@ -136,9 +137,9 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 
 def _attributes(layers: list[dict[str, Any]]) -> str:
-    """The attributes of the first layer that approximates, without those that differ by layer."""
-    first = next((n["attributes"] for n in layers if n["mode"] == "approximate"), {})
-    return ", ".join(f"{name} {value}" for name, value in first.items() if name not in ("seed", "selector", "scale"))
+    """The attributes that all layers that approximate have alike."""
+    found = shared([n["attributes"] for n in layers if n["mode"] == "approximate"])
+    return ", ".join(f"{name} {value}" for name, value in found.items() if name not in ("seed", "selector", "scale"))
 
 
 def _graph_text(graph: dict[str, Any]) -> list[str]:

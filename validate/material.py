@@ -14,6 +14,7 @@ from hyperattention.export.validation import check_material, reads_text
 from hyperattention.validate.arrays import load_arrays, load_examples
 from hyperattention.validate.feeds import Material, RandomMaterial, TextMaterial
 from hyperattention.validate.inputs import load_corpus
+from hyperattention.validate.policy.calibration import unseen_part
 from hyperattention.validate.signature import length_range
 
 LENGTHS = (8192, 16384, 32768)
@@ -36,7 +37,8 @@ def choose_material(
         return arrays, check_lengths(plan, lengths or default_lengths(low, min(top, max(low, arrays.longest or top))))
     if of_text:
         chosen = check_lengths(plan, lengths or default_lengths(low, top, several=kind_of(plan.task) != LANGUAGE))
-        return TextMaterial(load_corpus(text, plan.input_ids, Path(source.model), source.vocab_size, seed, max(chosen))), chosen
+        corpus = load_corpus(text, plan.input_ids, Path(source.model), source.vocab_size, seed, max(chosen))
+        return TextMaterial(unseen_part(corpus, plan.policy, max(chosen))), chosen
     if isinstance(source, FunctionSource):
         material = load_examples(plan, source.examples(), f"example inputs of {source.name}")
     else:

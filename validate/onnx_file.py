@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hyperattention.config import DOMAIN, OP_TYPE
+from hyperattention.config import DOMAIN, OP_TYPE, shared
 from hyperattention.errors import UsageError
 from hyperattention.export.onnx_graph import hyper_nodes
 
@@ -89,19 +89,13 @@ def graph_lines(found: dict[str, Any]) -> list[str]:
         *(f"  output  {_dims(entry)}" for entry in found["outputs"]),
         f"  {sum(found['operators'].values()):,} nodes, {len(found['nodes'])} of them {DOMAIN}::{OP_TYPE}, {body} the exact function body",
     ]
-    shared = _shared([node["attributes"] for node in found["nodes"]])
-    if shared:
-        text.append(f"  all of ours: {_pairs(shared)}")
+    alike = shared([node["attributes"] for node in found["nodes"]])
+    if alike:
+        text.append(f"  all of ours: {_pairs(alike)}")
     for node in found["nodes"]:
-        own = {name: value for name, value in node["attributes"].items() if name not in shared}
+        own = {name: value for name, value in node["attributes"].items() if name not in alike}
         text.append(f"    {node['name']}" + (f": {_pairs(own)}" if own else ""))
     return text
-
-
-def _shared(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Attributes that every node has with the same value."""
-    first = rows[0] if rows else {}
-    return {name: value for name, value in first.items() if all(name in row and row[name] == value for row in rows)}
 
 
 def _pairs(attributes: dict[str, Any]) -> str:

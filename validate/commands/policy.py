@@ -56,7 +56,7 @@ def command(
     from hyperattention.validate.policy.fixed import parse_fixed
     from hyperattention.validate.policy.prepare import Options, prepare
     from hyperattention.validate.policy.store import Store
-    from hyperattention.validate.policy.write import as_policy, lines
+    from hyperattention.validate.policy.write import as_policy, finished, lines
 
     reporter = Reporter(quiet, as_json)
     options = Options(
@@ -80,6 +80,10 @@ def command(
         reporter.say(escape(line))
     if dry_run:
         reporter.answer(planned)
+        return
+    if resume and (found := finished(prepared, out)) is not None:
+        reporter.say(f"{escape(str(out))}: taken over, nothing that it was measured on changed")
+        reporter.answer({**planned, "policy": found.to_json(), "measured": 0, "taken_over": 1})
         return
     store = Store(out.with_name(out.name + ".jsonl"), prepared.fingerprint(), resume)
     with reporter.stage("policy"):

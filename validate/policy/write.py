@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from hyperattention.export.policy import LayerPolicy, Policy
+from hyperattention.errors import UsageError
+from hyperattention.export.policy import LayerPolicy, Policy, read_policy
 from hyperattention.export.stages import digest
 from hyperattention.validate.policy.prepare import Prepared
 from hyperattention.validate.policy.search import Found, Search
@@ -38,8 +40,21 @@ def as_policy(prepared: Prepared, search: Search, found: Found) -> Policy:
             }
             for c, trial in found.fixed
         ),
-        fingerprint=digest([prepared.fingerprint(), prepared.options.budget.to_json(), dict(prepared.options.fixed)]),
+        fingerprint=_fingerprint(prepared),
     )
+
+
+def _fingerprint(prepared: Prepared) -> str:
+    return digest([prepared.fingerprint(), prepared.options.budget.to_json(), dict(prepared.options.fixed)])
+
+
+def finished(prepared: Prepared, file: Path) -> Policy | None:
+    """The policy in `file`, where it answers the same question about the same model, text, code and machine."""
+    try:
+        policy = read_policy(file)
+    except UsageError:  # none, or one of another version: measured anew
+        return None
+    return policy if policy.fingerprint == _fingerprint(prepared) else None
 
 
 def lines(policy: Policy) -> list[str]:
