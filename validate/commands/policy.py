@@ -30,7 +30,7 @@ def command(
     ] = None,
     windows: Annotated[int, typer.Option(help="Windows that the joint choice is run on, 1 to 1024.")] = 2,
     tail: Annotated[int, typer.Option(help="Positions that attend exactly after an approximate prefill.")] = 512,
-    probes: Annotated[int, typer.Option(help="Settings that each layer alone is run through the whole model with, 1 to 64.")] = 3,
+    probes: Annotated[int, typer.Option(help="Settings that each layer alone is run through the whole model with, 1 to 64.")] = 2,
     fix: Annotated[
         Optional[list[str]], typer.Option(metavar="NAME=VALUE", help="An attribute of the op that is not searched, repeatable.")
     ] = None,

@@ -29,7 +29,7 @@ from hyperattention.validate.policy.store import Store
 from hyperattention.validate.policy.trial import Laboratory
 
 LONGEST = {"cuda": 32768, "cpu": 8192}  # of a calibration window, unless --length says otherwise
-TAIL, WINDOWS, PROBES, PROMPTS = 512, 2, 3, 2
+TAIL, WINDOWS, PROBES, PROMPTS = 512, 2, 2, 2
 NEEDLE_SEED = 2**20  # prompts of a seed that no validation uses by default
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,6 +22,8 @@ from hyperattention.validate.policy.trial import Laboratory
 from hyperattention.validate.policy.verify import MOST_TRIALS, Trial, cheapest_that_holds, excess, loss
 
 FIXED_RIVALS = 2  # settings that all layers share, measured beside the choice
+# Where planted keys are lost: the fewest heavy blocks and the coarsest pools that every layer may have, one after the other.
+FLOORS = ((8, 16), (8, 4), (16, 4), (32, 4))
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Search:
     def layers(self) -> list[tuple[int, Config]]:
         """Index and exact config of every layer that the operator can replace."""
         planned = self.lab.patched.plan.planned
-        return [(layer.index, config) for layer, config in zip(planned, configs(planned), strict=True)]
+        return [(layer.index, config.exact()) for layer, config in zip(planned, configs(planned), strict=True)]
 
     @property
     def length(self) -> int:
@@ -61,7 +64,10 @@ class Search:
         return self.candidates[-1].keys(self.layers[0][1], self.length)
 
     def run(self) -> Found:
-        """Everything. Raises AccuracyFailed, saying the best that was found, where no choice holds the budget."""
+        """The cheapest choice that holds the budget; where the budget caps the cost, the most accurate one under the cap that holds it.
+
+        Raises AccuracyFailed, saying the best that was found, where no choice does, UsageError where every setting is over the cap.
+        """
         layers = [self._options(number) for number in range(len(self.layers))]
         self.__dict__.pop("_captured", None)  # Q, K and V of every layer
         points = frontier(layers)
@@ -72,16 +78,40 @@ class Search:
                 f"--budget {self.budget}: the cheapest setting has {points[0].cost:,.0f} keys a query at {self.length:,} tokens, over the "
                 f"{cap:,.0f} allowed; allow more, or measure at a longer --length"
             )
-        best = fill(base, layers, cap) if cap < points[-1].cost else points[-1]
-        if not self.budget.limits_accuracy:
-            fixed = self._rivals(layers, cap)
-            trials = [Trial(best, self.measured(best)), *(trial for _, trial in fixed)]
-            return Found(min(trials, key=lambda trial: loss(trial.measured, self.budget.regimes)), points, fixed)
-        usable = [point for point in points if point.cost <= cap]
-        held = self._that_holds([*usable, best] if best.cost > usable[-1].cost else usable)
-        fixed = self._rivals(layers, held.choice.cost)
-        holding = [trial for _, trial in fixed if excess(self.budget, trial.measured) <= 1]
-        return Found(min((held, *holding), key=lambda trial: trial.choice.cost), points, fixed)
+        if math.isinf(cap):
+            held = self._that_holds(points)
+            fixed = self._rivals(layers, held.choice.cost)
+            holding = [trial for _, trial in fixed if self._holds(trial)]
+            return Found(min((held, *holding), key=lambda trial: trial.choice.cost), points, fixed)
+        fixed = self._rivals(layers, cap)
+        trials = [self._trial_of(fill(base, layers, cap)), *(trial for _, trial in fixed), *self._floored(layers, cap)]
+        holding = [trial for trial in trials if self._holds(trial)]
+        if not holding:
+            raise self._unreached(trials)
+        return Found(min(holding, key=lambda trial: loss(trial.measured, self.budget.regimes)), points, fixed)
+
+    def _holds(self, trial: Trial) -> bool:
+        return excess(self.budget, trial.measured) <= 1
+
+    def _floored(self, layers: Sequence[Sequence[Option]], cap: float) -> Iterator[Trial]:
+        """Choices under the cap with more or finer heavy blocks than the loss alone asks for, until one keeps the planted keys."""
+        if self.budget.needle is None:
+            return
+        for blocks, pool in FLOORS:
+            allowed = [[option for option in options if self._has_floor(option, blocks, pool)] for options in layers]
+            base = within(frontier(allowed), cap)
+            if base is None:
+                return
+            trial = self._trial_of(fill(base, allowed, cap))
+            yield trial
+            if self._holds(trial):
+                return
+
+    def _has_floor(self, option: Option, blocks: int, pool: int) -> bool:
+        attributes = self.candidates[option.candidate].attributes
+        return attributes is None or (
+            attributes["selector"] == "blocks" and attributes["num_blocks"] >= blocks and attributes["pool_size"] <= pool
+        )
 
     def _that_holds(self, points: list[Choice]) -> Trial:
         limits = [limit for limit in (self.budget.nats, self.budget.kl) if limit is not None]
@@ -89,21 +119,23 @@ class Search:
         first = next((i for i, point in enumerate(points) if point.loss <= wanted), len(points) - 1)
         held, trials = cheapest_that_holds(points, self.budget, first, self.measured)
         if held is None:
-            closest = min(trials, key=lambda trial: excess(self.budget, trial.measured))
-            raise AccuracyFailed(self._unreached(closest), {"best": closest.measured, "keys": closest.choice.cost})
+            raise self._unreached(trials)
         return held
 
-    def _unreached(self, best: Trial) -> str:
+    def _unreached(self, trials: Sequence[Trial]) -> AccuracyFailed:
+        """Says what the trial that comes nearest to the budget gave."""
+        best = min(trials, key=lambda trial: excess(self.budget, trial.measured))
         rows = []
         for regime in self.budget.regimes:
             nats, kl, top1 = (best.measured[regime][name]["mean"] for name in ("delta_nats", "kl", "top1"))
             rows.append(f"{regime.replace('_', ' ')}: {nats:+.5f} nats, KL {kl:.5f}, top-1 {top1:.4f}")
         needle = best.measured["needle"]
         rows += [f"needle {min(needle[r] for r in self.budget.regimes):.3f} (exact attention {needle['exact']:.3f})"] if needle else []
-        return (
+        message = (
             f"the budget {self.budget} is not reached: the best found has {best.choice.cost:,.0f} keys a query and gives "
             f"{'; '.join(rows)}. Allow more loss or more keys"
         )
+        return AccuracyFailed(message, {"best": best.measured, "keys": best.choice.cost})
 
     # --- what is measured --------------------------------------------------------------------------------------------
 
@@ -132,6 +164,9 @@ class Search:
     def _captured(self) -> dict[int, Captured]:
         return {call.layer: call for call in self.lab.captured(self.lab.windows[0])}
 
+    def _trial_of(self, choice: Choice) -> Trial:
+        return Trial(choice, self.measured(choice))
+
     def measured(self, choice: Choice) -> dict[str, Any]:
         """A joint choice, run through the whole model on every window."""
         self.step(f"the whole model at {choice.cost:,.0f} keys a query")
@@ -155,7 +190,7 @@ class Search:
         """The settings that all layers share, of at most `cap`, with the least predicted loss, run through the whole model."""
         shared = [(c, Choice(tuple(options[c] for options in layers))) for c in range(len(self.candidates) - 1)]
         affordable = sorted((pair for pair in shared if pair[1].cost <= cap), key=lambda pair: (pair[1].loss, pair[0]))
-        return [(c, Trial(choice, self.measured(choice))) for c, choice in affordable[:FIXED_RIVALS]]
+        return [(c, self._trial_of(choice)) for c, choice in affordable[:FIXED_RIVALS]]
 
     def count_steps(self) -> int:
         """About how many steps `run` reports."""

@@ -73,44 +73,44 @@ class Laboratory:
 
         `step` is told what is run.
         """
-        model = with_configs(self.patched, configs)
-        operator = exact_by_torch(self.operator)
+        self.configure(configs)
         found: dict[str, list] = {regime: [] for regime in regimes}
         for number, window in enumerate(windows):
             exact = self.exact_logits(window)
             for regime in regimes:
                 step(f"window {number + 1} of {len(windows)}, {regime.replace('_', ' ')}")
-                ours = self._logits(model, operator, window, regime)
+                ours = self._logits(window, regime)
                 rows = ours.shape[0]
                 found[regime].append(token_metrics(exact[-rows:], ours, window.targets[-rows:]))
         answer: dict[str, Any] = {
             regime: summarise(rows, ALL_BLOCK if regime == ALL else TAIL_BLOCK) for regime, rows in found.items() if rows
         }
-        answer["needle"] = self._needle(model, operator, regimes, needles, step) if needles else None
+        answer["needle"] = self._needle(regimes, needles, step) if needles else None
         return answer
 
-    def _needle(
-        self, model: Patched, operator: Operator, regimes: Sequence[str], needles: Sequence[Window], step: Callable[[str], None]
-    ) -> dict[str, float]:
+    def configure(self, configs: Mapping[int, Config]) -> None:
+        """From now on the plan has `configs` by layer index, and leaves all other layers exact.
+
+        A module follows the plan that was installed last, in the mode exact too: `patched` is always that one.
+        """
+        planned = self.patched.plan.layers
+        layers = [replace(layer, config=configs.get(layer.index, layer.config.exact())) if layer.config else layer for layer in planned]
+        self.patched = install(self.patched.model, replace(self.patched.plan, layers=tuple(layers)))
+
+    def _needle(self, regimes: Sequence[str], needles: Sequence[Window], step: Callable[[str], None]) -> dict[str, float]:
         scores: dict[str, list[float]] = {regime: [] for regime in ("exact", *regimes)}
         for number, window in enumerate(needles):
             step(f"needle {number + 1} of {len(needles)}")
             scores["exact"].append(recalled(self.exact_logits(window), window))
             for regime in regimes:
-                scores[regime].append(recalled(self._logits(model, operator, window, regime), window))
+                scores[regime].append(recalled(self._logits(window, regime), window))
         return {regime: mean(values) for regime, values in scores.items()}
 
-    def _logits(self, model: Patched, operator: Operator, window: Window, regime: str) -> Tensor:
+    def _logits(self, window: Window, regime: str) -> Tensor:
         """Logits of all positions, or of the last `tail` of them in prefill, exact decode."""
-        ids = window.inputs.to(self.device)
+        model, operator, ids = self.patched, exact_by_torch(self.operator), window.inputs.to(self.device)
         if regime == PREFILL:
             split = ids.shape[1] - self.tail
             return exact_decode(model, ids[:, split:], prefill(model, ids[:, :split], operator))
         with torch.inference_mode(), model.mode("plan", attention=operator):
             return model.forward(ids).logits[0]
-
-
-def with_configs(patched: Patched, configs: Mapping[int, Config]) -> Patched:
-    """The same loaded model with other configs for some layers, by index; the others stay as planned."""
-    layers = tuple(replace(layer, config=configs[layer.index]) if layer.index in configs else layer for layer in patched.plan.layers)
-    return install(patched.model, replace(patched.plan, layers=layers))
