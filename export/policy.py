@@ -67,7 +67,8 @@ class Policy:
 
     def to_json(self) -> dict[str, Any]:
         """The policy as JSON values."""
-        return {"schema": SCHEMA, **asdict(self)}
+        found = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {"schema": SCHEMA, **found}
 
     @classmethod
     def from_json(cls, data: Any, name: str = FILE) -> "Policy":
