@@ -118,6 +118,7 @@ def test_completion_completes(
     ("hyperattention validate out --device", choices.DEVICES),
     ("hyperattention validate out --backend", BACKENDS),
     ("hyperattention bench --dtype", choices.DTYPES),
+    ("hyperattention sweep m --input-ids", choices.INPUT_IDS),
 ])  # fmt: skip
 def test_completion_knows_every_value(
     line: str, values: tuple[str, ...], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -274,6 +275,7 @@ PLACES = {
     "inspect": "hyperattention.validate.inspect_folder.describe",
     "doctor": "hyperattention.doctor.collect",
     "bench": "hyperattention.validate.bench_outcome.open_subject",
+    "sweep": "hyperattention.validate.sweep_subject.open_subject",
 }
 
 
@@ -288,7 +290,8 @@ def test_interrupted(command: str, model: Path, out: Path, tmp_path: Path, monke
 
     monkeypatch.setattr(PLACES[command], sleep)
     monkeypatch.chdir(tmp_path)
-    given = {"validate": [out, "--model", model], "compare": [out, out], "doctor": []}.get(command, [out])
+    arguments = {"validate": [out, "--model", model], "compare": [out, out], "sweep": [model, "--text", model], "doctor": []}
+    given = arguments.get(command, [out])
     before = contents(out)
     answer, said = (tmp_path.parent / f"{tmp_path.name}.{name}" for name in ("answer", "said"))
     child = os.fork()

@@ -32,6 +32,7 @@ NOT_HERE = r"GPU|needs real inputs|trtexec|Triton|installs the package|the tests
 # Values that make a command short; everything else runs as it is written.
 SHORT = {"--lengths": "150,200", "--max-seq": "300", "--heads": "2", "--head-dim": "8", "--windows": "1"}
 SIZE, ROUNDS = ["--max-seq", "300"], ["--repeats", "2"]
+SWEPT = ["--set", "exact_below=100", "--set", "blocks.local_size=64", "--tail", "50", "--replaced", "1"]
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def shortened(words: list[str]) -> list[str]:
     """The command with small values in place of large ones, and small sequences for an export."""
     words = [SHORT.get(before, word) for before, word in zip(["", *words], words)]
     sized = words[0] == "export-model" and "--max-seq" not in words and ".py:" not in words[1]
-    return words + SIZE * sized + ROUNDS * ("bench" in words)
+    return words + SIZE * sized + ROUNDS * ("bench" in words) + SWEPT * ("sweep" in words)
 
 
 @pytest.mark.ort

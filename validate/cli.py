@@ -6,7 +6,7 @@ import typer
 
 from hyperattention.errors import UsageError
 from hyperattention.export import entry
-from hyperattention.validate.commands import bench, compare, doctor, inspect, policy, report, validate
+from hyperattention.validate.commands import bench, compare, doctor, inspect, policy, report, sweep, validate
 
 COMMANDS = {
     "policy": policy,
@@ -14,6 +14,7 @@ COMMANDS = {
     "report": report,
     "compare": compare,
     "bench": bench,
+    "sweep": sweep,
     "inspect": inspect,
     "doctor": doctor,
 }
