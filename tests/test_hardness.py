@@ -248,6 +248,23 @@ def test_long_heads_are_exact_on_their_rows_and_largest_columns(changes: dict) -
         assert row["mass"] == pytest.approx(float(share.mean()), rel=1e-4)
 
 
+@pytest.mark.parametrize("causal", [0, 1])
+def test_a_column_that_only_rows_beside_it_read_is_found(causal: int) -> None:
+    """None of the rows is sampled: 256 columns look larger on those that are."""
+    case = replace(LONG, config=replace(LONG.config, causal=causal), dims=(32, 8), heads=(1, 1))
+    q, k, v = case.inputs()
+    missed = sorted(set(range(600, 620)) - set(sampled_rows(range(1500)).tolist()))
+    for row in missed:
+        q[0, 0, row] = 40 * k[0, 0, 601] / k[0, 0, 601].norm()
+    plan = make_plan(q, k, Geometry.of(q, k, v, case.config))
+    lse = exact_attention(q, k, v, bool(causal)).lse
+    found = measure_hardness(q, k, v, case.config, plan, lse, exact_lse(None)).head(0)
+    logits = torch.einsum("id,jd->ij", q[0, 0], k[0, 0]) / math.sqrt(32)
+    norms = (logits.masked_fill(torch.ones(1500, 1500).triu(1).bool(), -math.inf) if causal else logits).softmax(-1).square().sum(0)
+    assert int(norms[32:].argmax()) == 601 - 32 and norms[601] > 5
+    assert found["alpha_without_first_32"] == pytest.approx(1500 * float(norms[601]), rel=1e-6)
+
+
 def test_blocks_off_the_diagonal_at_length() -> None:
     """Only the blocks that hold 32 sampled rows: here the four largest levels of five."""
     case = LONG

@@ -210,6 +210,35 @@ def test_the_layer_table_holds_every_layer_and_every_length() -> None:
             close(row[10], [layer["worst_head"], layer["worst_head_relative_l2"]])
 
 
+HEAD_KEYS = tuple("relative_l2 mass top16_recall log_kappa_p1_p99 alpha_blocks alpha_without_first_32 cv_predicted cv_measured".split())
+
+
+def test_the_head_tables_say_what_the_json_says() -> None:
+    report = samples.report()
+    longest = [row for row in report["layers"] if row["length"] == 32768]
+    every = sorted(((row["layer"], head) for row in longest for head in row["heads"]), key=lambda pair: -pair[1]["relative_l2"])
+    shown = page(report).table("Head", "Recall")
+    markdown = [line.strip("|").split("|") for line in render(report, "report.md.jinja").splitlines()]
+    start = next(i for i, cells in enumerate(markdown) if [cell.strip() for cell in cells[:2]] == ["layer", "head"]) + 2
+    for table in (shown, markdown[start : start + len(every)]):
+        for row, (layer, head) in zip(table, every, strict=True):
+            assert [int(cell) for cell in row[:2]] == [layer, head["head"]]
+            for cell, key in zip(row[2:], HEAD_KEYS, strict=True):
+                close(cell, [head[key]])
+
+
+def test_of_many_heads_the_worst_are_shown() -> None:
+    report = samples.report()
+    row = report["layers"][-1]
+    row["heads"] = [{**row["heads"][0], "head": n, "relative_l2": n / 1000, "alpha_blocks": None, "cv_predicted": None} for n in range(100)]
+    row["heads"][3]["relative_l2"] = math.nan
+    found = page(report)
+    rows = found.table("Head", "Recall")
+    assert len(rows) == 64 and rows[0][1:3] == ["3", "nan"] and "The 64 of 104 heads" in found.text
+    assert ["99", "0.0990"] in [told[1:3] for told in rows] and rows[0][6] == rows[0][8] == "–"
+    assert "The 16 of 104 heads, the largest error first" in render(report, "report.md.jinja")
+
+
 def test_the_histogram_counts_every_row_of_the_longest_length() -> None:
     report = samples.report()
     histogram = row_histogram(report)

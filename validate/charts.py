@@ -66,6 +66,15 @@ def row_histogram(report: dict) -> dict | None:
     return {"length": longest, "edges": edges, "counts": counts, "rows": rows, "median": quantile(0.5), "p99": quantile(0.99)}
 
 
+def hardest_heads(report: dict, most: int = 64) -> dict:
+    """At the longest length measured the (layer, row of `heads`) with the largest errors: {"length", "rows", "count": of all heads}."""
+    longest = max((row["length"] for row in report["layers"]), default=0)
+    every = [(row["layer"], head) for row in report["layers"] if row["length"] == longest for head in row["heads"]]
+    errors = [math.inf if math.isnan(head["relative_l2"]) else head["relative_l2"] for _, head in every]
+    order = sorted(range(len(every)), key=lambda i: -errors[i])
+    return {"length": longest, "rows": [every[i] for i in order[:most]], "count": len(every)}
+
+
 def row_chart(report: dict) -> Chart | None:
     """How the relative L2 error is spread over the rows of the approximate layers."""
     found = row_histogram(report)

@@ -1,7 +1,8 @@
 """alpha of Han et al. 2023 (arXiv 2310.05869, section 2): n times the largest squared norm of a column of the attention matrix.
 
-The norms are estimated from the sampled rows, and the largest computed again over all rows. n is the number of keys: then alpha
-bounds the squared Frobenius norm of the matrix, as in the paper, where it is square.
+The norms are estimated, from all rows for the keys near them (a column of text often owes its norm to a few rows beside it) and from
+the sampled rows for the others; the largest are computed again over all rows. n is the number of keys: then alpha bounds the
+squared Frobenius norm of the matrix, as in the paper.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ FIRST = 32  # columns that the paper leaves out of alpha (section 4.3)
 COLUMNS = 256  # of a head that are computed again, beside the first 64
 NODE_COLUMNS = 64  # of each block off the diagonal
 NODE_ROWS = 32  # sampled rows that a block off the diagonal needs to be judged
+BAND = 128  # rows whose own keys and neighbours are near
 _TILE = 2**20  # logits held at once
 
 # (q [1,Hq,Sq,D], k, v, config) -> LSE [1,Hq,Sq] of exact attention
@@ -50,7 +52,7 @@ class ColumnSums:
     """
 
     def __init__(self, g: Geometry, length: int, seen: range, rows: Tensor) -> None:
-        self.g, self.length, self.seen = g, length, seen
+        self.g, self.length, self.seen, self.share = g, length, seen, len(rows) / max(1, len(seen))
         heads = (g.heads_kv, g.group)
         self.sums = torch.zeros(*heads, length, dtype=torch.float64, device=rows.device)
         self.nodes: dict[tuple[int, int], _Node] = {}
@@ -64,7 +66,12 @@ class ColumnSums:
                 self.nodes[level, m] = _Node(inside, node.keys, room)
 
     def add(self, logits: Tensor, p: Tensor, tile: RowTile, heads: slice) -> None:
-        """Adds the rows of one tile: logits and probabilities p [kv heads, G, R, tile.stop]."""
+        """Adds the rows of one tile: logits and probabilities p [kv heads, G, R, tile.stop], which it spoils."""
+        band = (tile.rows + self.g.first) // BAND
+        start = max(0, tile.block * self.g.config.local_size // BAND - 1) * BAND  # no key before is near
+        key = torch.arange(start, tile.stop, device=p.device)
+        near = (key >= (band[:, None] - 1) * BAND) & (key < (band[:, None] + 2) * BAND)
+        p[..., start:].masked_fill_(near, 0.0)
         self.sums[heads, :, : tile.stop] += (p * p).sum(-2)
         for level in range(tile.block.bit_length() if self.g.config.causal else 0):
             node = self.nodes.get((level, tile.block >> level >> 1)) if tile.block >> level & 1 else None
@@ -75,13 +82,13 @@ class ColumnSums:
     def alphas(self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, exact_lse: ExactLse) -> Alphas:
         """alpha of each query head; q [1,Hq,Sq,D], k [1,Hkv,Sk,D], v [1,Hkv,Sk,Dv], lse [1,Hq,Sq] of exact attention.
 
-        A lower bound: the largest column is missed where 256 others look larger on the sampled rows.
+        A lower bound: the largest column is missed where 256 others look larger.
         """
         g, seen = self.g, slice(self.seen.start, self.seen.stop)
         nothing = torch.full((g.heads_q,), torch.nan, dtype=torch.float64, device=q.device)
         if not self.seen:
             return Alphas(nothing, nothing, nothing)
-        key = self._largest(self.sums, COLUMNS, always=2 * FIRST)
+        key = self._largest(self._near(q[0], k[0], lse[0]) + self.sums / self.share, COLUMNS, always=2 * FIRST)
         position = torch.arange(self.seen.start, self.seen.stop, device=q.device) + g.first if g.config.causal else None
         norms = self._norms(q[0, :, seen], k[0], key, lse[0, :, seen], position)
         late = norms.masked_fill(key < FIRST, -torch.inf).amax(-1).flatten()
@@ -96,6 +103,20 @@ class ColumnSums:
             found = self._norms(inside[0][0], inside[1][0], key, own[0], None).amax(-1).flatten() * len(node.keys)
             blocks = torch.fmax(blocks, found)
         return Alphas(norms.amax(-1).flatten() * self.length, rest, blocks)
+
+    def _near(self, q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
+        """The part of each column's sum [Hkv, G, keys] that is near, over all rows: q [Hq,Sq,D], k [Hkv,Sk,D], lse [Hq,Sq]."""
+        g, first, last = self.g, self.seen.start + self.g.first, self.seen.stop + self.g.first  # positions
+        total = torch.zeros_like(self.sums)
+        for band in range(first // BAND, -(-last // BAND)):
+            low, high = max(first, band * BAND), min(last, (band + 1) * BAND)
+            rows, position = slice(low - g.first, high - g.first), torch.arange(low, high, device=q.device)
+            stop = (band + 1) * BAND if g.config.causal else (band + 2) * BAND
+            key = torch.arange(max(0, (band - 1) * BAND), min(stop, self.length), device=q.device)
+            if len(key):
+                each = key.expand(g.heads_kv, g.group, -1)
+                total[..., key] += self._norms(q[:, rows], k, each, lse[:, rows], position if g.config.causal else None)
+        return total
 
     @staticmethod
     def _largest(sums: Tensor, count: int, always: int = 0) -> Tensor:

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedErro
 from hyperattention.errors import UsageError
 from hyperattention.export.console import jsonable
 from hyperattention.export.gate_options import FEATURES, LANGUAGE
-from hyperattention.validate.charts import bin_text, charts, row_histogram
+from hyperattention.validate.charts import bin_text, charts, hardest_heads, row_histogram
 from hyperattention.validate.report_format import FILTERS
 
 SCHEMA = 3
@@ -70,7 +70,8 @@ def read(path: Path) -> dict:
 def render(report: dict, template: str) -> str:
     """The report through one of the templates."""
     html = template.endswith(".html.jinja")
-    parts = {"charts": charts(report) if html else {}, "histogram": row_histogram(report), "bin_text": bin_text}
+    parts = {"charts": charts(report) if html else {}, "heads": hardest_heads(report)}
+    parts |= {"histogram": row_histogram(report), "bin_text": bin_text}
     return templates(html).get_template(template).render(r=report, **parts)
 
 
