@@ -24,7 +24,7 @@ from hyperattention.validate.metrics import (
 )
 from hyperattention.validate.regimes import ALL_BLOCK, TAIL_BLOCK, prefill_backend, prefill_exact_decode, token_feed
 from hyperattention.validate.runners import Forward
-from hyperattention.validate.strict_cost import has_twin, strict_cost
+from hyperattention.validate.strict_cost import StrictCost, has_twin
 from hyperattention.validate.workbench import Measured, Workbench, check_finite, is_exact, not_finite, time_row, timed
 
 
@@ -59,6 +59,7 @@ def measure_length(bench: Workbench, corpus: Corpus, length: int, count: int, ha
     broken = 0
     chosen = windows(corpus, length, count)
     scorer = bench.backend if bench.plan.task == "logits" else bench.scorer
+    strict = StrictCost(bench, length) if hard and has_twin(bench.plan, length) else None
     for number, window in enumerate(chosen):
         at, given = f"{length:,} tokens, window {number + 1} of {len(chosen)}", token_feed(bench, window.inputs)
         bench.step(f"{at}: exact attention ({bench.exact.backend})")
@@ -94,8 +95,10 @@ def measure_length(bench: Workbench, corpus: Corpus, length: int, count: int, ha
             exact_twin = asdict(tensor_error(other, exact[-other.shape[0] :]))
         bench.step(f"{at}: prefill, exact decode ({prefill_backend(bench)})")
         tails.append(token_metrics(exact[-bench.tail :], prefill_exact_decode(bench, window), window.targets[-bench.tail :]))
-        if number == 0 and look_ahead is not None and has_twin(bench.plan, length):
-            look_ahead["strict"] = strict_cost(bench, window, exact, (everywhere[0], tails[0]))
+        if strict is not None:
+            strict.add(window, exact)
+    if strict is not None and look_ahead is not None:
+        look_ahead["strict"] = strict.row(everywhere, tails)
     row = {
         "length": length,
         "exact": is_exact(bench.plan, length),

@@ -65,8 +65,8 @@ def _at_length(plan: ExportPlan, length: int, feeds: int, rival: bool, hard: boo
     if hard and far:
         count += hard_steps()
     if hard and any(_looks_ahead(config, keys) for config in configs(plan.approximate)):
-        count += look_ahead_steps(language) + (language and has_twin(plan, keys))
-    return count
+        count += look_ahead_steps(language)
+    return count + feeds * (hard and language and has_twin(plan, keys))
 
 
 def _looks_ahead(config: Config, keys: int) -> bool:

@@ -1,8 +1,9 @@
-"""What the strict choice of keys costs: the plan with and without `strict_causal`, on the same window, in both regimes (issue 7)."""
+"""What the strict choice of keys costs: the plan with and without `strict_causal`, on the same windows, in both regimes (issue 7)."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 from torch import Tensor
 
@@ -34,25 +35,40 @@ def _with_twin(plan: ExportPlan, length: int) -> list[Config]:
     return [c for c in configs(plan.approximate) if twin(c) != c and not c.is_exact(length, length)]
 
 
-def strict_cost(bench: Workbench, window: Window, exact: Tensor, own: tuple[TokenMetrics, TokenMetrics]) -> dict:
-    """report.json's `look_ahead.strict` from one window whose exact logits are [S, vocabulary]; `own`: both regimes of the plan itself.
+@dataclass
+class StrictCost:
+    """The plan's twin on some windows of one length, in both regimes; it runs in PyTorch by the plan's operator. Only where `has_twin`."""
 
-    `cost` is strict less plain, in nats of the target token, token by token. The twin runs in PyTorch by the plan's operator. Only
-    where `has_twin`.
-    """
-    length = window.inputs.shape[1]
-    name = name_of(_with_twin(bench.plan, length)[0])
-    other = STRICT if name == BLOCKS else BLOCKS
-    operator = Operator(f"{other}, {bench.operator.name}", lambda q, k, v, config, lengths: bench.operator(q, k, v, twin(config), lengths))
-    bench.step(f"{length:,} tokens: {operator.name}")
-    found = dict(zip((name, other), (own, both_regimes(bench, window, exact, operator)), strict=True))
-    regimes = {"all_positions": ALL_BLOCK, "prefill_exact_decode": TAIL_BLOCK}
-    result: dict = {"length": length, "own": name}
-    for number, (regime, block) in enumerate(regimes.items()):
-        plain, strict = found[BLOCKS][number], found[STRICT][number]
-        result[regime] = {
-            "blocks": summarise([plain], block),
-            "strict": summarise([strict], block),
-            "cost": asdict(estimate([strict.nll_ours - plain.nll_ours], block)),
-        }
-    return result
+    bench: Workbench
+    length: int
+    twins: list[tuple[TokenMetrics, TokenMetrics]] = field(default_factory=list)
+
+    def add(self, window: Window, exact: Tensor) -> None:
+        """The next window, whose exact logits are [S, vocabulary]."""
+        operator = self.bench.operator
+        other = Operator(f"{self._names[1]}, {operator.name}", lambda q, k, v, config, lengths: operator(q, k, v, twin(config), lengths))
+        self.bench.step(f"{self.length:,} tokens: {other.name}")
+        self.twins.append(both_regimes(self.bench, window, exact, other))
+
+    @property
+    def _names(self) -> tuple[str, str]:
+        """What the plan is, and what its twin."""
+        own = name_of(_with_twin(self.bench.plan, self.length)[0])
+        return own, STRICT if own == BLOCKS else BLOCKS
+
+    def row(self, everywhere: Sequence[TokenMetrics], tails: Sequence[TokenMetrics]) -> dict:
+        """report.json's `look_ahead.strict`, beside the plan's own metrics of the same windows.
+
+        `cost` is strict less plain, in nats of the target token, token by token.
+        """
+        result: dict = {"length": self.length, "own": self._names[0]}
+        regimes = {"all_positions": ALL_BLOCK, "prefill_exact_decode": TAIL_BLOCK}
+        for (regime, block), own, other in zip(regimes.items(), (everywhere, tails), zip(*self.twins, strict=True), strict=True):
+            found = dict(zip(self._names, (list(own), list(other)), strict=True))
+            pairs = zip(found[STRICT], found[BLOCKS], strict=True)
+            result[regime] = {
+                "blocks": summarise(found[BLOCKS], block),
+                "strict": summarise(found[STRICT], block),
+                "cost": asdict(estimate([strict.nll_ours - plain.nll_ours for strict, plain in pairs], block)),
+            }
+        return result
