@@ -5,12 +5,38 @@
 #include "sm90_kernels.h"
 #include "sm90_loader.cuh"
 #include "sm90_planner.cuh"
+#include "sm90_runs_loader.cuh"
+#include "sm90_runs_worker.cuh"
 #include "sm90_tile_map.h"
 #include "sm90_worker.cuh"
 #include "walk_nodes.cuh"
 #include "walk_positions.cuh"
 
 namespace ha {
+
+// Once the barriers of a block of threads are initialised by its first thread, all may use them.
+template <class Block>
+HA_DEVICE void start_block(const Block& block, const HopperArgs& args) {
+  if (thread_index() == 0) {
+    block.init_barriers();
+    prefetch_map(args.queries);
+    prefetch_map(args.keys);
+    prefetch_map(args.values);
+  }
+  sync_block();
+}
+
+// Calls body(turn, slice, tile) for the tiles of this block of threads.
+template <class Body>
+HA_DEVICE void each_tile(const HopperSchedule& schedule, Body&& body) {
+  for (int turn = 0; turn * grid_size() < schedule.count; ++turn) {
+    const int64_t index = schedule.at(block_index(), grid_size(), turn);
+    if (index >= schedule.count) break;
+    int64_t slice, tile;
+    schedule.find(index, slice, tile);
+    body(turn, slice, tile);
+  }
+}
 
 template <class T, int P, class Walk>
 HA_KERNEL((hopper_table(P).threads()), 1) hopper_kernel(const HA_CONSTANT HopperArgs args) {
@@ -19,41 +45,50 @@ HA_KERNEL((hopper_table(P).threads()), 1) hopper_kernel(const HA_CONSTANT Hopper
   const HopperSchedule& schedule = args.config.schedule;
   unsigned char* const shared = shared_memory();
   const Block block{args, shared, shared_address(shared)};
-  if (thread_index() == 0) {
-    block.init_barriers();
-    prefetch_map(args.queries);
-    prefetch_map(args.keys);
-    prefetch_map(args.values);
-  }
-  sync_block();
-  // Calls body(turn, slice, tile) for this block's tiles.
-  const auto each_tile = [&](auto&& body) {
-    for (int turn = 0; turn * grid_size() < schedule.count; ++turn) {
-      const int64_t index = schedule.at(block_index(), grid_size(), turn);
-      if (index >= schedule.count) break;
-      int64_t slice, tile;
-      schedule.find(index, slice, tile);
-      body(turn, slice, tile);
-    }
-  };
+  start_block(block, args);
   constexpr HopperTable kTable = hopper_table(P);
-  const int group = thread_index() / 128;  // those that compute come first: warp groups begin at multiples of 128 threads
+  // Those that compute come first: warp groups begin at multiples of 128 threads.
+  const int group = int(uniform(thread_index() / 128));
   if (group < kTable.groups) {
     take_registers<kTable.worker_registers>();
     Worker<T, P, Walk> worker{block, g, group, thread_index() % 128};
     worker.start();
-    each_tile([&](int turn, int64_t slice, int64_t) { worker.run(turn, slice); });
+    each_tile(schedule, [&](int turn, int64_t slice, int64_t) { worker.run(turn, slice); });
     return;
   }
   give_registers<kTable.loader_registers>();
   const int thread = thread_index() - kTable.groups * 128;
   if (thread < kTable.planners) {
     Planner<T, P, Walk> planner{block, g, thread};
-    each_tile([&](int turn, int64_t slice, int64_t tile) { planner.run(turn, slice, tile); });
+    each_tile(schedule, [&](int turn, int64_t slice, int64_t tile) { planner.run(turn, slice, tile); });
   } else {
     Loader<T, P, Walk> loader{block, g, thread - kTable.planners};
-    each_tile([&](int turn, int64_t slice, int64_t) { loader.run(turn, slice); });
+    each_tile(schedule, [&](int turn, int64_t slice, int64_t) { loader.run(turn, slice); });
     loader.publish_all();
+  }
+}
+
+// The same for runs of keys alone.
+template <class T, int P>
+HA_KERNEL((run_table(P).threads()), 1) hopper_runs_kernel(const HA_CONSTANT HopperArgs args) {
+  constexpr RunTable kTable = run_table(P);
+  const Geometry g(args.p);
+  const HopperSchedule& schedule = args.config.schedule;
+  const RunBlock<P> block{shared_address(shared_memory())};
+  start_block(block, args);
+  const int group = int(uniform(thread_index() / 128));
+  if (group < kTable.groups) {
+    take_registers<kTable.worker_registers>();
+    RunWorker<T, P> worker{block, args, g, group, thread_index() % 128};
+    worker.start();
+    each_tile(schedule, [&](int turn, int64_t slice, int64_t tile) { worker.run(turn, int(slice), int(tile)); });
+  } else {
+    give_registers<kTable.loader_registers>();  // by all of a warp group, of which one warp has a duty
+    const int lane = thread_index() - kTable.groups * 128;
+    if (lane < 32) {
+      RunLoader<T, P> loader{block, args, g, lane};
+      each_tile(schedule, [&](int turn, int64_t slice, int64_t tile) { loader.run(turn, int(slice), int(tile)); });
+    }
   }
 }
 
@@ -74,7 +109,11 @@ void launch_hopper(const AttendArgs& args) {
   if (has_nodes(g))
     for (int level = 0; level < g.levels(); ++level) run(NodeWalk<HopperShape<P>>{}, hopper_node_config(g, P, level));
   // Nodes of a problem that is not causal hold every row: without sinks nothing is left.
-  if (!has_nodes(g) || g.a.causal || g.a.sinks) run(PositionWalk<HopperShape<P>>{}, hopper_position_config(g, P));
+  if (has_nodes(g) && !g.a.causal && !g.a.sinks) return;
+  if (!meets_runs(g)) return run(PositionWalk<HopperShape<P>>{}, hopper_position_config(g, P));
+  hopper.config = hopper_runs_config(g, P);
+  const int64_t blocks = min64(hopper.config.schedule.count, processors);
+  launch<hopper_runs_kernel<T, P>>(blocks, run_table(P).threads(), size_t(hopper.config.shared.bytes), args.p.stream, hopper);
 }
 
 }  // namespace ha

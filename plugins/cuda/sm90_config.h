@@ -20,6 +20,15 @@ struct HopperTable {
 };
 HA_INLINE constexpr HopperTable hopper_table(int padded) { return {2, 128, padded <= 64 ? 8 : 5, 4, 128, 128, 40, 216}; }
 
+// The same where a tile meets runs of consecutive keys alone: nothing is listed, so that nobody plans and one warp loads. Two tiles'
+// queries are held.
+struct RunTable {
+  int groups, keys, buffers, loader_registers, worker_registers;
+  HA_INLINE constexpr int rows() const { return groups * kGroupRows; }
+  HA_INLINE constexpr int threads() const { return groups * 128 + 128; }
+};
+HA_INLINE constexpr RunTable run_table(int padded) { return padded <= 64 ? RunTable{3, 128, 9, 32, 160} : RunTable{2, 128, 5, 24, 240}; }
+
 // Whether the Hopper kernels take a problem: 16-bit elements and head sizes up to 128 on compute capability 9.0. Query blocks shorter
 // than a warp group's rows would leave most of them idle at each list of keys: they stay with the portable kernels.
 inline bool uses_hopper(const Geometry& g, int32_t dtype, int compute_capability) {
@@ -27,6 +36,8 @@ inline bool uses_hopper(const Geometry& g, int32_t dtype, int compute_capability
   if (max64(g.head_dim, g.head_dim_v) > 128 || g.seq_k == 0) return false;
   return g.exact() || g.a.block_size >= kGroupRows || (!g.sorts() && g.a.num_blocks + g.a.sample_size == 0);
 }
+// Whether its positions meet runs of keys alone: the exact path, and what nodes of `sortlsh` leave.
+inline bool meets_runs(const Geometry& g) { return g.exact() || g.sorts() || g.a.num_blocks + g.a.sample_size == 0; }
 constexpr int hopper_head(int64_t most) { return most <= 64 ? 64 : 128; }
 
 constexpr int kDigestBytes = 16;
@@ -54,14 +65,24 @@ HA_INLINE constexpr HopperShared hopper_shared(int padded, int query_blocks, int
   return s;
 }
 
+// The same for runs of keys: two tiles' queries, the ring, and from here on the barriers.
+HA_INLINE constexpr int runs_barriers(int padded) {
+  const RunTable t = run_table(padded);
+  return (2 * t.rows() + t.buffers * t.keys) * padded * 2;
+}
+HA_INLINE constexpr int runs_bytes(int padded) { return runs_barriers(padded) + (2 * run_table(padded).buffers + 4) * 8; }
+static_assert(runs_bytes(64) <= kHopperSharedLimit && runs_bytes(128) <= kHopperSharedLimit);
+
 // Query blocks of 64 rows and more: a tile touches three at most.
 static_assert(hopper_shared(64, 3, 64).bytes <= kHopperSharedLimit && hopper_shared(128, 3, 64).bytes <= kHopperSharedLimit);
 
 // The tiles of all batch rows and heads in the order they are worked on. Each block of threads takes one after the other, and the
 // blocks' directions alternate, so that all get a like share of long and short tiles. Heads whose keys and values fit the cache
-// together are worked on together.
+// together are worked on together; where tiles' lengths fall steadily, every other group of heads is taken from its last tile on, so that
+// neighbours in the order stay alike, and the very last are short.
 struct HopperSchedule {
   int64_t tiles, slices, together, count;
+  bool steady;
 
   HA_INLINE int64_t at(int64_t block, int64_t blocks, int64_t turn) const {
     return turn * blocks + (turn % 2 ? blocks - 1 - block : block);
@@ -71,14 +92,17 @@ struct HopperSchedule {
     const int64_t width = min64(together, slices - group * together);
     slice = group * together + rest % width;
     tile = rest / width;
+    if (steady && ((slices - 1) / together - group) % 2) tile = tiles - 1 - tile;
   }
 };
 
-inline HopperSchedule hopper_schedule(const Geometry& g, int64_t tiles) {
+// `least` query heads are worked on together even if the cache does not hold them.
+inline HopperSchedule hopper_schedule(const Geometry& g, int64_t tiles, bool steady = false, int64_t least = 1) {
   constexpr int64_t kCacheBytes = 24 << 20;
-  HopperSchedule s{tiles, g.batch * g.heads_q, 1, 0};
-  const int64_t bytes = g.seq_k * (g.head_dim + g.head_dim_v) * 2;
-  s.together = min64(max64(1, kCacheBytes / bytes) * g.group(), max64(s.slices, 1));
+  HopperSchedule s{tiles, g.batch * g.heads_q, 1, 0, steady};
+  const int64_t bytes = g.seq_k * (g.head_dim + g.head_dim_v) * 2, heads = max64(g.batch * g.heads_kv, 1);
+  const int64_t most = min64(max64(kCacheBytes / bytes, ceil_div(least, g.group())), heads);
+  s.together = ceil_div(heads, ceil_div(heads, most)) * g.group();
   s.count = s.tiles * s.slices;
   return s;
 }
@@ -96,12 +120,20 @@ HA_INLINE constexpr AttendShape hopper_shape(int padded) {
 inline HopperConfig hopper_config(const Geometry& g, const AttendConfig& attend, int padded, int num_blocks) {
   return {attend, hopper_schedule(g, attend.tiles), hopper_shared(padded, attend.query_blocks, num_blocks)};
 }
-// Local part, sinks, and everything of `blocks` and of the exact path.
+// Everything of `blocks`.
 inline HopperConfig hopper_position_config(const Geometry& g, int padded) {
-  AttendConfig attend = position_config(g, hopper_shape(padded), padded * 2);
-  // Short query blocks come without lists (uses_hopper), whose biases would not fit.
-  if (g.a.num_blocks + g.a.sample_size == 0) attend.query_blocks = 0;
-  return hopper_config(g, attend, padded, g.a.num_blocks);
+  return hopper_config(g, position_config(g, hopper_shape(padded), padded * 2), padded, g.a.num_blocks);
+}
+// Where positions meet runs alone. Tiles differ in length: all blocks of threads get a like share where some 16 rounds go to the heads that
+// are together; with up to 32 of these, four blocks still read the same head's keys at a time.
+inline HopperConfig hopper_runs_config(const Geometry& g, int padded) {
+  constexpr int64_t kTilesTogether = 2048, kMostHeads = 32;
+  const RunTable t = run_table(padded);
+  const AttendConfig attend = position_config(g, {t.groups, kGroupRows, t.keys, t.buffers, 1}, padded * 2);
+  HopperShared shared{};
+  shared.bytes = runs_bytes(padded);
+  const int64_t least = min64(ceil_div(kTilesTogether, max64(attend.tiles, 1)), kMostHeads);
+  return {attend, hopper_schedule(g, attend.tiles, g.a.causal != 0, least), shared};
 }
 // One level of `sortlsh`.
 inline HopperConfig hopper_node_config(const Geometry& g, int padded, int level) {

@@ -5,15 +5,16 @@
 
 namespace ha {
 
-template <class T, int P>
-struct GroupState {
-  static constexpr int kKeys = hopper_table(P).keys, kRows = hopper_table(P).rows();
+// The same in all threads of a warp, and known to be: what depends on it alone lies in the warp's registers.
+HA_DEVICE uint32_t uniform(uint32_t x) { return uint32_t(shuffle(int(x), 0)); }
 
+template <class T, int P, int kKeys, int kRows>
+struct GroupState {
   float o[P / 2];
   float logits[kKeys / 2];     // of the current step
   uint32_t p[kKeys / 4];       // probabilities of the step whose values are added
-  float largest[2], sum[2];    // of each row: running maximum (base 2) and this thread's part of the sum
-  float keep[2];               // what the current step leaves of o
+  float largest[2], sum[2];    // of each row: what its exponentials refer to (base 2) and this thread's part of their sum
+  float keep[2];               // what the current step leaves of o, where it raises `largest`
 
   HA_DEVICE void clear() {
 #pragma unroll
@@ -43,53 +44,81 @@ struct GroupState {
     product_commit();
   }
 
-  // Logits become probabilities; `factor` turns logits into base 2.
-  HA_DEVICE void softmax(float factor) {
-    float top[2];
+  // Whether, in a row of this warp, the logits exceed `largest` by so much that it rises; `factor` turns logits into base 2. It follows
+  // the maximum with a delay: powers of 2 up to 2^kRise are summed as well as those up to 1, and o is scaled less often.
+  HA_DEVICE bool raise(float factor) {
+    constexpr float kRise = 8.0f;
+    float top[2], limit[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      constexpr int kChains = 4;
-      float most[kChains];
-#pragma unroll
-      for (int i = 0; i < kKeys / 8; ++i) {
-        const float pair = fmaxf(logits[4 * i + 2 * half], logits[4 * i + 2 * half + 1]);
-        most[i % kChains] = i < kChains ? pair : fmaxf(most[i % kChains], pair);
-      }
-      top[half] = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
-    }
+    for (int half = 0; half < 2; ++half) limit[half] = largest[half] + kRise, top[half] = highest(half);
 #pragma unroll
     for (int mask = 1; mask < 4; mask *= 2)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) top[half] = fmaxf(top[half], shuffle_xor(top[half], mask));
-    float base[2];
+      for (int half = 0; half < 2; ++half) {
+        const int bits = int(float_bits(top[half]));
+        top[half] = bits_float(uint32_t(max(bits, shuffle_xor(bits, mask))));
+      }
+    // Without a logit that is not negative, `highest` has found none of the largest; that matters where the limit is negative, too.
+    if (ballot(int((float_bits(top[0]) & float_bits(limit[0])) | (float_bits(top[1]) & float_bits(limit[1]))) < 0)) find_maxima(top);
+    bool rises[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) top[half] *= factor, rises[half] = top[half] > limit[half];
+    if (!ballot(rises[0] || rises[1])) return false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      top[half] = fmaxf(top[half] * factor, largest[half]);
-      base[half] = top[half] == -INFINITY ? 0.0f : top[half];  // a row that has seen nothing stays at zero, not NaN
-      keep[half] = exp2_fast(largest[half] - base[half]);
-      largest[half] = top[half];
+      const float before = largest[half];
+      if (rises[half]) largest[half] = top[half];
+      keep[half] = exp2_fast(before - base(half));
+      sum[half] *= keep[half];
     }
+    return true;
+  }
+  HA_DEVICE void rescale() {
+#pragma unroll
+    for (int i = 0; i < P / 2; ++i) o[i] *= keep[i / 2 % 2];
+  }
+
+  // Logits become probabilities, the left operand of the values' product.
+  HA_DEVICE void take_probabilities(float factor) {
+    const float bases[2] = {base(0), base(1)};
     float total[2][2] = {};
 #pragma unroll
     for (int i = 0; i < kKeys / 2; i += 2) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        logits[i + e] = exp2_fast(fmaf(logits[i + e], factor, -base[i / 2 % 2]));
+        logits[i + e] = exp2_fast(fmaf(logits[i + e], factor, -bases[i / 2 % 2]));
         total[i / 2 % 2][e] += logits[i + e];
       }
+      p[i / 2] = pack<T>(logits[i], logits[i + 1]);
     }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) sum[half] = sum[half] * keep[half] + (total[half][0] + total[half][1]);
+    for (int half = 0; half < 2; ++half) sum[half] += total[half][0] + total[half][1];
   }
 
-  // After the step before has been added: o is scaled for the new maximum, and the probabilities become the left operand.
-  HA_DEVICE void take_probabilities() {
-    if (ballot(keep[0] != 1.0f || keep[1] != 1.0f)) {  // rare after the first steps
+ private:
+  // A row that has seen nothing stays at zero, not NaN.
+  HA_DEVICE float base(int half) const { return largest[half] == -INFINITY ? 0.0f : largest[half]; }
+
+  // Floats that are not negative are ordered as their bits are, of which three are compared at once: the largest of this thread's
+  // logits of a row, or a negative one where all are.
+  HA_DEVICE float highest(int half) const {
+    constexpr int kChains = 4;
+    int most[kChains];
 #pragma unroll
-      for (int i = 0; i < P / 2; ++i) o[i] *= keep[i / 2 % 2];
+    for (int i = 0; i < kKeys / 8; ++i) {
+      const int x = int(float_bits(logits[4 * i + 2 * half])), y = int(float_bits(logits[4 * i + 2 * half + 1]));
+      most[i % kChains] = i < kChains ? max(x, y) : max(max(most[i % kChains], x), y);
     }
+    return bits_float(uint32_t(max(max(most[0], most[1]), max(most[2], most[3]))));
+  }
+  HA_DEVICE void find_maxima(float (&top)[2]) const {
 #pragma unroll
-    for (int i = 0; i < kKeys / 4; ++i) p[i] = pack<T>(logits[2 * i], logits[2 * i + 1]);
+    for (int half = 0; half < 2; ++half) {
+      top[half] = -INFINITY;
+#pragma unroll
+      for (int i = 0; i < kKeys / 4; ++i) top[half] = fmaxf(top[half], logits[i / 2 * 4 + 2 * half + i % 2]);
+      for (int mask = 1; mask < 4; mask *= 2) top[half] = fmaxf(top[half], shuffle_xor(top[half], mask));
+    }
   }
 };
 

@@ -2,6 +2,7 @@
 // other, while another group has its softmax.
 #pragma once
 #include "sm90_state.cuh"
+#include "sm90_store.cuh"
 #include "sm90_tile.cuh"
 
 namespace ha {
@@ -9,7 +10,7 @@ namespace ha {
 template <class T, int P, class Walk>
 struct Worker {
   using Block = HopperBlock<T, P, Walk>;
-  using State = GroupState<T, P>;
+  using State = GroupState<T, P, Block::kKeys, Block::kRows>;
 
   static constexpr int kKeys = Block::kKeys, kFirstTurn = 3;
 
@@ -49,19 +50,18 @@ struct Worker {
       state.start_keys(queries, block.buffer(place.index));
       product_wait<0>();
       finish_keys(state, walk, digest, parity, factor);
-      state.take_probabilities();
       Place values = leave(left);
       while (next(left, digest)) {
-        if (in_turns) sync_named(kFirstTurn + group, 256);
         barrier_wait(block.full(values.index), values.phase);
-        state.start_values(block.buffer(values.index));
-        state.start_keys(queries, block.buffer(place.index));
+        const uint32_t values_at = uniform(block.buffer(values.index)), keys_at = uniform(block.buffer(place.index));
+        if (in_turns) sync_named(kFirstTurn + group, 256);
+        state.start_values(values_at);
+        state.start_keys(queries, keys_at);
         if (in_turns) arrive_named(kFirstTurn + (group ^ 1), 256);
         product_wait<0>();
         fence_registers(state.o);
         release(block.free(values.index), thread);
         finish_keys(state, walk, digest, parity, factor);
-        state.take_probabilities();
         values = leave(left);
       }
       release(block.queries_free(), thread);
@@ -73,15 +73,16 @@ struct Worker {
     } else {
       release(block.queries_free(), thread);
     }
-    if (block.args.config.attend.stored) store<true>(state, parity, slice);
-    else store<false>(state, parity, slice);
+    const auto stored_row = [&](int half) { return block.row(parity, row_of(half)); };
+    if (block.args.config.attend.stored) store_rows<T, P, true>(block.args, state, thread, slice, stored_row);
+    else store_rows<T, P, false>(block.args, state, thread, slice, stored_row);
     release(block.tile_done(parity), thread);
   }
 
  private:
-  // It pays where tiles are long or the softmax takes longer than the products.
+  // It pays where the softmax takes longer than the products.
   HA_DEVICE bool takes_turns(const Walk& walk) const {
-    if constexpr (Walk::kConsecutive && Block::kTable.groups == 2) return (P == 64 || walk.exact) && walk.every_warp();
+    if constexpr (Walk::kConsecutive && Block::kTable.groups == 2 && P == 64) return walk.every_warp();
     return false;
   }
 
@@ -125,14 +126,15 @@ struct Worker {
     return true;
   }
 
-  // From the products to probabilities.
+  // From the products to probabilities; those of the step before have been added.
   HA_DEVICE void finish_keys(State& state, const Walk& walk, const Digest& digest, int parity, float factor) {
     fence_registers(state.logits);
     release_buffer();
     const Mode mode = Walk::kConsecutive ? digest.mode(group) : Mode::kBiased;
     if (mode == Mode::kBiased) add_bias(state, walk, parity);
     else if (mode == Mode::kMasked) mask(state, walk, digest, parity);
-    state.softmax(factor);
+    if (state.raise(factor)) state.rescale();
+    state.take_probabilities(factor);
   }
   // The step is done but for its values, whose buffer this gives.
   HA_DEVICE Place leave(int& left) {
@@ -183,60 +185,6 @@ struct Worker {
       }
     }
   }
-
-  // Divides by the sums and writes O and LSE. kStored: rows may have met keys in earlier launches; then the stored output counts as the
-  // value of one more key.
-  template <bool kStored>
-  HA_DEVICE void store(State& state, int parity, int64_t slice) const {
-    const HopperArgs& args = block.args;
-    const int v_row = int(args.p.head_dim_v) * 2, t = thread % 4;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const Row row = block.row(parity, row_of(half));
-      const int64_t at = slice * args.p.seq_q + max(row.index, 0);
-      char* const out = static_cast<char*>(args.p.out) + at * v_row;
-      Words4 seen[P / 32];
-      float seen_lse = -INFINITY;
-      if constexpr (kStored) {
-        const bool known = row.index >= 0 && row.stored;
-        if (known) seen_lse = args.lse[at];
-#pragma unroll
-        for (int m = 0; m < P / 32; ++m) seen[m] = known && byte_of(m) < v_row ? *reinterpret_cast<const Words4*>(out + byte_of(m)) : Words4{};
-      }
-      float total = state.sum[half];
-      total += shuffle_xor(total, 1);
-      total += shuffle_xor(total, 2);
-      float top = state.largest[half], scale = 1.0f, weight = 0.0f;
-      if (kStored && seen_lse != -INFINITY) {
-        top = fmaxf(top, seen_lse * kLog2E);
-        scale = exp2_fast(state.largest[half] - top);
-        weight = exp2_fast(seen_lse * kLog2E - top);
-        total = total * scale + weight;
-      }
-      const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
-      scale *= inverse;
-      weight *= inverse;
-      if (args.lse && t == 0 && row.index >= 0) args.lse[at] = total == 0.0f ? -INFINITY : (top + log2f(total)) * kLn2;
-#pragma unroll
-      for (int m = 0; m < P / 32; ++m) {
-        if constexpr (kStored) transpose_quad(seen[m].w, thread);
-        Words4 piece;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float x = state.o[(4 * m + i) * 4 + 2 * half] * scale, y = state.o[(4 * m + i) * 4 + 2 * half + 1] * scale;
-          if constexpr (kStored) {
-            x = fmaf(to_float(T{uint16_t(seen[m].w[i])}), weight, x);
-            y = fmaf(to_float(T{uint16_t(seen[m].w[i] >> 16)}), weight, y);
-          }
-          piece.w[i] = pack<T>(x, y);
-        }
-        transpose_quad(piece.w, thread);
-        if (row.index >= 0 && byte_of(m) < v_row) *reinterpret_cast<Words4*>(out + byte_of(m)) = piece;
-      }
-    }
-  }
-  // Of a row, where the thread's piece m lies.
-  HA_DEVICE int byte_of(int m) const { return (4 * m + thread % 4) * 16; }
 };
 
 }  // namespace ha

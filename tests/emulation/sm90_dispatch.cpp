@@ -12,17 +12,18 @@ HA_TEST int ha_emulated_uses_hopper(const HaParams* p, int capability) { return 
 HA_TEST int ha_emulated_hopper_bytes(const HaParams* p) {
   const ha::Geometry g(*p);
   const int padded = ha::hopper_head(ha::max64(g.head_dim, g.head_dim_v));
-  int most = ha::hopper_position_config(g, padded).shared.bytes;
+  int most = (ha::meets_runs(g) ? ha::hopper_runs_config(g, padded) : ha::hopper_position_config(g, padded)).shared.bytes;
   if (ha::has_nodes(g))
     for (int level = 0; level < g.levels(); ++level) most = int(ha::max64(most, ha::hopper_node_config(g, padded, level).shared.bytes));
   return most;
 }
 
 // What is wrong with the order of tiles on so many processors: 0 = nothing, 1 = a tile left out or taken twice, 2 = a block of threads
-// meets tiles out of turn, 3 = query heads of one key head apart.
-HA_TEST int ha_emulated_schedule_mistake(const HaParams* p, int64_t tiles, int64_t processors) {
+// meets tiles out of turn, 3 = query heads of one key head apart, 4 = far fewer than `least` heads together.
+HA_TEST int ha_emulated_schedule_mistake(const HaParams* p, int64_t tiles, int64_t processors, int64_t least) {
   const ha::Geometry g(*p);
-  const ha::HopperSchedule s = ha::hopper_schedule(g, tiles);
+  const ha::HopperSchedule s = ha::hopper_schedule(g, tiles, least > 1, least);
+  if (2 * s.together < ha::min64(least, s.slices)) return 4;
   const int64_t blocks = ha::min64(s.count, processors);
   std::vector<int> seen(size_t(g.batch * g.heads_q * tiles));
   if (s.count != int64_t(seen.size())) return 1;

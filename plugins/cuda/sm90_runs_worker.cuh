@@ -1,0 +1,157 @@
+// A warp group that computes on runs of keys: 64 query rows of each tile. Products of a step's keys and of the values of the step before
+// are started together; maxima are sought while the latter run, exponentials follow while other groups' products run.
+#pragma once
+#include "sm90_runs.cuh"
+#include "sm90_store.cuh"
+
+namespace ha {
+
+template <class T, int P>
+struct RunWorker {
+  using Block = RunBlock<P>;
+  using State = GroupState<T, P, Block::kKeys, Block::kRows>;
+  using Place = RingPlace<Block::kBuffers>;
+  static constexpr int kGroups = Block::kTable.groups, kKeys = Block::kKeys, kFirstTurn = 1;
+
+  // Of one part of the walk, the group takes part in steps start to stop - 1 and masks those before `plain` and from `edge` on.
+  struct Span {
+    int start, plain, edge, stop;
+  };
+
+  const Block& block;
+  const HopperArgs& args;
+  const Geometry& g;
+  int group, thread;
+  Place place;
+  Span span;
+
+  // Before the first tile.
+  HA_DEVICE void start() const {
+    if (group == kGroups - 1) give_turn();
+  }
+
+  HA_DEVICE void run(int turn, int slice, int tile) {
+    const int parity = turn & 1;
+    RunWalk<P> walk;
+    walk.start(args.p, args.config.attend, g, tile, slice / int(g.heads_q));
+    const float factor = base2_factor(g);
+    const uint32_t queries = block.queries(parity) + group * kGroupRows * 128;
+    State state;
+    state.clear();
+    barrier_wait(block.queries_ready(parity), turn >> 1 & 1);
+    int j = 0;
+    look(walk, 0);
+    Mode mode = next(walk, j);
+    if (mode != Mode::kSkip) {
+      barrier_wait(block.full(place.index), place.phase);
+      take_turn();
+      state.start_keys(queries, block.buffer(place.index));
+      give_turn();
+      product_wait<0>();
+      finish_keys(state, walk, mode, j);
+      if (state.raise(factor)) state.rescale();
+      state.take_probabilities(factor);
+      Place values = leave(j);
+      while ((mode = next(walk, j)) != Mode::kSkip) {
+        barrier_wait(block.full(values.index), values.phase);
+        barrier_wait(block.full(place.index), place.phase);
+        const uint32_t keys_at = uniform(block.buffer(place.index)), values_at = uniform(block.buffer(values.index));
+        const uint32_t queries_at = uniform(queries);
+        take_turn();
+        state.start_keys(queries_at, keys_at);
+        state.start_values(values_at);
+        give_turn();
+        product_wait<1>();
+        finish_keys(state, walk, mode, j);
+        const bool rises = state.raise(factor);
+        product_wait<0>();
+        fence_registers(state.o);
+        release(block.free(values.index), thread);
+        if (rises) state.rescale();
+        state.take_probabilities(factor);
+        values = leave(j);
+      }
+      release(block.queries_free(parity), thread);
+      barrier_wait(block.full(values.index), values.phase);
+      state.start_values(block.buffer(values.index));
+      product_wait<0>();
+      fence_registers(state.o);
+      release(block.free(values.index), thread);
+    } else {
+      release(block.queries_free(parity), thread);
+    }
+    const auto row_of = [&](int half) {
+      const int position = walk.first + row(half);
+      const bool present = position >= walk.first_row && position <= walk.last_row;
+      const bool stored = present && args.config.attend.stored && g.levels_of(position, walk.length) != 0;
+      return Row{0, 0, present ? position - walk.row0 : -1, stored};
+    };
+    if (args.config.attend.stored) store_rows<T, P, true>(args, state, thread, slice, row_of);
+    else store_rows<T, P, false>(args, state, thread, slice, row_of);
+  }
+
+ private:
+  // The groups start their products one after the other, so that some have their softmax while one's products run. Steps that a group
+  // passes over are turns, too.
+  HA_DEVICE void take_turn() const { sync_named(kFirstTurn + group, 256); }
+  HA_DEVICE void give_turn() const { arrive_named(kFirstTurn + (group == kGroups - 1 ? 0 : group + 1), 256); }
+
+  HA_DEVICE int row(int half) const { return group * kGroupRows + thread / 32 * 16 + thread % 32 / 4 + 8 * half; }
+
+  // The steps of j's part of the walk that the group takes part in.
+  HA_DEVICE void look(const RunWalk<P>& walk, int j) {
+    const int from = max(walk.first + group * kGroupRows, walk.first_row);
+    const int to = min(walk.first + group * kGroupRows + kGroupRows - 1, walk.last_row);
+    const Bounds low = walk.bounds(g, j, from), high = walk.bounds(g, j, to);
+    const int start = walk.key(j), stop = j < walk.local_steps ? walk.local_steps : walk.total;
+    span = {j + (low.low - start) / kKeys, j + steps_of<kKeys>(high.low - start), j + (low.high - start) / kKeys,
+            from <= to ? min(j + steps_of<kKeys>(high.high - start), stop) : j};
+  }
+  // The first step from j on that the group takes part in, or kSkip at the end. The others' buffers are passed over.
+  HA_DEVICE Mode next(const RunWalk<P>& walk, int& j) {
+    for (;; ++j) {
+      if (j == walk.local_steps) look(walk, j);
+      if (j >= span.start && j < span.stop) return j >= span.plain && j < span.edge ? Mode::kPlain : Mode::kMasked;
+      if (j >= walk.total) return Mode::kSkip;
+      for (int i = 0; i < 2; ++i) {
+        barrier_wait(block.full(place.index), place.phase);
+        if (i == 0) take_turn(), give_turn();
+        release_buffer();
+      }
+    }
+  }
+  HA_DEVICE void release_buffer() {
+    release(block.free(place.index), thread);
+    place.advance();
+  }
+  HA_DEVICE void finish_keys(State& state, const RunWalk<P>& walk, Mode mode, int j) {
+    fence_registers(state.logits);
+    release_buffer();
+    if (mode == Mode::kMasked) mask(state, walk, j);
+  }
+  HA_DEVICE Place leave(int& j) {
+    const Place values = place;
+    place.advance();
+    ++j;
+    return values;
+  }
+  HA_DEVICE void mask(State& state, const RunWalk<P>& walk, int j) const {
+    const int column = walk.key(j) + thread % 4 * 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Bounds b = walk.bounds(g, j, walk.first + row(half));
+      const uint32_t seen = columns_below(b.high - column) & ~columns_below(b.low - column);
+#pragma unroll
+      for (int i = 0; i < kKeys / 4; ++i)
+        if (!(seen >> i & 1)) state.logits[i / 2 * 4 + 2 * half + i % 2] = -INFINITY;
+    }
+  }
+  // Of a thread's columns 0, 1, 8, 9, 16, 17 ... those below n, as bits.
+  HA_DEVICE static uint32_t columns_below(int n) {
+    static_assert(kKeys / 4 == 32);
+    const int count = n <= 0 ? 0 : n / 8 * 2 + min(n % 8, 2);
+    return count >= 32 ? ~0u : (1u << count) - 1;
+  }
+};
+
+}  // namespace ha
