@@ -28,7 +28,6 @@ struct PoolArgs {
   HaParams p;
   int32_t side;
   Pools fine, coarse;  // one pass writes both; the smaller number of rows divides the larger
-  int32_t together = 0;  // rows that are read at once, among which no pool ends: launch_pools fills this in
 };
 
 struct SelectArgs {

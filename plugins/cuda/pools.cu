@@ -7,8 +7,11 @@ namespace ha {
 namespace {
 
 constexpr int kPoolThreads = 256;
-constexpr int kBatch = 4;    // most rows in flight at once
+constexpr int kBatch = 4;    // most rows that are summed at once
+constexpr int kStages = 3;   // such batches in the ring
 constexpr int kPerLane = 8;  // elements of a row that one lane holds
+template <class T>
+constexpr int pool_blocks = sizeof(T) == 4 ? 2 : 4;  // of threads that a multiprocessor holds
 
 // Neighbouring lanes that share a row, a power of two for the reductions. Those past the head size hold zeros, which they
 // also write where the pools' stride is longer.
@@ -19,6 +22,9 @@ HA_INLINE Range pool_units(const Geometry& g, bool queries, int64_t rows) {
   return queries ? g.query_pools(rows) : Range{0, g.key_pools(rows)};
 }
 
+// Units that the same lanes make, where each makes one in `blocks` blocks of threads: more where enough blocks are left.
+HA_INLINE int64_t pool_run(int64_t blocks) { return max64(1, min64(blocks / 2048, 8)); }
+
 // rint(x / a), at most 127 either way, as bytes. Quotients come from one product with the inverse wherever its error cannot change
 // what they round to.
 HA_DEVICE void quantise(const float (&x)[kPerLane], float a, uint32_t (&packed)[2]) {
@@ -28,8 +34,8 @@ HA_DEVICE void quantise(const float (&x)[kPerLane], float a, uint32_t (&packed)[
   uint32_t bytes[kPerLane];
   float farthest = a > 1e-30f && a < 1e30f ? 0.0f : 1.0f;
   for (int i = 0; i < kPerLane; ++i) {
-    const float quotient = mul_rn(x[i], inverse), sum = add_rn(quotient, kShift);
-    farthest = fmaxf(farthest, fabsf(add_rn(quotient, -add_rn(sum, -kShift))));
+    const float sum = fma_rn(x[i], inverse, kShift);
+    farthest = fmaxf(farthest, fabsf(fma_rn(x[i], inverse, -add_rn(sum, -kShift))));
     bytes[i] = float_bits(sum);
   }
   if (farthest > kSafe) {
@@ -44,29 +50,32 @@ template <int kLanes>
 struct Accumulator {
   float sum[kPerLane] = {};
   int eligible = 0, seen = 0;
-  int64_t pool = 0;
+  int pool;        // counted from that of the first row
+  int8_t* values;  // where this lane's part of it goes
+  float* scale;
 
-  // Starts at position `start`; `g` says where the pools of a query begin, those of a key begin at 0.
-  HA_DEVICE Accumulator(const Pools& out, const Geometry& g, bool queries, int64_t start) {
-    if (out.rows) pool = floor_div(start, out.rows) - (queries ? g.query_pools(out.rows).start : 0);
-  }
+  // Starts with pool `start` of slice `slice` (batch and head).
+  HA_DEVICE Accumulator(const Pools& out, int64_t slice, int start, int lane)
+      : pool(start),
+        values(out.values + (slice * out.count + pool) * out.stride + lane * kPerLane),
+        scale(out.scales + slice * out.count + pool) {}
 
-  HA_DEVICE void add(const float (&x)[kPerLane], int rows) {
+  HA_DEVICE void add(const float (&x)[kPerLane]) {
     for (int i = 0; i < kPerLane; ++i) sum[i] = add_rn(sum[i], x[i]);
-    eligible += rows;
   }
 
-  // `rows` positions are done, among which no pool ended. At a pool's end quantises the mean, writes it to `out` (`slice` = batch
-  // and head) and starts the next pool.
-  HA_DEVICE void pass(int rows, const Pools& out, int64_t slice, int side, int lane) {
+  // `rows` positions are done, `taken` of them eligible, among which no pool ended. At a pool's end quantises the mean, writes it
+  // and starts the next pool.
+  HA_DEVICE void pass(int rows, int taken, const Pools& out, int side, int lane) {
+    eligible += taken;
     if ((seen += rows) < out.rows) return;
-    flush(out, slice, side, lane);
+    flush(out, side, lane);
     for (int i = 0; i < kPerLane; ++i) sum[i] = 0.0f;
     eligible = seen = 0;
-    ++pool;
+    ++pool, ++scale, values += out.stride;
   }
 
-  HA_DEVICE void flush(const Pools& out, int64_t slice, int side, int lane) {
+  HA_DEVICE void flush(const Pools& out, int side, int lane) {
     const float count = float(eligible ? eligible : 1);
     float mean[kPerLane];
     if (eligible & (eligible - 1)) {
@@ -83,87 +92,132 @@ struct Accumulator {
     if (a == 0.0f) a = 1.0f;
     uint32_t packed[2] = {};
     if (used) quantise(mean, a, packed);
-    int square = dot4(packed[0], packed[0], dot4(packed[1], packed[1], 0));
-    for (int mask = 1; mask < kLanes; mask *= 2) square += shuffle_xor(square, mask);
+    float written = a;
+    if (side == HA_QUERIES) {
+      int square = dot4(packed[0], packed[0], dot4(packed[1], packed[1], 0));
+      for (int mask = 1; mask < kLanes; mask *= 2) square += shuffle_xor(square, mask);
+      written = div_rn(1.0f, sqrt_rn(float(square > 1 ? square : 1)));
+    }
     if (pool >= 0 && pool < out.count) {
-      const int64_t at = slice * out.count + pool;
       if (lane * kPerLane < out.stride) {
-        uint32_t* target = reinterpret_cast<uint32_t*>(out.values + at * out.stride + lane * kPerLane);
+        uint32_t* const target = reinterpret_cast<uint32_t*>(values);
         target[0] = packed[0];
         target[1] = packed[1];
       }
-      if (lane == 0) {
-        if (side == HA_QUERIES) a = div_rn(1.0f, sqrt_rn(float(square > 1 ? square : 1)));
-        out.scales[at] = used ? a : NAN;
-      }
+      if (lane == 0) *scale = used ? written : NAN;
     }
   }
 };
 
+// The rows at the next positions of a run.
+struct Cursor {
+  int row, stop;  // that of the next position, before row 0 where there is none; those from `stop` on are not eligible
+  int jump;       // row at which the run goes on with row `then`, all up to `live`
+  int then, live;
+
+  HA_DEVICE void advance(int rows) {
+    row += rows;
+    if (row == jump) row = then, stop = live, jump = INT32_MAX;
+  }
+};
+
+// How the work is cut. A unit is a pool of the larger size; kLanes neighbouring lanes make the pools of `run` units one after the other.
+struct PoolLaunch {
+  PoolArgs pools;
+  int unit, together;        // rows of a unit, and those that are summed at once, among which no pool ends
+  int run, groups;           // groups: blocks of threads of a slice
+  int64_t first;             // unit of all, counted from position 0
+  int fine, coarse;          // its first pools, counted from those of the first row
+  int per_fine, per_coarse;  // pools of a unit
+};
+
+// Rows come through a ring in shared memory, each lane's part by itself, so that some are always on their way.
 template <class T, int kLanes>
-HA_KERNEL(kPoolThreads, sizeof(T) == 4 ? 2 : 4) pool_kernel(const HA_CONSTANT PoolArgs args) {
-  constexpr int kUnits = kPoolThreads / kLanes, kParts = kPerLane / kPieceElements<T>;
+HA_KERNEL(kPoolThreads, pool_blocks<T>) pool_kernel(const HA_CONSTANT PoolLaunch cut) {
+  constexpr int kRuns = kPoolThreads / kLanes, kParts = kPerLane / kPieceElements<T>;
+  const PoolArgs& args = cut.pools;
   const Geometry g(args.p);
   const bool queries = args.side == HA_QUERIES;
-  const int unit = args.fine.rows > args.coarse.rows ? args.fine.rows : args.coarse.rows;
-  const int64_t heads = queries ? g.heads_q : g.heads_kv, rows = queries ? g.seq_q : g.seq_k;
+  const int unit = cut.unit, together = cut.together;
+  const int64_t rows = queries ? g.seq_q : g.seq_k;
   const int64_t first = queries ? g.first() : 0;  // position of row 0
-  const Range units = pool_units(g, queries, unit);
-  const int64_t groups = ceil_div(units.size(), kUnits);
-  const int64_t slice = block_index() / groups, batch = slice / heads;
+  const uint32_t index = uint32_t(block_index()), slice = index / uint32_t(cut.groups);
+  const int64_t batch = slice / uint32_t(queries ? g.heads_q : g.heads_kv);
   const int lane = thread_index() % kLanes;
-  const int64_t own = units.start + block_index() % groups * kUnits + thread_index() / kLanes, start = own * unit;  // position
-  const bool first_row = queries && g.a.strict_causal && own == units.start;  // all that this unit has, as its last row (rule 22)
+  const int own = (int(index % uint32_t(cut.groups)) * kRuns + thread_index() / kLanes) * cut.run;  // first unit
+  const int64_t start = (cut.first + own) * unit;  // position
 
   const int64_t length = g.length(args.p.lengths, batch);
-  const int64_t live = first_row ? min64(g.live_rows(length), 1) : g.live_rows(length);
-  const Range eligible = queries ? Range{0, live} : Range{min64(g.a.sinks, length), length};
-  const int64_t row_bytes = g.head_dim * int64_t{sizeof(T)};
-  const char* source = static_cast<const char*>(queries ? args.p.q : args.p.k) + slice * rows * row_bytes + lane * kPerLane * sizeof(T);
-  const bool holds = lane * kPerLane < g.head_dim;
-  // Rows of this unit that are eligible, counted from its first position, behind which row 0 lies `before` positions.
-  const int64_t before = first_row ? unit - 1 : first - start;
-  const auto local = [&](int64_t row) { return int(max64(0, min64(row + before, unit))); };
-  const int from = local(eligible.start), to = local(eligible.stop);
-  source -= before * row_bytes;
+  const int from = queries ? 0 : int(min64(g.a.sinks, length)), live = int(queries ? g.live_rows(length) : length);
+  Cursor loading{int(min64(start - first, rows)), live, INT32_MAX, 0, live};
+  // All that the first unit of queries has is row 0, as its last (rule 22).
+  if (queries && g.a.strict_causal && own == 0) loading = {1 - unit, min(live, 1), 1, int(start + unit - first), live};
+  Cursor taking = loading;
 
-  Accumulator<kLanes> fine(args.fine, g, queries, start), coarse(args.coarse, g, queries, start);
-  for (int base = 0; base < unit; base += args.together) {
-    Words4 raw[kBatch][kParts] = {};
-    bool take[kBatch];
+  const int step = int(g.head_dim) * int(sizeof(T));
+  const char* const tensor = static_cast<const char*>(queries ? args.p.q : args.p.k);
+  const char* const source = tensor + slice * rows * step + lane * kPerLane * sizeof(T);
+  const bool holds = lane * kPerLane < g.head_dim;
+  unsigned char* const ring = shared_memory() + thread_index() * 16;
+  const auto slot = [&](int stage, int i, int part) { return ring + ((stage * kBatch + i) * kParts + part) * kPoolThreads * 16; };
+  const auto load = [&](int stage) {
+    const char* const row = source + int64_t(loading.row) * step;
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int row = base + i;
-      take[i] = i < args.together && row >= from && row < to;
-      if (take[i] && holds) {
+      const bool inside = holds && i < together && loading.row + i >= from && loading.row + i < loading.stop;
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) raw[i][part] = load16(source + int64_t(row) * row_bytes + part * 16);
-      }
+      for (int part = 0; part < kParts; ++part) copy_async(shared_address(slot(stage, i, part)), row + i * step + part * 16, inside);
     }
+    copy_commit();
+    loading.advance(together);
+  };
+
+  const int batches = unit / together * cut.run;
+  int stage = 0;
+  for (; stage < kStages - 1; ++stage) load(stage);  // past the end of a run for nothing, where it is short
+  Accumulator<kLanes> fine(args.fine, slice, cut.fine + own * cut.per_fine, lane);
+  Accumulator<kLanes> coarse(args.coarse, slice, cut.coarse + own * cut.per_coarse, lane);
+  for (int i = 0; i < batches; ++i) {
+    load(stage);
+    copy_wait<kStages - 1>();
+    stage = stage + 1 == kStages ? 0 : stage + 1;
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (int row = 0; row < kBatch; ++row) {
       float x[kPerLane];  // zeros of a row that is not taken change no sum, which starts from 0 and is never -0
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) unpack<T>(raw[i][part], x + part * kPieceElements<T>);
-      fine.add(x, take[i]);
-      if (args.coarse.rows) coarse.add(x, take[i]);
+      for (int part = 0; part < kParts; ++part)
+        unpack<T>(*reinterpret_cast<const Words4*>(slot(stage, row, part)), x + part * kPieceElements<T>);
+      fine.add(x);
+      coarse.add(x);
     }
-    fine.pass(args.together, args.fine, slice, args.side, lane);
-    if (args.coarse.rows) coarse.pass(args.together, args.coarse, slice, args.side, lane);
+    const int taken = max(min(taking.row + together, taking.stop) - max(taking.row, from), 0);
+    taking.advance(together);
+    fine.pass(together, taken, args.fine, args.side, lane);
+    if (args.coarse.rows) coarse.pass(together, taken, args.coarse, args.side, lane);
   }
+  copy_wait<0>();
 }
 
 template <class T, int kLanes>
-void launch_instance(PoolArgs args) {
+void launch_instance(const PoolArgs& args) {
   const Geometry g(args.p);
-  args.together = kBatch;
-  while (args.fine.rows % args.together || args.coarse.rows % args.together) --args.together;
   const bool queries = args.side == HA_QUERIES;
-  const int64_t rows = queries ? g.seq_q : g.seq_k, heads = queries ? g.heads_q : g.heads_kv;
+  const int64_t rows = queries ? g.seq_q : g.seq_k, slices = g.batch * (queries ? g.heads_q : g.heads_kv);
   if (rows == 0) return;
-  const int unit = args.fine.rows > args.coarse.rows ? args.fine.rows : args.coarse.rows;
-  const int64_t groups = ceil_div(pool_units(g, queries, unit).size(), kPoolThreads / kLanes);
-  launch<pool_kernel<T, kLanes>>(g.batch * heads * groups, kPoolThreads, 0, args.p.stream, args);
+  const Pools &fine = args.fine, &coarse = args.coarse;
+  PoolLaunch cut{args, int(max64(fine.rows, coarse.rows)), kBatch, 0, 0, 0, 0, 0, 0, 0};
+  while (fine.rows % cut.together || coarse.rows % cut.together) --cut.together;
+  const Range units = pool_units(g, queries, cut.unit);
+  cut.first = units.start;
+  const auto first_pool = [&](const Pools& pools) {
+    return int(units.start * cut.unit / pools.rows - (queries ? g.query_pools(pools.rows).start : 0));
+  };
+  cut.fine = first_pool(fine), cut.per_fine = cut.unit / fine.rows;
+  if (coarse.rows) cut.coarse = first_pool(coarse), cut.per_coarse = cut.unit / coarse.rows;
+  cut.run = int(pool_run(slices * ceil_div(units.size(), kPoolThreads / kLanes)));
+  cut.groups = int(ceil_div(units.size(), kPoolThreads / kLanes * cut.run));
+  const size_t ring = size_t(kStages * kBatch * kPerLane * kPoolThreads) * sizeof(T);
+  launch<pool_kernel<T, kLanes>>(slices * cut.groups, kPoolThreads, ring, args.p.stream, cut);
 }
 
 template <class T>
