@@ -100,7 +100,7 @@ def export_model(
         Optional[Path], typer.Option(metavar="FILE", help="A policy that `hyperattention policy` wrote; nothing is measured.", **_AUTO)
     ] = None,
     calibration_length: Annotated[
-        Optional[int], typer.Option(help="Tokens of a window that is measured. (default: at most 32768 with CUDA, 8192 without)", **_AUTO)
+        Optional[int], typer.Option(help="Tokens of a window, 2 to 16777216. (default: at most 32768 with CUDA, 8192 without)", **_AUTO)
     ] = None,
     validate: Annotated[bool, typer.Option(help="Measure the result against exact attention.", **_CHECKS)] = True,
     text: Annotated[Optional[Path], typer.Option(help="Held-out text; a model that reads bytes needs one.", **_CHECKS)] = None,

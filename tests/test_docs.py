@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 RUN = ["README.md", "docs/quickstart.md", "docs/howto.md"]
 BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)\n```", re.S)
-NOT_HERE = r"GPU|needs real inputs|trtexec|Triton|installs the package|the tests run on|test_architectures\.py runs this"
+NOT_HERE = r"GPU|needs real inputs|trtexec|Triton|installs the package|the tests run on|test_(architectures|policy)\.py runs this"
 # Values that make a command short; everything else runs as it is written.
 SHORT = {"--lengths": "150,200", "--max-seq": "300", "--heads": "2", "--head-dim": "8", "--windows": "1"}
 SIZE, ROUNDS = ["--max-seq", "300"], ["--repeats", "2"]

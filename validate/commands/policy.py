@@ -26,10 +26,11 @@ def command(
         str, typer.Option(autocompletion=one_of(*budgets.JUDGED), help="Where it holds: both, all_positions or prefill_exact_decode.")
     ] = budgets.BOTH,
     length: Annotated[
-        Optional[int], typer.Option(help="Tokens of a window. (default: the model's own, at most 32768 with CUDA, 8192 without)")
+        Optional[int],
+        typer.Option(help="Tokens of a window, 2 to 16777216. (default: the model's own, at most 32768 with CUDA, 8192 without)"),
     ] = None,
     windows: Annotated[int, typer.Option(help="Windows that the joint choice is run on, 1 to 1024.")] = 2,
-    tail: Annotated[int, typer.Option(help="Positions that attend exactly after an approximate prefill.")] = 512,
+    tail: Annotated[int, typer.Option(help="Positions that attend exactly after an approximate prefill, 1 to 1048576.")] = 512,
     probes: Annotated[int, typer.Option(help="Settings that each layer alone is run through the whole model with, 1 to 64.")] = 2,
     fix: Annotated[
         Optional[list[str]], typer.Option(metavar="NAME=VALUE", help="An attribute of the op that is not searched, repeatable.")
@@ -41,7 +42,7 @@ def command(
         Optional[str], typer.Option(autocompletion=one_of(*DTYPES), help="With CUDA: fp32, fp16 or bf16. (default: the model's half type)")
     ] = None,
     device: Annotated[str, typer.Option(autocompletion=one_of(*DEVICES), help="auto, cpu or cuda.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Base seed of the export that will follow.")] = 0,
+    seed: Annotated[int, typer.Option(help="Base seed of the export that will follow, 0 to 2146435071.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Take over what an earlier run measured (FILE with .jsonl behind it).")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured; write nothing.")] = False,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Load pickled weights (.bin), which can run code.")] = False,

@@ -53,7 +53,7 @@ class Options:
 
     def __post_init__(self) -> None:
         choice("--device", self.device, DEVICES)
-        limits = (("--length", self.length, 0, 2**24), ("--windows", self.windows, 1, 1024), ("--tail", self.tail, 1, 2**20))
+        limits = (("--length", self.length or 2, 2, 2**24), ("--windows", self.windows, 1, 1024), ("--tail", self.tail, 1, 2**20))
         for name, value, low, high in (*limits, ("--probes", self.probes, 1, 64), ("--seed", self.seed, 0, INT32_MAX - NEEDLE_SEED)):
             if not low <= value <= high:
                 raise UsageError(f"{name} is {value}; it takes {low} to {high}")
