@@ -26,7 +26,7 @@ pytestmark = pytest.mark.native
 # Few settings, of which some approximate 250 tokens much and some little.
 FIXED = ("exact_below=32", "local_size=32", "block_size=16", "pool_size=4", "sinks=4", "selector=blocks")
 FIX = tuple(part for text in FIXED for part in ("--fix", text))
-LENGTH = 1055
+LENGTH = 1155
 SHORT = ("--input-ids", "bytes", "--length", str(LENGTH), "--tail", "32", "--windows", "1", *FIX)
 
 
@@ -53,7 +53,9 @@ def export(capfd: pytest.CaptureFixture[str], place: Path) -> Runner:
     return functools.partial(run, capfd, "export-model", place / "model")
 
 
-@pytest.mark.parametrize("budget", ["keys=250", "nats=0.02", "kl=0.05,top1=0.9", "speedup=1.7,kl=5"], ids=str)
+@pytest.mark.parametrize(
+    "budget", ["keys=250", "nats=0.02", "kl=0.05,top1=0.9", "speedup=1.7,kl=5", "keys=300,needle=0", "needle=0,nats=0.1"], ids=str
+)
 def test_the_choice_holds_its_budget_by_what_was_measured(budget: str, policy: Runner, tmp_path: Path) -> None:
     file = tmp_path / "p.json"
     result = policy("--budget", budget, "--out", file)
@@ -64,6 +66,7 @@ def test_the_choice_holds_its_budget_by_what_was_measured(budget: str, policy: R
         row = found.verified[regime]
         assert row["delta_nats"]["mean"] <= limits.get("nats", 9) and row["kl"]["mean"] <= limits.get("kl", 9)
         assert row["top1"]["mean"] >= limits.get("top1", 0)
+    assert (found.verified["needle"] is not None) == ("needle" in limits)
     configs = [Config.from_attributes({**(layer.attributes or Config().exact().attributes()), "causal": 1}) for layer in found.layers]
     keys = [keys_per_query(config, LENGTH) for config in configs]
     assert found.keys == pytest.approx(sum(keys) / len(keys)) and [layer.keys for layer in found.layers] == pytest.approx(keys)

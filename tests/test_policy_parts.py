@@ -236,7 +236,7 @@ def test_heads_are_spread_and_keep_to_their_group(patched: Patched, kv: int, gro
 def test_a_model_whose_layers_are_all_exact_loses_nothing_at_all(patched: Patched) -> None:
     lab = laboratory(patched)
     found = lab.measure({}, REGIMES, lab.windows)
-    assert set(found) == {*REGIMES, "needle"} and found["needle"] is None
+    assert set(found) == {*REGIMES, "needle", "needle_kl"} and found["needle"] is None and found["needle_kl"] is None
     everywhere = found[REGIMES[0]]
     assert (everywhere["kl"]["mean"], everywhere["delta_nats"]["mean"], everywhere["top1"]["mean"]) == (0, 0, 1)
     assert everywhere["tokens"] == 2 * 211 and found[REGIMES[1]]["tokens"] == 2 * 37
@@ -263,3 +263,20 @@ def test_a_trial_is_the_model_that_the_plan_would_export(patched: Patched, tmp_p
         kl.append((exact.exp() * (exact - ours)).sum(-1))
     assert found[REGIMES[0]]["kl"]["mean"] == pytest.approx(float(torch.cat(kl).mean()), rel=1e-6) and torch.cat(kl).mean() > 1e-6
     assert lab.measure({}, REGIMES[:1], lab.windows)[REGIMES[0]]["kl"]["mean"] == 0  # the model is as it was
+
+
+def test_recall_and_its_kl_are_of_the_answers_digits(patched: Patched) -> None:
+    lab = laboratory(patched)
+    prompt = replace(lab.windows[0], answer=tuple(lab.windows[0].targets[-8:].tolist()))
+    layer = patched.plan.planned[1].config
+    assert layer is not None
+    found = lab.measure({1: replace(layer, **SMALL, num_blocks=1, sample_size=8)}, REGIMES[:1], [], [prompt])
+    with lab.patched.mode("exact"):
+        exact = lab.patched.forward(prompt.inputs).logits[0, -8:].double().log_softmax(-1)
+    with lab.patched.mode("plan", attention=reference_operator()):
+        ours = lab.patched.forward(prompt.inputs).logits[0, -8:].double().log_softmax(-1)
+    answer = torch.tensor(prompt.answer)
+    share = [float((logits.argmax(-1) == answer).double().mean()) for logits in (exact, ours)]
+    assert found["needle"] == {"exact": share[0], REGIMES[0]: share[1]}
+    kl = float((exact.exp() * (exact - ours)).sum(-1).mean())
+    assert found["needle_kl"] == {REGIMES[0]: pytest.approx(kl, rel=1e-6)} and kl > 1e-6

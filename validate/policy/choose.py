@@ -42,6 +42,10 @@ class Choice:
         """The candidate of each layer."""
         return tuple(option.candidate for option in self.options)
 
+    def of(self, layers: Sequence[Sequence[Option]]) -> "Choice":
+        """The same candidates with the costs and losses of other `layers`, whose options stand in the order of the candidates."""
+        return Choice(tuple(options[option.candidate] for options, option in zip(layers, self.options, strict=True)))
+
     def replaced(self, layer: int, option: Option) -> "Choice":
         """The same with another option for one layer."""
         return Choice((*self.options[:layer], option, *self.options[layer + 1 :]))

@@ -26,21 +26,21 @@ def some_heads(call: Captured) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return call.q[:1, queries], call.k[:1, chosen], call.v[:1, chosen], call.o[:1, queries]
 
 
-def squared_error(operator: Operator, heads: tuple[Tensor, Tensor, Tensor, Tensor], config: Config) -> float:
-    """|ours - exact|^2 / |exact|^2 over all rows of the heads that `some_heads` gave, in float64."""
+def squared_error(operator: Operator, heads: tuple[Tensor, Tensor, Tensor, Tensor], config: Config, rows: int = 0) -> float:
+    """|ours - exact|^2 / |exact|^2 over the last `rows` rows (0: all) of the heads that `some_heads` gave, in float64."""
     q, k, v, exact = heads
     with torch.inference_mode():
         o, _ = operator(q, k, v, config)
-        difference = (o.double() - exact.double()).square().sum()
-        return float(difference / exact.double().square().sum().clamp(min=1e-300))
+        ours, other = o[:, :, -rows:].double(), exact[:, :, -rows:].double()
+        return float((ours - other).square().sum() / other.square().sum().clamp(min=1e-300))
 
 
-def layer_errors(operator: Operator, call: Captured, configs: Sequence[Config]) -> list[float]:
+def layer_errors(operator: Operator, call: Captured, configs: Sequence[Config], rows: int = 0) -> list[float]:
     """`squared_error` of each config in one layer; 0 for one that is exact there. Raises FloatingPointError for NaN."""
     heads, found = some_heads(call), []
     for config in configs:
         exact = config.is_exact(call.q.shape[2], call.k.shape[2])
-        error = 0.0 if exact else squared_error(operator, heads, config)
+        error = 0.0 if exact else squared_error(operator, heads, config, rows)
         if error != error:
             raise FloatingPointError(f"layer {call.layer} answers NaN under {config}")
         found.append(error)

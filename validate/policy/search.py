@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from hyperattention.errors import AccuracyFailed, UsageError
 from hyperattention.export.budget import Budget
 from hyperattention.export.switched import Captured
 from hyperattention.validate.configs import configs
+from hyperattention.validate.inputs import NEEDLE_DIGITS, Window
 from hyperattention.validate.policy.candidates import Candidate
 from hyperattention.validate.policy.choose import Choice, Option, fill, frontier, within
 from hyperattention.validate.policy.errors import layer_errors
@@ -22,8 +23,9 @@ from hyperattention.validate.policy.trial import Laboratory
 from hyperattention.validate.policy.verify import MOST_TRIALS, Trial, cheapest_that_holds, excess, loss
 
 FIXED_RIVALS = 2  # settings that all layers share, measured beside the choice
-# Where planted keys are lost: the fewest heavy blocks and the coarsest pools that every layer may have, one after the other.
-FLOORS = ((8, 16), (8, 4), (16, 4), (32, 4))
+# With a budget for planted keys: what the KL of their digits weighs beside the text's, tried one after the other until enough are recalled.
+NEEDLE_WEIGHTS = (0.0, 0.001, 0.01, 0.1, 1.0)
+QUESTION_ROWS = 5 * NEEDLE_DIGITS  # of a prompt's end: the question and its answer
 
 
 @dataclass(frozen=True)
@@ -68,50 +70,47 @@ class Search:
 
         Raises AccuracyFailed, saying the best that was found, where no choice does, UsageError where every setting is over the cap.
         """
-        layers = [self._options(number) for number in range(len(self.layers))]
-        self.__dict__.pop("_captured", None)  # Q, K and V of every layer
-        points = frontier(layers)
-        cap = self.budget.cap(self.exact_keys)
-        base = within(points, cap)
-        if base is None:
+        numbers = range(len(self.layers))
+        text = [self._text_options(number) for number in numbers]
+        planted = [self._needle_options(number) for number in numbers] if self.budget.needle is not None else []
+        for name in ("_captured", "_captured_needles"):
+            self.__dict__.pop(name, None)  # Q, K and V of every layer
+        points, cap = frontier(text), self.budget.cap(self.exact_keys)
+        if points[0].cost > cap:
             raise UsageError(
                 f"--budget {self.budget}: the cheapest setting has {points[0].cost:,.0f} keys a query at {self.length:,} tokens, over the "
                 f"{cap:,.0f} allowed; allow more, or measure at a longer --length"
             )
         if math.isinf(cap):
-            held = self._that_holds(points)
-            fixed = self._rivals(layers, held.choice.cost)
+            weighed = frontier(_weighed(text, planted, NEEDLE_WEIGHTS[2] if planted else 0.0))
+            held = self._that_holds([point.of(text) for point in weighed])
+            fixed = self._rivals(text, held.choice.cost)
             holding = [trial for _, trial in fixed if self._holds(trial)]
             return Found(min((held, *holding), key=lambda trial: trial.choice.cost), points, fixed)
-        fixed = self._rivals(layers, cap)
-        trials = [self._trial_of(fill(base, layers, cap)), *(trial for _, trial in fixed), *self._floored(layers, cap)]
+        fixed = self._rivals(text, cap)
+        trials = [*self._under(cap, text, planted), *(trial for _, trial in fixed)]
         holding = [trial for trial in trials if self._holds(trial)]
         if not holding:
             raise self._unreached(trials)
         return Found(min(holding, key=lambda trial: loss(trial.measured, self.budget.regimes)), points, fixed)
 
+    def _under(self, cap: float, text: Sequence[Sequence[Option]], planted: Sequence[Sequence[Option]]) -> Iterator[Trial]:
+        """The most accurate choice under the cap, then those that give planted keys more weight, until enough are recalled."""
+        tried: set[tuple[int, ...]] = set()
+        for weight in NEEDLE_WEIGHTS if planted else NEEDLE_WEIGHTS[:1]:
+            layers = _weighed(text, planted, weight)
+            base = within(frontier(layers), cap)
+            assert base is not None, "the cheapest option of a layer is the same under every weight"
+            chosen = fill(base, layers, cap)
+            if chosen.candidates not in tried:
+                tried.add(chosen.candidates)
+                trial = self._trial_of(chosen.of(text))
+                yield trial
+                if self._holds(trial):
+                    return
+
     def _holds(self, trial: Trial) -> bool:
         return excess(self.budget, trial.measured) <= 1
-
-    def _floored(self, layers: Sequence[Sequence[Option]], cap: float) -> Iterator[Trial]:
-        """Choices under the cap with more or finer heavy blocks than the loss alone asks for, until one keeps the planted keys."""
-        if self.budget.needle is None:
-            return
-        for blocks, pool in FLOORS:
-            allowed = [[option for option in options if self._has_floor(option, blocks, pool)] for options in layers]
-            base = within(frontier(allowed), cap)
-            if base is None:
-                return
-            trial = self._trial_of(fill(base, allowed, cap))
-            yield trial
-            if self._holds(trial):
-                return
-
-    def _has_floor(self, option: Option, blocks: int, pool: int) -> bool:
-        attributes = self.candidates[option.candidate].attributes
-        return attributes is None or (
-            attributes["selector"] == "blocks" and attributes["num_blocks"] >= blocks and attributes["pool_size"] <= pool
-        )
 
     def _that_holds(self, points: list[Choice]) -> Trial:
         limits = [limit for limit in (self.budget.nats, self.budget.kl) if limit is not None]
@@ -139,30 +138,52 @@ class Search:
 
     # --- what is measured --------------------------------------------------------------------------------------------
 
-    def _options(self, number: int) -> list[Option]:
-        """The candidates of one layer with their share of the mean cost and the loss predicted for them."""
+    def _text_options(self, number: int) -> list[Option]:
+        """The candidates of one layer with their share of the mean cost, and the KL that is predicted for the text."""
+        regime = self.budget.regimes[0]
+        errors = self._errors(number, "text", lambda index, wanted: layer_errors(self.lab.operator, self._captured[index], wanted))
+        return self._options(number, errors, lambda chosen: self._trial(chosen, [regime], self.lab.windows[:1], ())[regime]["kl"]["mean"])
+
+    def _needle_options(self, number: int) -> list[Option]:
+        """The same with the KL that is predicted for the digits of planted keys; errors are those of the rows that look them up."""
+        regime = self.budget.regimes[0]
+
+        def errors(index: int, wanted: list[Config]) -> list[float]:
+            calls = self._captured_needles[index]
+            each = [layer_errors(self.lab.operator, call, wanted, QUESTION_ROWS) for call in calls]
+            return [sum(row) / len(each) for row in zip(*each, strict=True)]
+
+        found = self._errors(number, "needle", errors)
+        return self._options(number, found, lambda chosen: self._trial(chosen, [regime], (), self.lab.needles)["needle_kl"][regime])
+
+    def _options(self, number: int, errors: list[float], lost: Callable[[Mapping[int, Config]], float]) -> list[Option]:
         index, layer = self.layers[number]
         keys = [candidate.keys(layer, self.length) for candidate in self.candidates]
         costs = [self.weights[number] * k for k in keys]
-        errors = self._errors(index, layer)
         probes = []
         for candidate in probed(keys, errors, self.probes):
             chosen = self.candidates[candidate]
             self.step(f"layer {index} alone: {chosen}")
-            found = self._trial({index: chosen.config(layer)}, alone=True)
-            regime = self.budget.regimes[0]
-            probes.append(Probe(candidate, costs[candidate], errors[candidate], max(0.0, found[regime]["kl"]["mean"])))
+            probes.append(Probe(candidate, costs[candidate], errors[candidate], max(0.0, lost({index: chosen.config(layer)}))))
         return options(costs, errors, probes)
 
-    def _errors(self, index: int, layer: Config) -> list[float]:
+    def _errors(self, number: int, what: str, measure: Callable[[int, list[Config]], list[float]]) -> list[float]:
+        index, layer = self.layers[number]
         wanted = [candidate.config(layer) for candidate in self.candidates]
-        what = {"layer": index, "configs": [config.attributes() for config in wanted]}
-        self.step(f"layer {index}: error of the op under {len(wanted)} settings")
-        return self.store.get("op", what, lambda: layer_errors(self.lab.operator, self._captured[index], wanted))
+        self.step(f"layer {index}, {what}: error of the op under {len(wanted)} settings")
+        told = {"layer": index, "on": what, "configs": [config.attributes() for config in wanted]}
+        return self.store.get("op", told, lambda: measure(index, wanted))
 
     @cached_property
     def _captured(self) -> dict[int, Captured]:
         return {call.layer: call for call in self.lab.captured(self.lab.windows[0])}
+
+    @cached_property
+    def _captured_needles(self) -> dict[int, list[Captured]]:
+        """Of the first prompt of the first and of a middle depth."""
+        chosen = [self.lab.needles[0], self.lab.needles[len(self.lab.needles) // 2]]
+        captured = [{call.layer: call for call in self.lab.captured(window)} for window in chosen]
+        return {index: [calls[index] for calls in captured] for index, _ in self.layers}
 
     def _trial_of(self, choice: Choice) -> Trial:
         return Trial(choice, self.measured(choice))
@@ -171,20 +192,20 @@ class Search:
         """A joint choice, run through the whole model on every window."""
         self.step(f"the whole model at {choice.cost:,.0f} keys a query")
         chosen = zip(self.layers, choice.candidates, strict=True)
-        return self._trial({index: self.candidates[c].config(layer) for (index, layer), c in chosen}, alone=False)
+        configs = {index: self.candidates[c].config(layer) for (index, layer), c in chosen}
+        needles = () if self.budget.needle is None else self.lab.needles
+        return self._trial(configs, self.budget.regimes, self.lab.windows, needles)
 
-    def _trial(self, chosen: Mapping[int, Config], alone: bool) -> dict[str, Any]:
-        """`alone`: one layer, in one regime, on the first window."""
-        lab = self.lab
-        regimes, windows = (self.budget.regimes[:1], lab.windows[:1]) if alone else (self.budget.regimes, lab.windows)
-        needles = () if alone or self.budget.needle is None else lab.needles
+    def _trial(
+        self, chosen: Mapping[int, Config], regimes: Sequence[str], windows: Sequence[Window], needles: Sequence[Window]
+    ) -> dict[str, Any]:
         what = {
             "configs": {str(index): config.attributes() for index, config in sorted(chosen.items())},
             "regimes": list(regimes),
             "windows": [str(window) for window in windows],
             "needles": len(needles),
         }
-        return self.store.get("model", what, lambda: lab.measure(chosen, regimes, windows, needles))
+        return self.store.get("model", what, lambda: self.lab.measure(chosen, regimes, windows, needles))
 
     def _rivals(self, layers: Sequence[Sequence[Option]], cap: float) -> list[tuple[int, Trial]]:
         """The settings that all layers share, of at most `cap`, with the least predicted loss, run through the whole model."""
@@ -194,4 +215,15 @@ class Search:
 
     def count_steps(self) -> int:
         """About how many steps `run` reports."""
-        return len(self.layers) * (1 + self.probes) + MOST_TRIALS + FIXED_RIVALS
+        kinds = 1 if self.budget.needle is None else 2
+        return kinds * len(self.layers) * (1 + self.probes) + MOST_TRIALS + FIXED_RIVALS
+
+
+def _weighed(text: Sequence[Sequence[Option]], planted: Sequence[Sequence[Option]], weight: float) -> list[list[Option]]:
+    """The options of the text with `weight` times the loss of planted keys on top."""
+    if not planted:
+        return [list(options) for options in text]
+    return [
+        [replace(a, loss=a.loss + weight * b.loss) for a, b in zip(one, other, strict=True)]
+        for one, other in zip(text, planted, strict=True)
+    ]

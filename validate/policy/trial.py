@@ -69,9 +69,8 @@ class Laboratory:
         needles: Sequence[Window] = (),
         step: Callable[[str], None] = lambda text: None,
     ) -> dict[str, Any]:
-        """The model with `configs` by layer index, all others exact: {regime: nats, KL, top-1 as in report.json, "needle": recall or None}.
-
-        `step` is told what is run.
+        """The model with `configs` by layer index, all others exact: {regime: nats, KL, top-1 as in report.json; "needle": recall by regime
+        and of exact attention, "needle_kl": KL of the answer's digits by regime, both None without needles}. `step` is told what is run.
         """
         self.configure(configs)
         found: dict[str, list] = {regime: [] for regime in regimes}
@@ -85,8 +84,7 @@ class Laboratory:
         answer: dict[str, Any] = {
             regime: summarise(rows, ALL_BLOCK if regime == ALL else TAIL_BLOCK) for regime, rows in found.items() if rows
         }
-        answer["needle"] = self._needle(regimes, needles, step) if needles else None
-        return answer
+        return {**answer, **(self._needle(regimes, needles, step) if needles else {"needle": None, "needle_kl": None})}
 
     def configure(self, configs: Mapping[int, Config]) -> None:
         """From now on the plan has `configs` by layer index, and leaves all other layers exact.
@@ -97,14 +95,18 @@ class Laboratory:
         layers = [replace(layer, config=configs.get(layer.index, layer.config.exact())) if layer.config else layer for layer in planned]
         self.patched = install(self.patched.model, replace(self.patched.plan, layers=tuple(layers)))
 
-    def _needle(self, regimes: Sequence[str], needles: Sequence[Window], step: Callable[[str], None]) -> dict[str, float]:
+    def _needle(self, regimes: Sequence[str], needles: Sequence[Window], step: Callable[[str], None]) -> dict[str, dict[str, float]]:
         scores: dict[str, list[float]] = {regime: [] for regime in ("exact", *regimes)}
+        kl: dict[str, list[float]] = {regime: [] for regime in regimes}
         for number, window in enumerate(needles):
             step(f"needle {number + 1} of {len(needles)}")
-            scores["exact"].append(recalled(self.exact_logits(window), window))
+            exact, digits = self.exact_logits(window), len(window.answer)
+            scores["exact"].append(recalled(exact, window))
             for regime in regimes:
-                scores[regime].append(recalled(self._logits(window, regime), window))
-        return {regime: mean(values) for regime, values in scores.items()}
+                ours = self._logits(window, regime)
+                scores[regime].append(recalled(ours, window))
+                kl[regime].append(float(token_metrics(exact[-digits:], ours[-digits:], window.targets[-digits:]).kl.mean()))
+        return {name: {regime: mean(values) for regime, values in found.items()} for name, found in (("needle", scores), ("needle_kl", kl))}
 
     def _logits(self, window: Window, regime: str) -> Tensor:
         """Logits of all positions, or of the last `tail` of them in prefill, exact decode."""

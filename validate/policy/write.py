@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hyperattention.errors import UsageError
+from hyperattention.export.budget import REGIMES
 from hyperattention.export.policy import LayerPolicy, Policy, read_policy
 from hyperattention.export.stages import digest
 from hyperattention.validate.policy.prepare import Prepared
@@ -70,15 +71,14 @@ def lines(policy: Policy) -> list[str]:
 
 def _regimes(name: str, measured: dict[str, Any]) -> list[str]:
     rows = []
-    for regime, row in measured.items():
-        if regime == "needle":
-            rows += (
-                [f"  {name}, needle: " + ", ".join(f"{where.replace('_', ' ')} {value:.3f}" for where, value in row.items())] if row else []
-            )
-            continue
+    for regime in (regime for regime in REGIMES if regime in measured):
+        row = measured[regime]
         nats, error = row["delta_nats"]["mean"], row["delta_nats"]["se"]
         spread = f" ± {error:.5f}" if error is not None else ""
         rows.append(
             f"  {name}, {regime.replace('_', ' ')}: {nats:+.5f}{spread} nats, KL {row['kl']['mean']:.5f}, top-1 {row['top1']['mean']:.4f}"
         )
+    if measured["needle"]:
+        recall = ", ".join(f"{where.replace('_', ' ')} {value:.3f}" for where, value in measured["needle"].items())
+        rows.append(f"  {name}, needle: {recall}")
     return rows
