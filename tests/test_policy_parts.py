@@ -280,3 +280,10 @@ def test_recall_and_its_kl_are_of_the_answers_digits(patched: Patched) -> None:
     assert found["needle"] == {"exact": share[0], REGIMES[0]: share[1]}
     kl = float((exact.exp() * (exact - ours)).sum(-1).mean())
     assert found["needle_kl"] == {REGIMES[0]: pytest.approx(kl, rel=1e-6)} and kl > 1e-6
+
+
+def test_windows_that_come_and_go_are_told_apart(patched: Patched) -> None:
+    lab = laboratory(patched)
+    for start in range(3):  # each window is gone before the next one is made
+        found = lab.measure({}, REGIMES[:1], [replace(lab.windows[0], ids=lab.windows[0].ids.roll(start))])
+        assert found[REGIMES[0]]["kl"]["mean"] == 0

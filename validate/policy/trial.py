@@ -38,21 +38,21 @@ class Laboratory:
     needles: Sequence[Window]
     tail: int
     device: torch.device
-    kept: dict[int, Tensor] = field(default_factory=dict)
+    kept: dict[int, tuple[Window, Tensor]] = field(default_factory=dict)  # by the id of a window that is held, so that no other has it
 
     def exact_logits(self, window: Window) -> Tensor:
         """Logits [S, vocabulary] of exact attention. Raises UsageError where they are not finite."""
         at = id(window)
         if at in self.kept:
-            return self.kept[at]
+            return self.kept[at][1]
         with torch.inference_mode(), self.patched.mode("exact"):
             logits = self.patched.forward(window.inputs.to(self.device)).logits[0]
         if not bool(torch.isfinite(logits).all()):
             raise UsageError(
                 "the model itself, with exact attention, answers NaN or infinity on the calibration text; its weights are broken"
             )
-        if sum(kept.nbytes for kept in self.kept.values()) + logits.nbytes <= KEPT_BYTES:
-            self.kept[at] = logits
+        if sum(kept.nbytes for _, kept in self.kept.values()) + logits.nbytes <= KEPT_BYTES:
+            self.kept[at] = window, logits
         return logits
 
     def captured(self, window: Window) -> list[Captured]:
