@@ -18,59 +18,62 @@ HA_DEVICE int count_at_least(const uint32_t* scores, int size, uint32_t threshol
   return warp_sum(count);
 }
 
-// Visits 32 indices at a time: visit(first index, which of them are chosen, as bits, how many were chosen before). `count` may pass
-// `size`; zeros are chosen last. What `visit` writes to scores below first index + 32 is not read again.
-template <class Visit>
-HA_DEVICE void visit_best(const uint32_t* scores, int size, int count, int lane, Visit visit) {
-  uint32_t threshold = 0;  // the largest word that at least `count` scores reach
-  int reached = size;
-  if (size > count) {
-    uint32_t least = ~0u, most = 0;
-    int present = 0;
+// What is taken: all scores above `score`, and of those equal to it the first `ties`.
+struct Threshold {
+  uint32_t score;
+  int ties;
+};
+
+// That of the `count` best of more than `count` scores, or of all that are not 0. Any guess that lies between the two bounds does; where
+// scores are spread as sums are, the logarithm of odds is nearly linear in them, and few guesses are needed.
+HA_DEVICE Threshold find_threshold(const uint32_t* scores, int size, int count, int lane) {
+  uint32_t least = ~0u, most = 0;  // least: less one, zeros left out
+  int present = 0;
 #pragma unroll 4
-    for (int i = lane; i < size; i += 32) {
-      const uint32_t score = scores[i];
-      most = max(most, score);
-      if (score) least = min(least, score), ++present;
-    }
-    int shift = 30;
-    if (warp_sum(present) >= count) {  // then bits that all others but zeros have in common are the threshold's, too
-      most = warp_max(most);
-      const uint32_t differ = most ^ ~warp_max(~least);
-      while (shift >= 0 && !(differ >> shift)) shift -= 2;
-      threshold = shift < 0 ? most : most >> shift >> 2 << 2 << shift;
-    }
-    for (; shift >= 0 && reached != count; shift -= 2) {  // two bits a time
-      int more[3] = {};
-#pragma unroll 4
-      for (int i = lane; i < size; i += 32) {
-        const uint32_t score = scores[i];
-#pragma unroll
-        for (int j = 0; j < 3; ++j) more[j] += score >= (threshold | uint32_t(j + 1) << shift);
-      }
-      uint32_t bits = 0;
-#pragma unroll
-      for (int j = 0; j < 3; ++j) {
-        more[j] = warp_sum(more[j]);
-        if (more[j] >= count) bits = uint32_t(j + 1), reached = more[j];
-      }
-      threshold |= bits << shift;
-    }
+  for (int i = lane; i < size; i += 32) {
+    const uint32_t score = scores[i];
+    most = max(most, score), least = min(least, score - 1);
+    if (score) ++present;
   }
-  // Of the scores that equal the threshold only the first ones fit.
-  int ties = reached <= count ? size : count - count_at_least(scores, size, threshold + 1, lane);
-  int rank = 0;
+  if (warp_sum(present) <= count) return {1, size};
+  const auto odds = [&](int reached) { return log2_fast(float(reached) + 0.5f) - log2_fast(float(size - reached) + 0.5f); };
+  const float wanted = odds(count);
+  uint32_t low = ~warp_max(~least) + 1, high = warp_max(most) + 1;  // at least `count` scores reach `low`, fewer reach `high`
+  int above = 0;                                                    // that reach `high`
+  float odds_low = odds(size), odds_high = odds(0);
+  for (int guesses = 1; high - low > 1; ++guesses) {
+    const uint32_t range = high - low;
+    // Every third time in the middle, whatever scores are like.
+    const float part = guesses % 3 ? (odds_low - wanted) / (odds_low - odds_high) : 0.5f;
+    const uint32_t guess = low + max(1u, min(uint32_t(float(range) * part), range - 1));
+    const int reached = count_at_least(scores, size, guess, lane);
+    if (reached == count) return {guess, size};
+    if (reached > count) low = guess, odds_low = odds(reached);
+    else high = guess, odds_high = odds(reached), above = reached;
+  }
+  return {low, count - above};
+}
+
+// Visits 32 indices at a time: visit(first index, which of them are chosen, as bits, how many were chosen before). Zeros are not chosen.
+// What `visit` writes to scores below first index + 32 is not read again. Returns how many are chosen.
+template <class Visit>
+HA_DEVICE int visit_best(const uint32_t* scores, int size, int count, int lane, Visit visit) {
+  const Threshold threshold = size > count ? find_threshold(scores, size, count, lane) : Threshold{1, size};
+  int rank = 0, ties = threshold.ties;
   for (int base = 0; base < size; base += 32) {
     const int index = base + lane;
     const uint32_t score = index < size ? scores[index] : 0;
-    const bool equal = index < size && score == threshold;
-    const uint32_t before = (1u << lane) - 1, equals = ballot(equal);
-    const bool take = index < size && (score > threshold || (equal && count_bits(equals & before) < ties));
-    const uint32_t taken = ballot(take);
+    uint32_t taken = ballot(index < size && score >= threshold.score);
+    if (ties < size) {
+      const uint32_t equals = ballot(index < size && score == threshold.score);
+      const bool drop = (equals >> lane & 1) && count_bits(equals & ((1u << lane) - 1)) >= ties;
+      taken &= ~ballot(drop);
+      ties -= count_bits(equals);
+    }
     visit(base, taken, rank);
-    ties -= count_bits(equals);
     rank += count_bits(taken);
   }
+  return rank;
 }
 
 }  // namespace ha

@@ -151,6 +151,11 @@ HA_DEVICE float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+HA_DEVICE float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 // 1 / x within 2^-22 of it, relatively, for normal x and 1 / x.
 HA_DEVICE float reciprocal_fast(float x) {
   float y;

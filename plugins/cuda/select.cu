@@ -33,27 +33,24 @@ HA_DEVICE void take_best(const SelectConfig& c, const Shared& shared, int i, int
   const int entries = carried + (ranks << c.shift);
   uint32_t* const scores = shared.area + i * c.row;
   int32_t* const names = shared.carried + i * carried;
-  const int count = min(num_blocks, count_at_least(scores, entries, 1, lane));
-  if (count) {
-    visit_best(scores, entries, count, lane, [&](int base, uint32_t taken, int rank) {
-      const bool take = taken >> lane & 1;
-      const int e = base + lane, at = rank + count_bits(taken & ((1u << lane) - 1));
-      int name = 0;
-      if (take && e < carried) name = names[e];
-      if (take && e >= carried) {
-        const int own = rank0 + ((e - carried) >> c.shift), unit = block.kept ? shared.kept[i * c.kept + own] : own;
-        name = ((int(c.first_unit) + unit) << c.shift) + ((e - carried) & ((1 << c.shift) - 1));
-      }
-      if (out) {
-        if (take) out[at] = name;
-      } else {
-        const uint32_t score = take ? scores[e] : 0;
-        sync_warp();  // what is written lies below base + 32
-        if (take) names[at] = name, scores[at] = score;
-        sync_warp();
-      }
-    });
-  }
+  const int count = visit_best(scores, entries, num_blocks, lane, [&](int base, uint32_t taken, int rank) {
+    const bool take = taken >> lane & 1;
+    const int e = base + lane, at = rank + count_bits(taken & ((1u << lane) - 1));
+    int name = 0;
+    if (take && e < carried) name = names[e];
+    if (take && e >= carried) {
+      const int own = rank0 + ((e - carried) >> c.shift), unit = block.kept ? shared.kept[i * c.kept + own] : own;
+      name = ((int(c.first_unit) + unit) << c.shift) + ((e - carried) & ((1 << c.shift) - 1));
+    }
+    if (out) {
+      if (take) out[at] = name;
+    } else {
+      const uint32_t score = take ? scores[e] : 0;
+      sync_warp();  // what is written lies below base + 32
+      if (take) names[at] = name, scores[at] = score;
+      sync_warp();
+    }
+  });
   if (out) {
     for (int e = count + lane; e < num_blocks; e += 32) out[e] = -1;
   } else {
@@ -63,13 +60,13 @@ HA_DEVICE void take_best(const SelectConfig& c, const Shared& shared, int i, int
 }
 
 template <int D>
-HA_KERNEL(kSelectThreads, 1) select_kernel(const HA_CONSTANT SelectArgs args) {
+HA_KERNEL(select_threads(D), 1) select_kernel(const HA_CONSTANT SelectArgs args) {
   const Geometry g(args.p);
   const SelectConfig& c = args.config;
   const int warp = thread_index() / 32, warps = c.threads / 32, lane = thread_index() % 32;
-  // The last group has the most candidates: first.
-  const int64_t block0 = (c.first + c.groups - 1 - block_index() % c.groups) * c.blocks;
-  const int64_t slice = block_index() / c.groups, batch = slice / g.heads_q;
+  int64_t slice, behind;
+  c.order.find(block_index(), slice, behind);
+  const int64_t block0 = (c.first + c.groups - 1 - behind) * c.blocks, batch = slice / g.heads_q;
   const int64_t kv_slice = batch * g.heads_kv + slice % g.heads_q / g.group();
   const int per_block = g.a.block_size / g.a.pool_size;
   const PoolView q(args.q_fine, slice), k(args.k_fine, kv_slice), q_coarse(args.q_coarse, slice), k_coarse(args.k_coarse, kv_slice);
@@ -77,21 +74,20 @@ HA_KERNEL(kSelectThreads, 1) select_kernel(const HA_CONSTANT SelectArgs args) {
   const int first_coarse = int(g.scoring_pools(block0, kCoarsePool) - g.query_pools(kCoarsePool).start);
 
   const Shared shared(c, D);
-  const auto clear = [&](int64_t words) {
-    for (int i = thread_index(); i < words; i += c.threads) shared.area[i] = 0;
-    if (thread_index() == 0) *shared.next = 0;
-  };
   if (thread_index() < c.blocks) shared.blocks[thread_index()] = find_block(g, c, block0 + thread_index(), g.length(args.p.lengths, batch));
-  for (int i = warp; i < c.blocks; i += warps)
-    load_queries<D>(shared.queries + i * c.fine * D, shared.fine + i * c.fine / 2, q, first + i * per_block, c.fine, per_block, 32, lane);
+  for (int i = warp; i < c.blocks; i += warps) {
+    load_queries<D>(shared.queries + i * c.fine * D, shared.fine + i * c.fine / 2, q, c.fine, 32, lane,
+                    [&](int column) { return column < per_block ? first + i * per_block + column : -1; });
+  }
   copy_commit();
 
   const int round = c.blocks / c.rounds;
   for (int i0 = 0; i0 < c.blocks; i0 += round) {
     if (c.supers) {
-      clear(round * c.stride);
-      load_queries<D>(shared.queries_coarse, shared.coarse, q_coarse, first_coarse + i0 * c.coarse, int(c.columns), round * c.coarse,
-                      c.threads, thread_index());
+      load_queries<D>(shared.queries_coarse, shared.coarse, q_coarse, int(c.columns), c.threads, thread_index(), [&](int column) {
+        const int i = column / c.spread;
+        return i < round ? first_coarse + (i0 + i) * c.coarse + (column & (c.coarse - 1)) : -1;
+      });
       copy_commit();
       copy_wait<0>();
       sync_block();
@@ -102,7 +98,8 @@ HA_KERNEL(kSelectThreads, 1) select_kernel(const HA_CONSTANT SelectArgs args) {
     sync_block();
   }
 
-  clear(c.blocks * c.row);
+  for (int i = thread_index(); i < c.blocks * c.row; i += c.threads) shared.area[i] = 0;
+  if (thread_index() == 0) *shared.next = 0;
   copy_wait<0>();
   const Range tiles = g.query_blocks();
   for (int pass = 0; pass < c.passes; ++pass) {

@@ -1,7 +1,7 @@
 // How the kernels of selector `blocks` cut their work: pure functions of shape, attributes and the GPU's shared memory, tested
 // without a GPU.
 #pragma once
-#include "geometry.h"
+#include "slice_order.h"
 
 namespace ha {
 
@@ -9,7 +9,9 @@ namespace ha {
 #define HA_POOL_STRIDES(X) X(64) X(128) X(192) X(256)
 HA_INLINE int64_t pool_stride(int64_t head_dim) { return ceil_div(head_dim, 64) * 64; }
 
-constexpr int kSelectThreads = 512, kSelectLeastThreads = 128;
+constexpr int kSelectLeastThreads = 96;
+// At most, so that all operands of longer pools stay in registers.
+HA_INLINE constexpr int select_threads(int64_t stride) { return stride <= 64 ? 512 : 384; }
 constexpr int kSelectMostBlocks = 32;          // query blocks of one block of threads: a lane knows one
 constexpr int kSelectTile = 16;                // fine query pools are filled up to whole tensor-core operands
 constexpr int kSelectRounds = 4;               // parts of either level at most
@@ -29,12 +31,14 @@ struct SelectBlock {
 struct SelectConfig {
   int blocks, threads;        // neighbouring query blocks of one block of threads
   int64_t first, groups;      // groups of `blocks` query blocks, cut at multiples, that hold a row
+  SliceOrder order;           // of groups, the last one of a slice first: it has the most candidates
   int shift;                  // key blocks a unit = 1 << shift
   int64_t start, first_unit;  // first candidate key block of every query block, and the unit that holds it
   int fine, coarse;           // query pools of a query block, fine ones with what fills them up; coarse ones a power of two, 0 if unused
+  int spread;                 // columns of its coarse ones, which are repeated up to four
   int64_t supers, kept;       // most superblocks scored and kept for one query block; 0 = all units are scored
   int rounds, passes;         // the first level takes blocks / rounds query blocks at a time, the second `window` kept units of each
-  int64_t columns;            // coarse query pools of a round, with what fills up the last tile
+  int64_t columns;            // coarse query pools of a round, with what fills up the last four query blocks
   int64_t stride, window;     // words from one query block's superblocks to the next: odd, so that lanes meet different banks
   int64_t words, carried;     // words of 32 units; best blocks that are carried from one pass to the next
   int64_t row, area;          // scores of key blocks of one query block, and words for either level's scores
@@ -58,26 +62,26 @@ inline SelectConfig select_config(const Geometry& g, int64_t shared = kSelectSha
     c.supers = units > kKeptMin ? units : 0;
     c.kept = c.supers ? Geometry::kept_superblocks(units) : 0;
   }
-  if (c.supers) c.stride = c.supers | 1, c.coarse = g.a.block_size / kCoarsePool;
+  if (c.supers) c.stride = c.supers | 1, c.coarse = g.a.block_size / kCoarsePool, c.spread = c.coarse < 4 ? 4 : c.coarse;
   c.words = ceil_div(units, 32) | 1;
   // Query blocks with fewer candidates score all of them, at most kKeptMin superblocks.
   const int64_t ranks = c.supers ? c.kept : units;
-  const auto measure = [&] {
+  const auto measure = [&](int64_t limit) {
     c.window = ceil_div(ranks, c.passes);
     c.carried = c.passes > 1 ? g.a.num_blocks : 0;
     c.row = c.carried + (c.window << c.shift);
     c.area = max64(c.blocks / c.rounds * c.stride, c.blocks * c.row);
-    c.columns = ceil_div(c.blocks / c.rounds * c.coarse, 8) * 8;
+    c.columns = ceil_div(c.blocks / c.rounds, 4) * 4 * c.spread;
     const int64_t pools = (c.blocks * c.fine + c.columns) * (pool_stride(g.head_dim) + 8);
     const int64_t block = (c.words + c.carried) * 4 + (c.supers ? c.kept + c.words : 0) * 2 + int64_t{sizeof(SelectBlock)};
     c.bytes = pools + c.area * 4 + c.blocks * block + 4;
-    return c.bytes <= shared;
+    return c.bytes <= limit;
   };
   // Fewer query blocks at a time for each level before fewer in all, which would read key pools more often.
-  const auto fit = [&] {
-    for (c.rounds = c.passes = 1; !measure();) {
+  const auto fit = [&](int64_t limit) {
+    for (c.rounds = c.passes = 1; !measure(limit);) {
       const bool first_level = c.blocks / c.rounds * c.stride > c.blocks * c.row;
-      if (first_level && c.blocks / c.rounds * c.coarse % 16 == 0 && c.rounds < kSelectRounds) c.rounds *= 2;
+      if (first_level && c.blocks / c.rounds >= 8 && c.rounds < kSelectRounds) c.rounds *= 2;
       else if (!first_level && c.passes < kSelectRounds) c.passes *= 2;
       else return false;
     }
@@ -86,13 +90,20 @@ inline SelectConfig select_config(const Geometry& g, int64_t shared = kSelectSha
   const auto groups = [&] { return tiles.size() ? floor_div(tiles.stop - 1, c.blocks) - floor_div(tiles.start, c.blocks) + 1 : 0; };
   c.blocks = kSelectMostBlocks;
   while (c.blocks > 4 && groups() * g.batch * g.heads_q < kSelectWaves) c.blocks /= 2;
-  while (!fit() && c.blocks > 1) c.blocks /= 2;
+  while (!fit(shared) && c.blocks > 1) c.blocks /= 2;
   // As many threads as keep a multiprocessor busy with the blocks that its shared memory holds.
-  c.threads = kSelectThreads;
-  const auto more = [&] { return (kSelectThreads / c.threads + 1) * c.bytes <= shared; };  // another block of threads fits beside
-  while (c.threads > kSelectLeastThreads && c.threads > c.blocks * 16 && more()) c.threads /= 2;
+  const int threads = c.threads = select_threads(pool_stride(g.head_dim));
+  const auto more = [&] { return (threads / c.threads + 1) * c.bytes <= shared; };  // another block of threads fits beside
+  while (c.threads / 2 >= kSelectLeastThreads && c.threads > c.blocks * 16 && more()) c.threads /= 2;
+  // Two blocks of half the threads beside each other, one of which scores while the other searches, where that takes no more passes.
+  if (c.threads == select_threads(64) && c.blocks == kSelectMostBlocks) {
+    const SelectConfig alone = c;
+    if (fit((shared - 1024) / 2) && c.passes == alone.passes) c.threads /= 2;
+    else c = alone;
+  }
   c.first = floor_div(tiles.start, c.blocks);
   c.groups = groups();
+  c.order = slice_order(g, c.groups, (g.key_pools(g.a.pool_size) + (c.supers ? g.key_pools(kCoarsePool) : 0)) * pool_stride(g.head_dim));
   return c;
 }
 

@@ -6,7 +6,7 @@ namespace ha {
 
 // What the threads of a block share, in shared memory. Units are named by what lies behind the first one of all.
 struct Shared {
-  int8_t* queries;         // fine query pools: [blocks * config.fine], each at shared_place
+  int8_t* queries;         // fine query pools: [blocks * config.fine], pieces at shared_piece
   int8_t* queries_coarse;  // those of a round: [columns]
   uint32_t* area;          // scores: of superblocks [blocks / rounds, stride], then of key blocks [blocks, row]
   Factors* fine;           // of the query pools, NaN where there is none: [blocks, config.fine / 2]
@@ -48,15 +48,16 @@ HA_DEVICE SelectBlock find_block(const Geometry& g, const SelectConfig& c, int64
   return found;
 }
 
-// Sends `columns` query pools from pool `first` on into shared memory, of which those below `count` are wanted, and writes their
-// factors. Threads `index` of `step` do it together.
-template <int D>
-HA_DEVICE void load_queries(int8_t* target, Factors* factors, const PoolView& q, int first, int columns, int count, int step, int index) {
+// Sends query pools into the `columns` places from `target` on in shared memory, and writes their factors: pool_of(column) says which
+// one, or -1 for none. Threads `index` of `step` do it together.
+template <int D, class PoolOf>
+HA_DEVICE void load_queries(int8_t* target, Factors* factors, const PoolView& q, int columns, int step, int index, PoolOf pool_of) {
   constexpr int kPieces = D / 16;
   for (int i = index; i < columns * kPieces; i += step) {
-    const int column = i / kPieces, piece = i % kPieces, pool = first + column;
-    const bool inside = column < count && pool >= 0 && pool < q.count;
-    copy_async(shared_address(target + shared_place<D>(column, piece)), q.values + int64_t(inside ? pool : 0) * D + piece * 16, inside);
+    const int column = i / kPieces, piece = i % kPieces, pool = pool_of(column);
+    const bool inside = pool >= 0 && pool < q.count;
+    const int8_t* const source = q.values + int64_t(inside ? pool : 0) * D + piece * 16;
+    copy_async(shared_address(target + column * D + shared_piece<D>(column, piece)), source, inside);
     if (piece == 0) set_factor(factors, column, inside ? load_once(q.scales + pool) : NAN);
   }
 }

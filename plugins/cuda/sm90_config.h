@@ -2,6 +2,7 @@
 // attributes, tested without a GPU.
 #pragma once
 #include "attend_config.h"
+#include "slice_order.h"
 
 namespace ha {
 
@@ -76,35 +77,19 @@ static_assert(runs_bytes(64) <= kHopperSharedLimit && runs_bytes(128) <= kHopper
 // Query blocks of 64 rows and more: a tile touches three at most.
 static_assert(hopper_shared(64, 3, 64).bytes <= kHopperSharedLimit && hopper_shared(128, 3, 64).bytes <= kHopperSharedLimit);
 
-// The tiles of all batch rows and heads in the order they are worked on. Each block of threads takes one after the other, and the
-// blocks' directions alternate, so that all get a like share of long and short tiles. Heads whose keys and values fit the cache
-// together are worked on together; where tiles' lengths fall steadily, every other group of heads is taken from its last tile on, so that
-// neighbours in the order stay alike, and the very last are short.
-struct HopperSchedule {
-  int64_t tiles, slices, together, count;
-  bool steady;
+// Each block of threads takes one tile after the other, and the blocks' directions alternate, so that all get a like share of long and
+// short tiles.
+struct HopperSchedule : SliceOrder {
+  int64_t count;
 
   HA_INLINE int64_t at(int64_t block, int64_t blocks, int64_t turn) const {
     return turn * blocks + (turn % 2 ? blocks - 1 - block : block);
-  }
-  HA_INLINE void find(int64_t index, int64_t& slice, int64_t& tile) const {
-    const int64_t group = index / (together * tiles), rest = index % (together * tiles);
-    const int64_t width = min64(together, slices - group * together);
-    slice = group * together + rest % width;
-    tile = rest / width;
-    if (steady && ((slices - 1) / together - group) % 2) tile = tiles - 1 - tile;
   }
 };
 
 // `least` query heads are worked on together even if the cache does not hold them.
 inline HopperSchedule hopper_schedule(const Geometry& g, int64_t tiles, bool steady = false, int64_t least = 1) {
-  constexpr int64_t kCacheBytes = 24 << 20;
-  HopperSchedule s{tiles, g.batch * g.heads_q, 1, 0, steady};
-  const int64_t bytes = g.seq_k * (g.head_dim + g.head_dim_v) * 2, heads = max64(g.batch * g.heads_kv, 1);
-  const int64_t most = min64(max64(kCacheBytes / bytes, ceil_div(least, g.group())), heads);
-  s.together = ceil_div(heads, ceil_div(heads, most)) * g.group();
-  s.count = s.tiles * s.slices;
-  return s;
+  return {slice_order(g, tiles, g.seq_k * (g.head_dim + g.head_dim_v) * 2, steady, least), tiles * g.batch * g.heads_q};
 }
 
 struct HopperConfig {

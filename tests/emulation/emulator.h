@@ -87,6 +87,7 @@ inline float div_rn(float a, float b) { return a / b; }
 inline float sqrt_rn(float a) { return std::sqrt(a); }
 inline float reciprocal_fast(float x) { return 1.0f / x; }
 inline float exp2_fast(float x) { return std::exp2(x); }
+inline float log2_fast(float x) { return std::log2(x); }
 
 uint32_t float_bits(float x);
 float bits_float(uint32_t x);

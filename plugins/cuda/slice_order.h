@@ -1,0 +1,31 @@
+// The order in which blocks of threads work on the tiles of all slices (batch rows and heads).
+#pragma once
+#include "geometry.h"
+
+namespace ha {
+
+// Heads whose keys fit the cache together are worked on together: first the first tile of each of them, then the second one. Where tiles'
+// lengths fall steadily, every other group of heads is taken from its last tile on, so that neighbours in the order stay alike, and
+// the very last are short.
+struct SliceOrder {
+  int64_t tiles, slices, together;
+  bool steady;
+
+  HA_INLINE void find(int64_t index, int64_t& slice, int64_t& tile) const {
+    const int64_t group = index / (together * tiles), rest = index % (together * tiles);
+    const int64_t width = min64(together, slices - group * together);
+    slice = group * together + rest % width;
+    tile = rest / width;
+    if (steady && ((slices - 1) / together - group) % 2) tile = tiles - 1 - tile;
+  }
+};
+
+// `bytes`: what is read of a key head again and again. `least` query heads are worked on together even if the cache does not hold them.
+inline SliceOrder slice_order(const Geometry& g, int64_t tiles, int64_t bytes, bool steady = false, int64_t least = 1) {
+  constexpr int64_t kCacheBytes = 24 << 20;
+  const int64_t heads = max64(g.batch * g.heads_kv, 1);
+  const int64_t most = min64(max64(kCacheBytes / max64(bytes, 1), ceil_div(least, g.group())), heads);
+  return {tiles, g.batch * g.heads_q, ceil_div(heads, ceil_div(heads, most)) * g.group(), steady};
+}
+
+}  // namespace ha
