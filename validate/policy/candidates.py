@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -39,7 +40,7 @@ class Candidate:
 
     def keys(self, layer: Config, length: int) -> float:
         """Keys of a mean query row at `length` tokens (validate/cost.py)."""
-        return keys_per_query(self.config(layer), length)
+        return _keys(replace(self.config(layer), seed=0, scale=0.0), length)
 
     def __str__(self) -> str:
         if self.attributes is None:
@@ -50,6 +51,12 @@ class Candidate:
 
 
 EXACT = Candidate(None)
+
+
+@lru_cache(maxsize=4096)
+def _keys(config: Config, length: int) -> float:
+    """Counting visits every query block, and the layers of a model ask the same."""
+    return keys_per_query(config, length)
 
 
 def candidates(length: int, causal: bool, fixed: Mapping[str, Any]) -> list[Candidate]:
@@ -99,4 +106,4 @@ def _approximates(config: Config, length: int) -> bool:
     """Whether a setting is worth a look at `length` keys: with fewer keys a query than exact attention, and most of them not local."""
     if config.is_exact(length, length) or (config.causal and 4 * config.local_size > length):
         return False
-    return keys_per_query(config, length) < keys_per_query(config.exact(), length)
+    return _keys(config, length) < _keys(config.exact(), length)
