@@ -19,6 +19,7 @@ from hyperattention.geometry import Geometry
 from hyperattention.reference import exact_attention
 from hyperattention.selection import make_plan
 from hyperattention.validate import hardness as hardness_module
+from hyperattention.validate import hardness_columns
 from hyperattention.validate.hardness import Hardness, measure_hardness, measured_cv, sampled_rows
 from hyperattention.validate.hardness_rows import draw_variances, largest
 from hyperattention.validate.head_metrics import exact_lse, head_rows, layer_hardness
@@ -198,7 +199,9 @@ def test_a_row_without_keys_says_nothing(causal: int) -> None:
 def test_tiles_change_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = measured(case)[1]
     monkeypatch.setattr(hardness_module, "_TILE", {"cpu": 1})
-    monkeypatch.setattr("hyperattention.validate.hardness_columns._TILE", 1)
+    monkeypatch.setattr(hardness_columns, "_TILE", {"cpu": 1})
+    monkeypatch.setattr(hardness_columns, "BAND", 4)
+    monkeypatch.setattr(hardness_columns, "_BANDS", {"cpu": 3})
     for found, wanted in zip(measured(case)[1], whole, strict=True):
         assert_same(found, wanted)
 
@@ -248,9 +251,11 @@ def test_long_heads_are_exact_on_their_rows_and_largest_columns(changes: dict) -
         assert row["mass"] == pytest.approx(float(share.mean()), rel=1e-4)
 
 
+@pytest.mark.parametrize("bands", [1, 8])
 @pytest.mark.parametrize("causal", [0, 1])
-def test_a_column_that_only_rows_beside_it_read_is_found(causal: int) -> None:
+def test_a_column_that_only_rows_beside_it_read_is_found(causal: int, bands: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """None of the rows is sampled: 256 columns look larger on those that are."""
+    monkeypatch.setattr(hardness_columns, "_BANDS", {"cpu": bands})
     case = replace(LONG, config=replace(LONG.config, causal=causal), dims=(32, 8), heads=(1, 1))
     q, k, v = case.inputs()
     missed = sorted(set(range(600, 620)) - set(sampled_rows(range(1500)).tolist()))
