@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
 
@@ -54,8 +54,12 @@ def main() -> None:
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
     kernels, device = (load_cuda(), torch.device("cuda")) if cuda else (load_cpu(), torch.device("cpu"))
-    rows = list(measure(options, kernels, device))
-    print("\n".join(table(rows)))
+    rows = []
+    print("| length | layer | exact, s | heads, s | ratio | " + " | ".join(SHOWN) + " |")
+    print("|---" * (5 + len(SHOWN)) + "|", flush=True)
+    for row in measure(options, kernels, device):
+        rows.append(row)
+        print(table_row(row), flush=True)
     if options.json:
         options.json.write_text(json.dumps({"machine": describe(device, [kernels.path])["machine"], "rows": rows}, indent=1) + "\n")
 
@@ -100,17 +104,14 @@ def seconds(job: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def table(rows: Sequence[dict]) -> Iterator[str]:
-    """The rows as Markdown."""
-    yield "| length | layer | exact, s | heads, s | ratio | " + " | ".join(SHOWN) + " |"
-    yield "|---" * (5 + len(SHOWN)) + "|"
-    for row in rows:
-        cells = [f"{row['length']:,}", str(row["layer"]), f"{row['exact_s']:.4f}", f"{row['hardness_s']:.4f}"]
-        cells.append(f"{row['hardness_s'] / row['exact_s']:.2f}x")
-        for name, worst in SHOWN.items():
-            values = [head[name] for head in row["heads"]]
-            cells.append(f"{fmean(values):.4g} ({worst(values):.4g})")
-        yield "| " + " | ".join(cells) + " |"
+def table_row(row: dict) -> str:
+    """A row in Markdown."""
+    cells = [f"{row['length']:,}", str(row["layer"]), f"{row['exact_s']:.4f}", f"{row['hardness_s']:.4f}"]
+    cells.append(f"{row['hardness_s'] / row['exact_s']:.2f}x")
+    for name, worst in SHOWN.items():
+        values = [head[name] for head in row["heads"]]
+        cells.append(f"{fmean(values):.4g} ({worst(values):.4g})")
+    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":
