@@ -229,6 +229,9 @@ HOPPER_CASES = [
     Problem(Case("sorted-turns", 500, 500, _HOPPER_SORTED, (3, 1), (64, 64), (500, 211)), "bf16"),
     Problem(Case("sorted-overlap", 150, 330, replace(_HOPPER_SORTED, local_overlap=1, sinks=20), (1, 1), (128, 128)), "fp16"),
     Problem(Case("sorted-non-causal", 130, 300, replace(_HOPPER_SORTED, causal=0, block_size=100), (2, 1), (72, 64), (300, 77)), "bf16"),
+    # Tiles of 256 rows: with rows for three pieces of 64, with several query blocks, with listed keys that are local to some rows.
+    Problem(Case("sorted-tall", 450, 500, replace(_HOPPER_SORTED, causal=0, block_size=64), (2, 1), (64, 64), (500, 333)), "bf16"),
+    Problem(Case("sorted-tall-overlap", 600, 650, replace(_HOPPER_SORTED, local_overlap=1, block_size=96), (1, 1), (40, 64)), "fp16"),
     Problem(Case("sorted-blocks", 300, 300, replace(_HOPPER_SORTED, block_size=256, num_blocks=3, stratified=0), **_FULL), "bf16"),
 ]
 # Of random problems, those that they take.

@@ -4,6 +4,8 @@
 #include "launch.cuh"
 #include "sm90_kernels.h"
 #include "sm90_loader.cuh"
+#include "sm90_node_walk.cuh"
+#include "sm90_node_worker.cuh"
 #include "sm90_planner.cuh"
 #include "sm90_runs_loader.cuh"
 #include "sm90_runs_worker.cuh"
@@ -39,19 +41,22 @@ HA_DEVICE void each_tile(const HopperSchedule& schedule, Body&& body) {
 }
 
 template <class T, int P, class Walk>
-HA_KERNEL((hopper_table(P).threads()), 1) hopper_kernel(const HA_CONSTANT HopperArgs args) {
+using WorkerOf = std::conditional_t<(Walk::Shape::kTable.pieces > 1), NodeWorker<T, P, Walk>, Worker<T, P, Walk>>;
+
+template <class T, int P, class Walk>
+HA_KERNEL((Walk::Shape::kTable.threads()), 1) hopper_kernel(const HA_CONSTANT HopperArgs args) {
   using Block = HopperBlock<T, P, Walk>;
   const Geometry g(args.p);
   const HopperSchedule& schedule = args.config.schedule;
   unsigned char* const shared = shared_memory();
   const Block block{args, shared, shared_address(shared)};
   start_block(block, args);
-  constexpr HopperTable kTable = hopper_table(P);
+  constexpr HopperTable kTable = Block::kTable;
   // Those that compute come first: warp groups begin at multiples of 128 threads.
   const int group = int(uniform(thread_index() / 128));
   if (group < kTable.groups) {
     take_registers<kTable.worker_registers>();
-    Worker<T, P, Walk> worker{block, g, group, thread_index() % 128};
+    WorkerOf<T, P, Walk> worker{{block, thread_index() % 128}, g, group};
     worker.start();
     each_tile(schedule, [&](int turn, int64_t slice, int64_t) { worker.run(turn, slice); });
     return;
@@ -104,10 +109,12 @@ void launch_hopper(const AttendArgs& args) {
     using Walk = decltype(walk);
     hopper.config = config;
     const int64_t blocks = min64(config.schedule.count, processors);
-    launch<hopper_kernel<T, P, Walk>>(blocks, hopper_table(P).threads(), size_t(config.shared.bytes), args.p.stream, hopper);
+    launch<hopper_kernel<T, P, Walk>>(blocks, Walk::Shape::kTable.threads(), size_t(config.shared.bytes), args.p.stream, hopper);
   };
+  using Nodes = HopperShape<P, true>;
+  using NodesWalk = std::conditional_t<(Nodes::kTable.pieces > 1), TallNodeWalk<Nodes>, NodeWalk<Nodes>>;
   if (has_nodes(g))
-    for (int level = 0; level < g.levels(); ++level) run(NodeWalk<HopperShape<P>>{}, hopper_node_config(g, P, level));
+    for (int level = 0; level < g.levels(); ++level) run(NodesWalk{}, hopper_node_config(g, P, level));
   // Nodes of a problem that is not causal hold every row: without sinks nothing is left.
   if (has_nodes(g) && !g.a.causal && !g.a.sinks) return;
   if (!meets_runs(g)) return run(PositionWalk<HopperShape<P>>{}, hopper_position_config(g, P));

@@ -12,14 +12,21 @@ constexpr int kHopperSharedLimit = 227 * 1024;    // sm_90 grants this
 
 // How one block of threads works: `groups` warp groups compute on steps of `keys` keys, which pass through `buffers` buffers, one for a
 // step's keys and one for its values; steps are described in batches of `batch`, two of which are held. `planners` threads describe tiles
-// and steps, `loaders` load them. They hand registers to the warp groups that compute.
+// and steps, `loaders` load them. They hand registers to the warp groups that compute. Each of these takes `pieces` pieces of 64 query rows
+// one after the other; `queries` tiles' queries are held.
 struct HopperTable {
-  int groups, keys, buffers, batch, planners, loaders, loader_registers, worker_registers;
-  HA_INLINE constexpr int rows() const { return groups * kGroupRows; }
+  int groups, keys, buffers, batch, planners, loaders, loader_registers, worker_registers, pieces = 1, queries = 1;
+  HA_INLINE constexpr int rows() const { return groups * pieces * kGroupRows; }
   HA_INLINE constexpr int threads() const { return groups * 128 + planners + loaders; }
   HA_INLINE constexpr int steps() const { return 2 * batch; }
 };
 HA_INLINE constexpr HopperTable hopper_table(int padded) { return {2, 128, padded <= 64 ? 8 : 5, 4, 128, 128, 40, 216}; }
+// The same for nodes: their tiles have a few steps only, whose gathered keys serve more rows where registers suffice.
+HA_INLINE constexpr HopperTable node_table(int padded) {
+  HopperTable t = hopper_table(padded);
+  if (padded <= 64) t.pieces = t.queries = 2;
+  return t;
+}
 
 // The same where a tile meets runs of consecutive keys alone: nothing is listed, so that nobody plans and one warp loads. Two tiles'
 // queries are held.
@@ -48,11 +55,10 @@ struct HopperShared {
   int ring, walk, rows, steps, digests, keys, bias, chosen, counts, barriers, bytes;
 };
 
-HA_INLINE constexpr HopperShared hopper_shared(int padded, int query_blocks, int num_blocks) {
-  const HopperTable t = hopper_table(padded);
+HA_INLINE constexpr HopperShared hopper_shared(const HopperTable& t, int padded, int query_blocks, int num_blocks) {
   const int row_bytes = padded * 2, list = query_blocks ? t.steps() * t.keys * 4 : 0;
   HopperShared s{};
-  s.ring = t.rows() * row_bytes;
+  s.ring = t.queries * t.rows() * row_bytes;
   s.walk = s.ring + t.buffers * t.keys * row_bytes;
   s.rows = s.walk + 2 * kWalkBytes;
   s.steps = s.rows + 2 * t.rows() * kRowInfoBytes;
@@ -62,7 +68,7 @@ HA_INLINE constexpr HopperShared hopper_shared(int padded, int query_blocks, int
   s.chosen = s.bias + query_blocks * list;
   s.counts = s.chosen + 2 * query_blocks * num_blocks * 4;
   s.barriers = (s.counts + 2 * query_blocks * 4 + 7) / 8 * 8;
-  s.bytes = s.barriers + (2 * t.buffers + 10) * 8;
+  s.bytes = s.barriers + (2 * t.buffers + 2 * t.queries + 8) * 8;
   return s;
 }
 
@@ -74,8 +80,10 @@ HA_INLINE constexpr int runs_barriers(int padded) {
 HA_INLINE constexpr int runs_bytes(int padded) { return runs_barriers(padded) + (2 * run_table(padded).buffers + 4) * 8; }
 static_assert(runs_bytes(64) <= kHopperSharedLimit && runs_bytes(128) <= kHopperSharedLimit);
 
-// Query blocks of 64 rows and more: a tile touches three at most.
-static_assert(hopper_shared(64, 3, 64).bytes <= kHopperSharedLimit && hopper_shared(128, 3, 64).bytes <= kHopperSharedLimit);
+// Query blocks of 64 rows and more: a tile of 128 rows touches three at most, one of 256 five.
+static_assert(hopper_shared(hopper_table(64), 64, 3, 64).bytes <= kHopperSharedLimit);
+static_assert(hopper_shared(hopper_table(128), 128, 3, 64).bytes <= kHopperSharedLimit);
+static_assert(hopper_shared(node_table(64), 64, 5, 2).bytes <= kHopperSharedLimit);
 
 // Each block of threads takes one tile after the other, and the blocks' directions alternate, so that all get a like share of long and
 // short tiles.
@@ -98,16 +106,14 @@ struct HopperConfig {
   HopperShared shared;
 };
 
-HA_INLINE constexpr AttendShape hopper_shape(int padded) {
-  const HopperTable t = hopper_table(padded);
-  return {t.groups, kGroupRows, t.keys, t.buffers, 1};
-}
-inline HopperConfig hopper_config(const Geometry& g, const AttendConfig& attend, int padded, int num_blocks) {
-  return {attend, hopper_schedule(g, attend.tiles), hopper_shared(padded, attend.query_blocks, num_blocks)};
+HA_INLINE constexpr AttendShape hopper_shape(const HopperTable& t) { return {t.groups * t.pieces, kGroupRows, t.keys, t.buffers, 1}; }
+inline HopperConfig hopper_config(const Geometry& g, const AttendConfig& attend, const HopperTable& t, int padded, int num_blocks) {
+  return {attend, hopper_schedule(g, attend.tiles), hopper_shared(t, padded, attend.query_blocks, num_blocks)};
 }
 // Everything of `blocks`.
 inline HopperConfig hopper_position_config(const Geometry& g, int padded) {
-  return hopper_config(g, position_config(g, hopper_shape(padded), padded * 2), padded, g.a.num_blocks);
+  const HopperTable t = hopper_table(padded);
+  return hopper_config(g, position_config(g, hopper_shape(t), padded * 2), t, padded, g.a.num_blocks);
 }
 // Where positions meet runs alone. Tiles differ in length: all blocks of threads get a like share where some 16 rounds go to the heads that
 // are together; with up to 32 of these, four blocks still read the same head's keys at a time.
@@ -122,7 +128,8 @@ inline HopperConfig hopper_runs_config(const Geometry& g, int padded) {
 }
 // One level of `sortlsh`.
 inline HopperConfig hopper_node_config(const Geometry& g, int padded, int level) {
-  return hopper_config(g, node_config(g, hopper_shape(padded), padded * 2, level), padded, 2);
+  const HopperTable t = node_table(padded);
+  return hopper_config(g, node_config(g, hopper_shape(t), padded * 2, level), t, padded, 2);
 }
 
 }  // namespace ha

@@ -22,16 +22,20 @@ struct Loader {
   // Tile number `turn` of this block of threads.
   HA_DEVICE void run(int turn, int64_t slice) {
     const HopperArgs& args = block.args;
+    if constexpr (Block::kPieces > 1) {  // the planners know the slice
+      await(block.tile_ready(turn & 1), turn >> 1 & 1);
+      slice = block.walk(turn & 1).slice;
+    }
     const int64_t batch = slice / g.heads_q, head = slice % g.heads_q, kv_slice = batch * g.heads_kv + head / g.group();
     const int parity = turn & 1, length = int(g.length(args.p.lengths, batch));
     const Walk& walk = block.walk(parity);
 
     await(block.tile_ready(parity), turn >> 1 & 1);
     const int total = walk.total;
-    await(block.queries_free(), (turn & 1) ^ 1);
+    await(block.queries_free(turn), Block::queries_phase(turn) ^ 1);
     if (Walk::kConsecutive || total <= 0) sync();
-    if (total >= 0) load_queries(walk, slice, parity);
-    else if (thread == 0) barrier_arrive(block.queries_ready(), Block::kFills);
+    if (total >= 0) load_queries(walk, slice, turn);
+    else if (thread == 0) barrier_arrive(block.queries_ready(turn), Block::kFills);
 
     for (int j = 0; j < total; ++j) {
       if (step.starts_batch()) {
@@ -77,24 +81,32 @@ struct Loader {
     --unpublished;
   }
 
-  HA_DEVICE void load_queries(const Walk& walk, int64_t slice, int parity) {
+  HA_DEVICE void load_queries(const Walk& walk, int64_t slice, int turn) {
     const HopperArgs& args = block.args;
+    const uint32_t target = block.queries(turn), ready = block.queries_ready(turn);
     if constexpr (Walk::kConsecutive) {
       if (thread != 0) return;
-      barrier_expect(block.queries_ready(), Block::kRows * P * 2);
+      barrier_expect(ready, Block::kRows * P * 2);
 #pragma unroll
       for (int column = 0; column < P / 64; ++column)
 #pragma unroll
         for (int row = 0; row < Block::kRows; row += kTileKeys)
-          load_tile(args.queries, block.queries() + column * Block::kRows * 128 + row * 128, block.queries_ready(), column * 64,
-                    walk.first - walk.row0 + row, int(slice));
-      barrier_arrive(block.queries_ready(), Block::kFills);
+          load_tile(args.queries, target + column * Block::kRows * 128 + row * 128, ready, column * 64, walk.first - walk.row0 + row,
+                    int(slice));
+      barrier_arrive(ready, Block::kFills);
     } else {
       const int row_bytes = int(g.head_dim) * 2;
       const char* const source = static_cast<const char*>(args.p.q) + slice * g.seq_q * row_bytes;
-      gather<Block::kRows>(block.queries(), source, row_bytes, [&](int row) { return block.row(parity, row).index; });
-      barrier_arrive_copied(block.queries_ready());
-      if (thread == 0) barrier_arrive(block.queries_ready());
+      const Row* const rows = &block.row(turn & 1, 0);
+      if constexpr (Block::kPieces > 1) {
+        gather_fours<Block::kRows>(target, source, row_bytes, [&](int row) {
+          return Four{{rows[row].index, rows[row + 1].index, rows[row + 2].index, rows[row + 3].index}};
+        });
+      } else {
+        gather<Block::kRows>(target, source, row_bytes, [&](int row) { return block.row(turn & 1, row).index; });
+      }
+      barrier_arrive_copied(ready);
+      if (thread == 0) barrier_arrive(ready);
     }
   }
 
@@ -125,7 +137,10 @@ struct Loader {
     await(free, place.phase ^ 1);
     const int row_bytes = int(head_dim) * 2;
     const char* const source = static_cast<const char*>(base) + kv_slice * g.seq_k * row_bytes;
-    if (!Walk::kConsecutive || digest.listed()) {
+    if constexpr (Block::kPieces > 1) {
+      const int32_t* const keys = block.list_keys(step.slot);
+      gather_fours<kKeys>(target, source, row_bytes, [&](int row) { return *reinterpret_cast<const Four*>(keys + row); });
+    } else if (!Walk::kConsecutive || digest.listed()) {
       const int32_t* const keys = block.list_keys(step.slot);
       gather<kKeys>(target, source, row_bytes, [&](int row) { return keys[row]; });
     } else {
@@ -162,6 +177,32 @@ struct Loader {
       for (int i = 0; i < kTogether; ++i)
         copy_async(to + (first + i) * kRowsPerPass * 128, from + uint64_t(uint32_t(max(index[i], 0))) * uint32_t(row_bytes),
                    inside && index[i] >= 0);
+    }
+  }
+
+  // The same where a thread has neighbouring rows: indices(r) = those of rows r to r + 3, read together.
+  struct alignas(16) Four {
+    int32_t index[4];
+  };
+  template <int kRows, class IndicesOf>
+  HA_DEVICE void gather_fours(uint32_t target, const char* source, int row_bytes, IndicesOf indices) const {
+    constexpr int kPasses = kRows / kRowsPerPass;
+    static_assert(kPasses % 8 == 0);
+    const uint32_t chunk = uint32_t(thread) % kChunks, row0 = uint32_t(thread) / kChunks * kPasses;
+    const bool inside = int(chunk) * 16 < row_bytes;
+    const char* const from = settled(source + (inside ? chunk * 16 : 0));
+    const uint32_t to = target + chunk / 8 * (kRows * 128) + row0 * 128, column = chunk % 8 << 4;
+#pragma unroll
+    for (int first = 0; first < kPasses; first += 8) {
+      Four found[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) found[i] = indices(int(row0) + first + 4 * i);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int index = found[i / 4].index[i % 4];
+        copy_async(to + (first + i) * 128 + (column ^ uint32_t(i) << 4), from + uint64_t(uint32_t(max(index, 0))) * uint32_t(row_bytes),
+                   inside && index >= 0);
+      }
     }
   }
 };

@@ -8,9 +8,9 @@ namespace ha {
 template <class T, int P, class Walk>
 struct Planner {
   using Block = HopperBlock<T, P, Walk>;
-  static constexpr int kGroups = Block::kTable.groups, kRowsEach = Block::kRows / Block::kTable.planners;
+  static constexpr int kWarps = Walk::Shape::kWarps, kRowsEach = Block::kRows / Block::kTable.planners;
   static constexpr int kEntriesEach = Block::kKeys / Block::kTable.planners;
-  static_assert(Block::kBatch * kGroups <= Block::kTable.planners && kEntriesEach >= 1);
+  static_assert(Block::kBatch * kWarps <= Block::kTable.planners && kEntriesEach >= 1);
 
   const Block& block;
   const Geometry& g;
@@ -28,6 +28,9 @@ struct Planner {
     Walk& walk = block.walk(parity);
 
     barrier_wait(block.tile_done(parity), (turn >> 1 & 1) ^ 1);
+    if constexpr (Block::kPieces > 1) {  // the others need not find it
+      if (thread == 0) walk.slice = slice;
+    }
     bool present = true;
     if constexpr (!Walk::kConsecutive) present = Walk::present(args.p, config, g, tile, batch);
     if (!present) {
@@ -59,7 +62,7 @@ struct Planner {
   HA_DEVICE void describe(const Walk& walk, int j, int count, float factor) {
     const int first = place.slot;
     barrier_wait(block.steps_done(first), place.phase ^ 1);
-    if (thread < count * kGroups) write_step(walk, j + thread / kGroups, thread % kGroups, &block.step(first + thread / kGroups));
+    if (thread < count * kWarps) write_step(walk, j + thread / kWarps, thread % kWarps, &block.step(first + thread / kWarps));
     sync();
     if (thread < count) digest(walk, first + thread);
     constexpr int kAhead = 4 / kEntriesEach;  // steps whose entries are looked up before any of them is written
@@ -96,7 +99,7 @@ struct Planner {
     const int run = max(max(step.lower, step.upper), 0);
     const bool gathered = !Walk::kConsecutive || step.listed() || (walk.length != g.seq_k && run + Block::kKeys / 2 > walk.length);
     uint32_t modes = uint32_t(gathered) << 31;
-    for (int group = 0; group < kGroups; ++group) modes |= uint32_t(step.modes[group]) << (4 * group);
+    for (int piece = 0; piece < kWarps; ++piece) modes |= uint32_t(step.modes[piece]) << (4 * piece);
     block.digest(slot) = {step.lower, step.upper, step.part, modes};
   }
 };

@@ -23,14 +23,22 @@ struct GroupState {
     for (int i = 0; i < 2; ++i) largest[i] = -INFINITY, sum[i] = 0.0f;
   }
 
-  // Starts logits = Q K^T. `queries` = the group's first row, `keys` = the buffer's.
-  HA_DEVICE void start_keys(uint32_t queries, uint32_t keys) {
+  // What products may have begun with is not kept in registers from one tile to the next.
+  HA_DEVICE void clear_step() {
+#pragma unroll
+    for (int i = 0; i < kKeys / 2; ++i) logits[i] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kKeys / 4; ++i) p[i] = 0;
+  }
+
+  // Starts logits = Q K^T, or += where `add`. `queries` = the group's first row, `keys` = the buffer's.
+  HA_DEVICE void start_keys(uint32_t queries, uint32_t keys, bool add = false) {
     const Matrix a(queries, 16, 1024), b(keys, 16, 1024);
     fence_registers(logits);
     product_begin();
 #pragma unroll
     for (int k = 0; k < P / 16; ++k)
-      multiply_shared<T>(logits, a.at(k / 4 * (kRows * 128) + k % 4 * 32), b.at(k / 4 * (kKeys * 128) + k % 4 * 32), k > 0);
+      multiply_shared<T>(logits, a.at(k / 4 * (kRows * 128) + k % 4 * 32), b.at(k / 4 * (kKeys * 128) + k % 4 * 32), k > 0 || add);
     product_commit();
   }
 

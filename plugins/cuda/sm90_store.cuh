@@ -4,20 +4,33 @@
 
 namespace ha {
 
+// A row, and a thread's part of what earlier launches have stored of it, as it lies in memory.
+template <int P>
+struct SeenRow {
+  int index;
+  float lse;
+  Words4 words[P / 32];
+};
+
 // Divides by the sums and writes O and LSE. kStored: rows may have met keys in earlier launches; then the stored output counts as the
-// value of one more key. `row_of(half)` gives the thread's row of either half: its index and whether something is stored.
+// value of one more key. `row_of(half)` gives the thread's row of either half: its index and whether something is stored, or
+// a SeenRow.
 template <class T, int P, bool kStored, class State, class RowOf>
 HA_DEVICE void store_rows(const HopperArgs& args, State& state, int thread, int64_t slice, RowOf&& row_of) {
   const int v_row = int(args.p.head_dim_v) * 2, t = thread % 4;
   const auto byte_of = [t](int m) { return (4 * m + t) * 16; };  // of a row, where the thread's piece m lies
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const Row row = row_of(half);
+    const auto row = row_of(half);
     const int64_t at = slice * args.p.seq_q + max(row.index, 0);
     char* const out = static_cast<char*>(args.p.out) + at * v_row;
     Words4 seen[P / 32];
     float seen_lse = -INFINITY;
-    if constexpr (kStored) {
+    if constexpr (kStored && !std::is_same_v<decltype(row), const Row>) {
+      seen_lse = row.lse;
+#pragma unroll
+      for (int m = 0; m < P / 32; ++m) seen[m] = row.words[m];
+    } else if constexpr (kStored) {
       const bool known = row.index >= 0 && row.stored;
       if (known) seen_lse = args.lse[at];
 #pragma unroll

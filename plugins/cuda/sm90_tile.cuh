@@ -7,11 +7,11 @@
 
 namespace ha {
 
-// The constants that the walks take: a warp group is their `warp`.
-template <int P>
+// The constants that the walks take: a piece of 64 rows is their `warp`'s.
+template <int P, bool kNodes = false>
 struct HopperShape {
-  static constexpr HopperTable kTable = hopper_table(P);
-  static constexpr int kWarps = kTable.groups, kWarpRows = kGroupRows, kTileRows = kTable.rows(), kKeys = kTable.keys;
+  static constexpr HopperTable kTable = kNodes ? node_table(P) : hopper_table(P);
+  static constexpr int kWarps = kTable.groups * kTable.pieces, kWarpRows = kGroupRows, kTileRows = kTable.rows(), kKeys = kTable.keys;
   static constexpr bool kPairs = true, kOwnedPairs = true;
   static constexpr int kPairBlock = kTileKeys;
 };
@@ -27,9 +27,9 @@ struct HopperArgs {
 struct alignas(16) Digest {
   int lower, upper;
   Part part;
-  uint32_t modes;  // four bits a group; the last bit: gathered row by row
+  uint32_t modes;  // four bits a piece of 64 rows; the last bit: gathered row by row
 
-  HA_DEVICE Mode mode(int group) const { return Mode(modes >> (4 * group) & 15); }
+  HA_DEVICE Mode mode(int piece) const { return Mode(modes >> (4 * piece) & 15); }
   HA_DEVICE bool gathered() const { return modes >> 31; }
   HA_DEVICE bool listed() const { return is_listed(part); }
 };
@@ -37,7 +37,8 @@ static_assert(sizeof(Digest) == kDigestBytes);
 
 template <class T, int P, class Walk>
 struct HopperBlock {
-  static constexpr HopperTable kTable = hopper_table(P);
+  static constexpr HopperTable kTable = Walk::Shape::kTable;
+  static constexpr int kPieces = kTable.pieces, kQueries = kTable.queries;
   static constexpr int kBuffers = kTable.buffers, kKeys = kTable.keys, kRows = kTable.rows(), kBatch = kTable.batch;
   static constexpr int kBufferBytes = kKeys * P * 2;
   static_assert(sizeof(Walk) <= kWalkBytes);
@@ -64,22 +65,23 @@ struct HopperBlock {
   HA_DEVICE int32_t* list_keys(int slot) const { return at<int32_t>(offsets().keys) + slot * kKeys; }
   HA_DEVICE float* list_bias(int slot) const { return at<float>(offsets().bias) + slot * args.config.attend.query_blocks * kKeys; }
 
-  HA_DEVICE uint32_t queries() const { return base; }
-  HA_DEVICE uint32_t buffer(int index) const { return base + kRows * P * 2 + index * kBufferBytes; }
+  // Queries of a tile by its number among those of this block of threads.
+  HA_DEVICE uint32_t queries(int turn) const { return base + turn % kQueries * (kRows * P * 2); }
+  HA_DEVICE uint32_t buffer(int index) const { return base + kQueries * kRows * P * 2 + index * kBufferBytes; }
   HA_DEVICE uint32_t full(int index) const { return base + offsets().barriers + index * 8; }
   HA_DEVICE uint32_t free(int index) const { return full(kBuffers + index); }
-  HA_DEVICE uint32_t queries_ready() const { return full(2 * kBuffers); }
-  HA_DEVICE uint32_t queries_free() const { return full(2 * kBuffers + 1); }
-  HA_DEVICE uint32_t tile_ready(int parity) const { return full(2 * kBuffers + 2 + parity); }
-  HA_DEVICE uint32_t tile_done(int parity) const { return full(2 * kBuffers + 4 + parity); }
-  HA_DEVICE uint32_t steps_ready(int slot) const { return full(2 * kBuffers + 6 + slot / kBatch); }
-  HA_DEVICE uint32_t steps_done(int slot) const { return full(2 * kBuffers + 8 + slot / kBatch); }
+  HA_DEVICE uint32_t queries_ready(int turn) const { return full(2 * kBuffers + turn % kQueries); }
+  HA_DEVICE uint32_t queries_free(int turn) const { return full(2 * kBuffers + kQueries + turn % kQueries); }
+  HA_DEVICE static int queries_phase(int turn) { return turn / kQueries & 1; }
+  HA_DEVICE uint32_t tile_ready(int parity) const { return full(2 * (kBuffers + kQueries) + parity); }
+  HA_DEVICE uint32_t tile_done(int parity) const { return full(2 * (kBuffers + kQueries) + 2 + parity); }
+  HA_DEVICE uint32_t steps_ready(int slot) const { return full(2 * (kBuffers + kQueries) + 4 + slot / kBatch); }
+  HA_DEVICE uint32_t steps_done(int slot) const { return full(2 * (kBuffers + kQueries) + 6 + slot / kBatch); }
 
   HA_DEVICE void init_barriers() const {
     constexpr int kReaders = 4 * kTable.groups;  // warps
     for (int i = 0; i < kBuffers; ++i) barrier_init(full(i), kFills), barrier_init(free(i), kReaders);
-    barrier_init(queries_ready(), kFills);
-    barrier_init(queries_free(), kReaders);
+    for (int i = 0; i < kQueries; ++i) barrier_init(queries_ready(i), kFills), barrier_init(queries_free(i), kReaders);
     for (int i = 0; i < 2; ++i) {
       barrier_init(tile_ready(i), kTable.planners);
       barrier_init(tile_done(i), kReaders);
@@ -118,6 +120,32 @@ struct StepPlace {
   HA_DEVICE void advance(bool last) {
     slot = (last ? slot | (kBatch - 1) : slot) + 1;
     if (slot == 2 * kBatch) slot = 0, phase ^= 1;
+  }
+};
+
+// Where a warp group that computes is in both rings.
+template <class Block>
+struct RingReader {
+  const Block& block;
+  int thread;  // of the group
+  RingPlace<Block::kBuffers> place;
+  StepPlace<Block::kBatch> step;
+
+  // The next step, whose keys have arrived.
+  HA_DEVICE Digest await_keys() const {
+    if (step.starts_batch()) barrier_wait(block.steps_ready(step.slot), step.phase);
+    barrier_wait(block.full(place.index), place.phase);
+    return block.digest(step.slot);
+  }
+  HA_DEVICE void release_buffer() {
+    release(block.free(place.index), thread);
+    place.advance();
+  }
+  // Nothing is read any more of the current step's description.
+  HA_DEVICE void finish_step(int& left) {
+    const bool last = --left == 0;
+    if (step.ends_batch(last)) release(block.steps_done(step.slot), thread);
+    step.advance(last);
   }
 };
 

@@ -8,18 +8,18 @@
 namespace ha {
 
 template <class T, int P, class Walk>
-struct Worker {
+struct Worker : RingReader<HopperBlock<T, P, Walk>> {
   using Block = HopperBlock<T, P, Walk>;
+  using Reader = RingReader<Block>;
+  using Reader::block, Reader::thread, Reader::place, Reader::step, Reader::await_keys, Reader::release_buffer, Reader::finish_step;
   using State = GroupState<T, P, Block::kKeys, Block::kRows>;
 
   static constexpr int kKeys = Block::kKeys, kFirstTurn = 3;
 
-  const Block& block;
-  const Geometry& g;
-  int group, thread;  // of the block's working groups, of the group
   using Place = RingPlace<Block::kBuffers>;
-  Place place;
-  StepPlace<Block::kBatch> step;
+
+  const Geometry& g;
+  int group;  // of the block's working groups
 
   // Before the first tile.
   HA_DEVICE void start() const {
@@ -30,16 +30,16 @@ struct Worker {
     const int parity = turn & 1;
     const Walk& walk = block.walk(parity);
     barrier_wait(block.tile_ready(parity), turn >> 1 & 1);
-    barrier_wait(block.queries_ready(), parity);
+    barrier_wait(block.queries_ready(turn), Block::queries_phase(turn));
     if (!Walk::kConsecutive) fence_products();
     const int total = walk.total;
     if (total < 0) {  // no tile: its rows are left as they are
-      release(block.queries_free(), thread);
+      release(block.queries_free(turn), thread);
       release(block.tile_done(parity), thread);
       return;
     }
     const float factor = base2_factor(g);
-    const uint32_t queries = block.queries() + group * kGroupRows * 128;
+    const uint32_t queries = block.queries(turn) + group * kGroupRows * 128;
     State state;
     state.clear();
     // Two groups start their products in turns, so that one has its softmax while the other's products run.
@@ -64,14 +64,14 @@ struct Worker {
         finish_keys(state, walk, digest, parity, factor);
         values = leave(left);
       }
-      release(block.queries_free(), thread);
+      release(block.queries_free(turn), thread);
       barrier_wait(block.full(values.index), values.phase);
       state.start_values(block.buffer(values.index));
       product_wait<0>();
       fence_registers(state.o);
       release(block.free(values.index), thread);
     } else {
-      release(block.queries_free(), thread);
+      release(block.queries_free(turn), thread);
     }
     const auto stored_row = [&](int half) { return block.row(parity, row_of(half)); };
     if (block.args.config.attend.stored) store_rows<T, P, true>(block.args, state, thread, slice, stored_row);
@@ -87,16 +87,6 @@ struct Worker {
   }
 
   HA_DEVICE int row_of(int half) const { return group * kGroupRows + thread / 32 * 16 + thread % 32 / 4 + 8 * half; }
-  HA_DEVICE void release_buffer() {
-    release(block.free(place.index), thread);
-    place.advance();
-  }
-  // Nothing is read any more of the current step's description.
-  HA_DEVICE void finish_step(int& left) {
-    const bool last = --left == 0;
-    if (step.ends_batch(last)) release(block.steps_done(step.slot), thread);
-    step.advance(last);
-  }
 
   // Waits for the keys of the next step that the group takes part in. Between two of its own lie at most one for each other group, so
   // that a buffer is never waited for that cannot be filled while the group holds another.
@@ -107,12 +97,6 @@ struct Worker {
       if (digest.mode(group) == Mode::kSkip) return pass_over(left, digest);
     }
     return true;
-  }
-  // The next step, whose keys have arrived.
-  HA_DEVICE Digest await_keys() const {
-    if (step.starts_batch()) barrier_wait(block.steps_ready(step.slot), step.phase);
-    barrier_wait(block.full(place.index), place.phase);
-    return block.digest(step.slot);
   }
   HA_DEVICE bool pass_over(int& left, Digest& digest) {
     do {

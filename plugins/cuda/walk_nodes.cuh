@@ -8,6 +8,7 @@ namespace ha {
 // Lies in shared memory. Slots are places in the node's sorted order.
 template <class S>
 struct NodeWalk {
+  using Shape = S;
   static constexpr bool kConsecutive = false;
 
   HaAttributes a;

@@ -9,6 +9,7 @@ namespace ha {
 // Positions and keys fit int: the sequence is below 2^31.
 template <class S>
 struct PositionWalk {
+  using Shape = S;
   static constexpr bool kConsecutive = true;  // rows of the tile, and keys of some steps
   static constexpr int kPairBlocks = S::kKeys / S::kPairBlock;  // of a step, where pairs are owned
 
