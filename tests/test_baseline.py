@@ -227,3 +227,4 @@ def test_a_model_without_a_vocabulary_has_the_layers_alone() -> None:
     assert row["delta_nats"] is row["kl"] is row["top1"] is row["all_positions"] is None and row["windows"] == 0
     assert row["layers_relative_l2"] == {"mean": 0.3, "min": 0.1, "max": 0.5}
     assert row["keys_per_query_ours"] == (keys_per_query(SMALL, 203) + keys_per_query(replace(SMALL, causal=0), 131)) / 2
+    assert row["keys_per_query_exact"] == (sum(range(1, 204)) / 203 + 131) / 2

@@ -116,9 +116,12 @@ def test_verdict_speaks_of_speed_and_length() -> None:
         return samples.report(time=rows)["verdict"]
 
     faster = judged([(512, 1.0, 0.5), (1024, 1.0, 1.5), (2048, 1.0, 3.0)])
-    assert (faster["speedup"], faster["faster_from"]) == (3.0, 1024) and "3.00x" in faster["speed"]
-    assert judged([(512, 1.0, 2.0), (1024, 2.0, 1.0)])["faster_from"] is None
-    assert judged([])["speedup"] is None
+    assert (faster["speedup"], faster["faster_from"], faster["not_faster_at"]) == (3.0, 1024, 512) and "3.00x" in faster["speed"]
+    slower = judged([(512, 1.0, 2.0), (1024, 2.0, 1.0)])
+    assert (slower["faster_from"], slower["not_faster_at"]) == (None, 1024)
+    always = judged([(512, 1.0, 2.0), (1024, 1.0, 3.0)])
+    assert (always["faster_from"], always["not_faster_at"]) == (512, None)
+    assert judged([])["speedup"] is judged([])["not_faster_at"] is None
     beyond = judged([(2048, 1.0, 3.0), (4096, 1.0, 9.0)])  # where only time was measured there is no headline
     assert beyond["speedup"] == 3.0 and "9.00x at 4,096 tokens" in beyond["speed"]
 

@@ -49,6 +49,7 @@ class Baseline:
             "length": self.length,
             "name": NAME,
             "keys_per_query": mean(costs),
+            "keys_per_query_exact": mean(keys_per_query(config.exact(), keys) for config, keys in captured),
             "keys_per_query_ours": mean(keys_per_query(config, keys) for config, keys in captured),
             "attributes": shared([{name: getattr(window, name) for name in names} for window in windows]),
             "layers_relative_l2": spread([row["window_relative_l2"] for row in layers]),

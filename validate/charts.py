@@ -6,7 +6,9 @@ import math
 from statistics import fmean
 
 from hyperattention.export.gate_options import LANGUAGE
+from hyperattention.validate.cost_charts import cost_chart, policy_chart
 from hyperattention.validate.grid_plot import Panel, grid_chart
+from hyperattention.validate.head_charts import hardness, heat
 from hyperattention.validate.plots import Chart, Series, Span, bar_chart, line_chart, range_chart, short
 from hyperattention.validate.report_format import seconds
 
@@ -17,11 +19,12 @@ _MOST_SERIES = 4  # colours, shapes
 def charts(report: dict) -> dict[str, Chart | None]:
     """Every chart of a report by name."""
     found = {"layers": layer_chart(report), "time": time_chart(report), "rows": row_chart(report), "hard": hard_chart(report)}
+    found |= {"heat": heat(report), "hardness": hardness(report), "policy": policy_chart(report), "cost": cost_chart(report)}
     return found | (_token_charts(report) if report["kind"] == LANGUAGE else _feature_charts(report))
 
 
 def layer_chart(report: dict) -> Chart | None:
-    """Relative L2 of the approximate layers' outputs against length: ours with the range of three seeds, and the window, which draws
+    """Relative L2 of the approximate layers' outputs against length: ours with the range of five seeds, and the window, which draws
     nothing, of equal keys."""
     by_length: dict[int, list[list[float]]] = {}
     for row in report["layers"]:

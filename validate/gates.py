@@ -144,11 +144,7 @@ def verdict(report: dict, gates: list[Gate]) -> dict:
     judged = [row for row in time if not row["time_only"]]  # a speed counts where the accuracy was measured too
     longest = judged[-1] if judged else None
     speedup = fastest_exact(longest) / longest["ours_s"] if longest else None
-    from_length = None
-    for row in reversed(judged if approximate else []):  # what nothing approximates is not faster by our doing
-        if fastest_exact(row) <= row["ours_s"]:
-            break
-        from_length = row["length"]
+    from_length, before = _break_even(judged if approximate else [])  # what nothing approximates is not faster by our doing
     real = report["inputs"]["kind"] != "random"
     return {
         "safe": (True if real else None) if not failed else False,  # None: random inputs can condemn, but not clear
@@ -159,9 +155,20 @@ def verdict(report: dict, gates: list[Gate]) -> dict:
         "speedup": speedup,
         "speedup_length": longest["length"] if longest else None,
         "faster_from": from_length,
+        "not_faster_at": before,
         "exact_below": report["plan_summary"]["exact_below"],
         "measured_approximate": bool(approximate),
     }
+
+
+def _break_even(timed: list[dict]) -> tuple[int | None, int | None]:
+    """The shortest length from which every longer one is faster, and the one before it, which is not; None where there is none."""
+    faster = None
+    for row in reversed(timed):
+        if fastest_exact(row) <= row["ours_s"]:
+            return faster, row["length"]
+        faster = row["length"]
+    return faster, None
 
 
 def _small_print(gates: list[Gate], busy: str | None) -> list[str]:

@@ -23,7 +23,7 @@ from hyperattention.validate.window import window_operator
 
 TEXT = "text"
 RECALLED = 0.9  # cosine with the planted value from which a needle counts as found
-OWN_LAYERS, ROWS = 8, 256
+OWN_LAYERS, ROWS, SEEDS = 8, 256, 3
 _TILE = 2**25  # float64 logits held at once
 
 
@@ -109,11 +109,11 @@ def hard_rows(operator: Operator, captured: Sequence[Captured], step: Callable[[
     for name in (own, *DISTRIBUTIONS):
         step(f"{sizes.length:,} tokens, hard input: {name}")
         if name == own:
-            layers = [_measure(operator, _own(c, size), seeds_of(c.config)) for c in chosen]
+            layers = [_measure(operator, _own(c, size), seeds_of(c.config, SEEDS)) for c in chosen]
             found = [_mean_pair(pairs) for pairs in zip(*layers, strict=True)]
         else:
-            found = [_measure(operator, _made(name, first, sizes, config), [config])[0] for config in seeds_of(first.config)]
-        rows.append(_row(name, sizes.length, [config.seed for config in seeds_of(first.config)], found))
+            found = [_measure(operator, _made(name, first, sizes, config), [config])[0] for config in seeds_of(first.config, SEEDS)]
+        rows.append(_row(name, sizes.length, [config.seed for config in seeds_of(first.config, SEEDS)], found))
     return rows
 
 

@@ -18,7 +18,7 @@ from hyperattention.validate.metrics import attention_error, head_errors, row_er
 from hyperattention.validate.operators import Operator
 from hyperattention.validate.window import window_operator
 
-SEEDS = 3  # the layer's own seed and the two after it
+SEEDS = 5  # the layer's own seed and the four after it
 # Quarter decades from 1e-4 to 10, as a histogram of row errors takes them.
 EDGES = tuple(10.0 ** (n / 4) for n in range(-16, 5))
 
@@ -44,7 +44,7 @@ def layer_rows(
     """One row of report.json's `layers` for each captured layer that approximates at its own length.
 
     `kernels` (None: nothing to compare) are held against the reference's choices in the first such layer. `seeds` are whole
-    outputs under the layer's own seed and the next two; `row_errors` counts the relative L2 error of every row of every head;
+    outputs under the layer's own seed and the next four; `row_errors` counts the relative L2 error of every row of every head;
     `window_relative_l2` is the error of window + sinks at equal keys per query; `heads` has a row of head_metrics.py for each head.
     """
     rows, window = [], window_operator(operator)

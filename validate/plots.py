@@ -107,14 +107,14 @@ def line_chart(
     ys += [] if limit is None else [limit] if log_y else [limit, 0.0]
     x_axis, y_axis = Axis(xs, LEFT, WIDTH - RIGHT, True), Axis(ys, HEIGHT - BOTTOM, TOP, log_y)
     said = "; ".join(f"{s.name}: " + ", ".join(f"{y:.3g} at {x:,}" for x, y in s.points) for s in shown)
-    parts = [opening(title, said), *_rules(y_axis, tick), *_labels([(x_axis(x), short(x)) for x in xs]), *_names("tokens", unit)]
+    parts = [opening(title, said), *rules(y_axis, tick), *labels([(x_axis(x), short(x)) for x in xs]), *axis_names("tokens", unit)]
     parts += [part for s in shown for part in _band(s, x_axis, y_axis)]
     parts += [part for s in shown for part in _line(s, x_axis, y_axis)]
     if limit is not None:
         y = y_axis(limit)
         parts.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="limit-text" x="{WIDTH - RIGHT}" y="{y - 5:.1f}" text-anchor="end">gate {tick(limit)}</text>')
-    return Chart("".join(parts) + "</svg>", [(s.name, _swatch(s.colour, s.dashed)) for s in shown], limit is not None)
+    return Chart("".join(parts) + "</svg>", [(s.name, swatch(s.colour, s.dashed)) for s in shown], limit is not None)
 
 
 def _finite(s: Series, log_y: bool) -> Series:
@@ -130,7 +130,8 @@ def opening(title: str, said: str, height: float = HEIGHT) -> str:
     return f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{label}"><title>{label}</title><desc>{escape(said)}</desc>'
 
 
-def _rules(axis: Axis, tick: Callable[[float], str]) -> list[str]:
+def rules(axis: Axis, tick: Callable[[float], str]) -> list[str]:
+    """Lines across the figure at the ticks of its upright axis, with their texts beside it."""
     parts = []
     for value in axis.ticks():
         y = axis(value)
@@ -139,7 +140,7 @@ def _rules(axis: Axis, tick: Callable[[float], str]) -> list[str]:
     return parts
 
 
-def _labels(places: list[tuple[float, str]], y: float = HEIGHT - BOTTOM + 19) -> list[str]:
+def labels(places: list[tuple[float, str]], y: float = HEIGHT - BOTTOM + 19) -> list[str]:
     """Labels under the axis; one that would touch the one before is left out, the last one never is."""
     kept: list[tuple[float, str]] = []
     for x, text in reversed(places):
@@ -148,7 +149,8 @@ def _labels(places: list[tuple[float, str]], y: float = HEIGHT - BOTTOM + 19) ->
     return [f'<text class="tick" x="{x:.1f}" y="{y:g}" text-anchor="middle">{escape(text)}</text>' for x, text in reversed(kept)]
 
 
-def _names(below: str, beside: str) -> list[str]:
+def axis_names(below: str, beside: str) -> list[str]:
+    """What the axes show; `beside` may be empty."""
     middle = (TOP + HEIGHT - BOTTOM) / 2
     beside_axis = f'<text class="axis" transform="translate(17 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(beside)}</text>'
     return [
@@ -176,18 +178,18 @@ def _line(s: Series, x_axis: Axis, y_axis: Axis) -> list[str]:
     parts = [f'<polyline class="line" points="{path}" style="stroke:{colour}"{dash}/>'] if len(s.points) > 1 else []
     for i, (x, y) in enumerate(s.points):
         tip = f"{s.name}, {x:,} tokens: {y:.4g}" + (f" ({s.band[i][0]:.3g} to {s.band[i][1]:.3g})" if s.band else "")
-        parts.append(_marker(s.colour, x_axis(x), y_axis(y), tip))
+        parts.append(marker(s.colour, x_axis(x), y_axis(y), tip))
     return parts
 
 
-def _swatch(colour: int, dashed: bool = False) -> str:
-    """A piece of a line with its mark, for a legend."""
+def swatch(colour: int, dashed: bool = False, line: bool = True) -> str:
+    """A mark, by default on a piece of a line, for a legend."""
     dash = ' stroke-dasharray="6 5"' if dashed else ""
-    line = f'<line x1="1" x2="29" y1="6" y2="6" style="stroke:var(--series-{colour})" stroke-width="2.2"{dash}/>'
-    return f'<svg class="swatch" viewBox="0 0 30 12" aria-hidden="true">{line}{_marker(colour, 15, 6, "")}</svg>'
+    drawn = f'<line x1="1" x2="29" y1="6" y2="6" style="stroke:var(--series-{colour})" stroke-width="2.2"{dash}/>' if line else ""
+    return f'<svg class="swatch" viewBox="0 0 30 12" aria-hidden="true">{drawn}{marker(colour, 15, 6, "")}</svg>'
 
 
-def _marker(colour: int, x: float, y: float, tip: str) -> str:
+def marker(colour: int, x: float, y: float, tip: str) -> str:
     """A dot, square, diamond or triangle by the colour's number, so that print and any eye can tell the series apart."""
     paths = {2: "M-4-4h8v8h-8z", 3: "M0-5.4L5.4 0 0 5.4-5.4 0z", 4: "M0-5L4.8 4h-9.6z"}
     style = f'style="fill:var(--series-{colour})"'
@@ -207,7 +209,7 @@ def bar_chart(title: str, bars: list[tuple[str, float]], unit: str, below: str, 
     axis = Axis([*(v for _, v in bars), 0.0], HEIGHT - BOTTOM, TOP, False)
     width = (WIDTH - LEFT - RIGHT) / len(bars)
     said = ", ".join(f"{text}: {value:.3g}" for text, value in bars)
-    parts = [opening(title, said), *_rules(axis, tick_text)]
+    parts = [opening(title, said), *rules(axis, tick_text)]
     for i, (text, value) in enumerate(bars):
         top, bottom = sorted((axis(value), axis(0.0)))
         box = f'x="{LEFT + i * width + 1:.1f}" y="{top:.1f}" width="{width - 2:.1f}" height="{max(bottom - top, 0.8):.1f}" rx="1.5"'
@@ -217,8 +219,8 @@ def bar_chart(title: str, bars: list[tuple[str, float]], unit: str, below: str, 
         ends = ((LEFT, "start", bars[0][0]), (WIDTH - RIGHT, "end", bars[-1][0]))
         parts += [f'<text class="tick" x="{x}" y="{HEIGHT - BOTTOM + 19}" text-anchor="{a}">{escape(t)}</text>' for x, a, t in ends]
     else:
-        parts += _labels([(LEFT + i * width, text) for i, text in sorted(ticks.items())])
-    return Chart("".join([*parts, *_names(below, unit)]) + "</svg>", [])
+        parts += labels([(LEFT + i * width, text) for i, text in sorted(ticks.items())])
+    return Chart("".join([*parts, *axis_names(below, unit)]) + "</svg>", [])
 
 
 @dataclass(frozen=True)
@@ -244,7 +246,7 @@ def range_chart(title: str, rows: list[tuple[str, list[Span]]], below: str) -> C
     parts = [opening(title, said, bottom + BOTTOM)]
     ticks = axis.ticks()
     parts += [f'<line class="grid" x1="{axis(v):.1f}" x2="{axis(v):.1f}" y1="{TOP}" y2="{bottom}"/>' for v in ticks]
-    parts += _labels([(axis(v), tick_text(v)) for v in ticks], bottom + 19)
+    parts += labels([(axis(v), tick_text(v)) for v in ticks], bottom + 19)
     parts.append(f'<text class="axis" x="{(left + WIDTH) / 2:.0f}" y="{bottom + BOTTOM - 6}" text-anchor="middle">{escape(below)}</text>')
     for i, (label, row) in enumerate(rows):
         middle = TOP + step * (i + 0.5)
@@ -253,5 +255,5 @@ def range_chart(title: str, rows: list[tuple[str, list[Span]]], below: str) -> C
             y = middle + 9 * (j - (len(row) - 1) / 2)
             ends = f'x1="{axis(s.low):.1f}" x2="{axis(s.high):.1f}" y1="{y:.1f}" y2="{y:.1f}"'
             parts.append(f'<line {ends} style="stroke:var(--series-{s.colour})" stroke-width="2.5"/>')
-            parts.append(_marker(s.colour, axis(s.mean), y, f"{label}, {s.name}: {s.mean:.4g} ({s.low:.3g} to {s.high:.3g})"))
-    return Chart("".join(parts) + "</svg>", [(name, _swatch(colour)) for name, colour in dict.fromkeys((s.name, s.colour) for s in spans)])
+            parts.append(marker(s.colour, axis(s.mean), y, f"{label}, {s.name}: {s.mean:.4g} ({s.low:.3g} to {s.high:.3g})"))
+    return Chart("".join(parts) + "</svg>", [(name, swatch(colour)) for name, colour in dict.fromkeys((s.name, s.colour) for s in spans)])

@@ -10,9 +10,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
 from hyperattention.errors import UsageError
+from hyperattention.export.budget import Budget
 from hyperattention.export.console import jsonable
 from hyperattention.export.gate_options import FEATURES, LANGUAGE
 from hyperattention.validate.charts import bin_text, charts, hardest_heads, row_histogram
+from hyperattention.validate.cost_charts import judged_regime, policy_rows, setting_text
 from hyperattention.validate.report_format import FILTERS
 
 SCHEMA = 3
@@ -72,6 +74,9 @@ def render(report: dict, template: str) -> str:
     html = template.endswith(".html.jinja")
     parts = {"charts": charts(report) if html else {}, "heads": hardest_heads(report)}
     parts |= {"histogram": row_histogram(report), "bin_text": bin_text}
+    policy = report["plan"].get("policy")
+    if policy:
+        parts |= {"policy_rows": policy_rows(policy), "regime": judged_regime(policy), "budget": str(Budget(**policy["budget"]))}
     return templates(html).get_template(template).render(r=report, **parts)
 
 
@@ -86,7 +91,7 @@ def templates(html: bool) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters.update(FILTERS)
+    made.filters.update({**FILTERS, "setting": setting_text})
     return made
 
 

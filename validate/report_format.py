@@ -101,5 +101,6 @@ FILTERS = {
     "signed": lambda value: f"{value:+.4f}",
     "clamp": lambda value: f"{min(100.0, max(0.0, value)):.1f}",
     "thousands": lambda n: f"{n:,}",
+    "thousands0": lambda value: f"{value:,.0f}",
     "short": short,
 }
