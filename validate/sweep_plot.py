@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from hyperattention.validate.bench_plot import save
@@ -19,7 +20,7 @@ def figure(record: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
     lengths = sorted({row["length"] for row in record["points"]})
-    made = Figure(figsize=(4.2 * len(lengths) + 1.2, 9.2), dpi=150, layout="constrained")
+    made = Figure(figsize=(max(9.0, 4.2 * len(lengths) + 1.2), 9.2), dpi=150, layout="constrained")
     grid = made.subplots(3, len(lengths), squeeze=False, sharex=True, sharey="row")
     for column, length in enumerate(lengths):
         rows = [row for row in record["points"] if row["length"] == length]
@@ -33,7 +34,7 @@ def figure(record: dict[str, Any]) -> Any:
         axes.set_ylabel(label)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     made.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    made.suptitle(heading(record), fontsize=8)
+    made.suptitle("\n".join(wrap(heading(record), 120)), fontsize=8)
     return made
 
 
