@@ -276,6 +276,7 @@ PLACES = {
     "doctor": "hyperattention.doctor.collect",
     "bench": "hyperattention.validate.bench_outcome.open_subject",
     "sweep": "hyperattention.validate.sweep_subject.open_subject",
+    "policy": "hyperattention.validate.policy.prepare.open_source",
 }
 
 
@@ -290,7 +291,8 @@ def test_interrupted(command: str, model: Path, out: Path, tmp_path: Path, monke
 
     monkeypatch.setattr(PLACES[command], sleep)
     monkeypatch.chdir(tmp_path)
-    arguments = {"validate": [out, "--model", model], "compare": [out, out], "sweep": [model, "--text", model], "doctor": []}
+    measured = [model, "--text", model]
+    arguments = {"validate": [out, "--model", model], "compare": [out, out], "sweep": measured, "policy": measured, "doctor": []}
     given = arguments.get(command, [out])
     before = contents(out)
     answer, said = (tmp_path.parent / f"{tmp_path.name}.{name}" for name in ("answer", "said"))

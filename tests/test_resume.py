@@ -172,7 +172,7 @@ def test_an_engine_belongs_to_its_machine_and_packages_to_their_versions(tmp_pat
 
     class Plan:
         def to_json(self) -> dict[str, Any]:
-            return {"layers": [], "batch": [1, 1, 1], "seq": [1, 2, 3], "input_ids": 0, "preset": 0, "keep_exact": 0, "seed": 0}
+            return {"layers": [], "batch": [1, 1, 1], "seq": [1, 2, 3], "input_ids": 0, "preset": 0, "keep_exact": 0, "seed": 0, "policy": None}
 
     plan: Any = Plan()
     seen = []
