@@ -172,7 +172,8 @@ def test_an_engine_belongs_to_its_machine_and_packages_to_their_versions(tmp_pat
 
     class Plan:
         def to_json(self) -> dict[str, Any]:
-            return {"layers": [], "batch": [1, 1, 1], "seq": [1, 2, 3], "input_ids": 0, "preset": 0, "keep_exact": 0, "seed": 0, "policy": None}
+            idle = dict.fromkeys(("input_ids", "preset", "keep_exact", "seed", "policy"), 0)
+            return {"layers": [], "batch": [1, 1, 1], "seq": [1, 2, 3], **idle}
 
     plan: Any = Plan()
     seen = []
