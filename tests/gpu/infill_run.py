@@ -5,7 +5,8 @@
 Trained on the Python sources of torch and transformers with planted far copies (infill_task.py), up to the longest of --lengths. Judged on
 held-out text, with all layers replaced, by exact attention, `blocks`, `sortlsh` and a window with sinks at the keys per query of `blocks`:
 nats of the hidden bytes, and the share of hidden bytes of copies that are restored; and each layer's own error. Exit code 1 where exact
-attention itself does not restore the copies: then there is no ground truth. About 90 s on an H200.
+attention itself does not restore the copies: then there is no ground truth. About 90 s on an H200, ten minutes on one processor core with
+--seconds 600 --lengths 1024 2048 --tokens 1024 --hidden 96 --layers 2 --heads 2 --rate 3e-3 --workers 1.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from hyperattention.validate.metrics import tensor_error
 from hyperattention.validate.operators import Operator, native_operator
 from hyperattention.validate.window import window_config, window_operator
 
-RESTORED = 0.9  # copies that exact attention has to restore
+RESTORED = 0.7  # hidden bytes of copies that exact attention has to restore; without finding the copy 0.02 are right
 SEED = 0
 TEXT = Path(__file__).parents[1] / "data" / "heldout.txt"
 
