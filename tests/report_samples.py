@@ -144,6 +144,39 @@ def _recall(lost: float) -> dict:
     }
 
 
+def policy() -> dict:
+    """What --layers auto wrote: a choice in which layer 2 stays exact, beside one setting for all layers."""
+    blocks = Config.from_attributes({"causal": 1}).attributes()
+
+    def verified(kl: float) -> dict:
+        regimes = {"all_positions": _tokens(2 * kl, kl), "prefill_exact_decode": _tokens(kl, kl / 3)}
+        return {**regimes, "needle": {"exact": 1.0, "all_positions": 0.9844, "prefill_exact_decode": 0.9961}}
+
+    return {
+        "schema": 1,
+        "model": "byte-lm-4m",
+        "architecture": "LlamaForCausalLM",
+        "budget": {"nats": 0.005, "needle": 0.98, "regime": "both"},
+        "calibration": {
+            **{"name": "heldout.txt", "sha256": "0123456789abcdef" * 4, "tokens": "bytes", "from": 0, "to": 196607, "seed": 0},
+            **{"length": 8192, "windows": 2, "tail": 512, "needle_prompts": 8, "dtype": "fp32", "device": "cpu"},
+        },
+        "layers": [
+            {"index": i, "name": f"model.layers.{i}.self_attn", "attributes": None, "keys": 4096.5, "predicted_kl": 0.0}
+            if i == 2
+            else {"index": i, "name": f"model.layers.{i}.self_attn", "attributes": blocks, "keys": 901.5 + i, "predicted_kl": 0.00011 * i}
+            for i in range(4)
+        ],
+        "keys": 1700.75,
+        "exact_keys": 4096.5,
+        "predicted_kl": 0.00044,
+        "verified": verified(0.00039),
+        "pareto": [{"keys": 700.0 + 300 * i, "predicted_kl": 0.0093 / 4**i} for i in range(12)],
+        "fixed": [{"attributes": blocks, "keys": 1690.25, "predicted_kl": 0.0012, "verified": verified(0.0011)}],
+        "fingerprint": "f" * 64,
+    }
+
+
 def _layers_of_plan() -> list[dict]:
     config = Config.from_attributes({"causal": 1}).attributes()
     return [
@@ -156,6 +189,12 @@ def _layers_of_plan() -> list[dict]:
         }
         for i in range(4)
     ]
+
+
+def with_policy() -> dict:
+    """The report of a language model whose layers a policy chose."""
+    whole = report()
+    return {**whole, "plan": {**whole["plan"], "policy": policy()}}
 
 
 def report(kind: str = "language", limits: Limits | None = None, **changes: Any) -> dict:

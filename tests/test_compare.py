@@ -82,7 +82,8 @@ def test_a_folder_is_like_itself(kind: str, make: Make) -> None:
     found = compare(make("a", samples.report(kind)), make("b", samples.report(kind)))
     assert found["unfair"] == [] and found["plan"] == [] and found["problems"] == [None, None]
     assert bool(found["needle"]) == (kind == "language")  # vectors cannot be asked
-    for part in ("gates", "errors", "time", "layers", "hard_inputs", "sizes", *(["needle"] if kind == "language" else [])):
+    asked = ["needle", "needle_grid", "strict"] if kind == "language" else []
+    for part in ("gates", "errors", "time", "layers", "heads", "keys", "look_ahead", "hard_inputs", "sizes", *asked):
         assert found[part] and all(row["pair"][0] == row["pair"][1] for row in found[part]), part
 
 
@@ -98,6 +99,57 @@ def test_numbers_are_those_of_the_reports(make: Make) -> None:
         longest = {row["layer"]: row["relative_l2"] for row in report["layers"] if row["length"] == 32768}
         assert layers == {0: None, 1: longest[1], 2: None, 3: longest[3]}
     assert found["unfair"] == [] and found["verdicts"][0]["safe"] and not found["verdicts"][1]["safe"]
+
+
+def harder() -> dict:
+    """A report whose layer 3 has one head of five times the error, which recalls less, and none at the longest length but that layer."""
+    report = samples.report()
+    head = next(row for row in report["layers"] if (row["layer"], row["length"]) == (3, 32768))["heads"][2]
+    head |= {"relative_l2": 5 * head["relative_l2"], "top16_recall": 0.5, "cv_measured": None}
+    report["look_ahead"]["own"] = "blocks, strict"
+    report["baseline"][0]["keys_per_query_ours"] = 955.5
+    return report
+
+
+def test_heads_look_ahead_and_keys_are_those_of_the_reports(make: Make) -> None:
+    first, second = samples.report(), harder()
+    found = compare(make("a", first), make("b", second))
+    longest = [row for row in second["layers"] if row["length"] == 32768]
+    heads = {(row["layer"], head["head"]): head for row in longest for head in row["heads"]}
+    assert found["heads_length"] == 32768 and {(row["layer"], row["head"]) for row in found["heads"]} == set(heads)
+    for row in found["heads"]:
+        assert row["pair"][1].items() <= heads[row["layer"], row["head"]].items()
+        assert (row["pair"][0] == row["pair"][1]) == ((row["layer"], row["head"]) != (3, 2))
+    assert [row["pair"][1]["ours"] for row in found["keys"]] == [row["keys_per_query_ours"] for row in second["baseline"]]
+    for row, op in zip(found["look_ahead"], second["look_ahead"]["op"], strict=True):
+        assert (row["selector"], row["pair"][1]["farthest"]) == (op["selector"], op["farthest"])
+        assert [value["this_export"] for value in row["pair"]] == [op["selector"] == "blocks", op["selector"] == "blocks, strict"]
+    cells = {(row["kind"], row["length"], row["depth"], row["regime"]): row["pair"][0]["mean"] for row in found["needle_grid"]}
+    row = first["needle"]["rows"][4]
+    assert cells[row["kind"], row["length"], 0.85, "all positions"] == row["depths"][2]["all_positions"]["mean"]
+    assert [row["pair"][0]["mean"] for row in found["strict"]] == [0.0021, 0.00011]
+
+
+def test_the_console_tells_the_hardest_heads(make: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = run([make("a", samples.report()), make("b", harder())], capsys)
+    told = [re.split(r"  +", line.strip()) for line in out.splitlines()]
+    errors = [head["relative_l2"] for row in harder()["layers"] if row["length"] == 32768 for head in row["heads"]]
+    (row,) = [cells for cells in told if cells[0] == "largest error"]
+    assert code == 0 and numbers(row[2]) == [pytest.approx(max(errors), rel=0.01), 3, 2] and numbers(row[1])[1:] == [3, 3]
+    (row,) = [cells for cells in told if cells[0].startswith("lowest recall")]
+    assert row[2] == "50.00 % (layer 3, head 2)" and "0 (this export)" in out and "61 (this export)" in out
+    assert ["8,192", "0.1"] in [cells[1:3] for cells in told if cells[0] == "multi-key, all positions"]
+
+
+def test_policies_stand_side_by_side(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = make("b", None, plan(policy=samples.policy()))
+    found = compare(make("a", samples.report()), chosen)
+    told = {row["what"]: row["pair"] for row in found["policy"]}
+    assert told["keys a query"] == [None, 1700.75] and told["KL, all positions"] == [None, 0.00039]
+    code, out, _ = run([make("c", None), chosen], capsys)
+    assert code == 0 and "1,701" in out and "Policy" in out
+    assert compare(make("d", None), make("e", None))["policy"] == []
 
 
 def test_a_speed_without_approximation_is_not_shown_as_one(make: Make, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -202,6 +254,7 @@ def test_json_is_one_object(make: Make, capsys: pytest.CaptureFixture[str]) -> N
     found = json.loads(out)
     assert code == 0 and found["names"] == ["a", "b"] and found["unfair"][0]["what"] == "input"
     assert set(found) >= {"plan", "gates", "errors", "time", "layers", "needle", "hard_inputs", "sizes", "verdicts", "problems"}
+    assert set(found) >= {"heads", "keys", "policy", "look_ahead", "strict", "needle_grid"}
 
 
 @pytest.mark.parametrize("kind", ["language", "features"])
@@ -214,7 +267,7 @@ def test_the_page_stands_alone_and_escapes(kind: str, make: Make, capsys: pytest
     found = Page(html)
     assert code == 0 and html.count("<script>") == 1 and NASTY in found.text and str(tmp_path) not in html
     assert not re.search(r"""\b(src|href|action)\s*=|url\(|@import|https?:""", html)
-    assert len([svg for svg in found.svgs if svg.get("class") != "swatch"]) == (2 if kind == "language" else 3)
+    assert len([svg for svg in found.svgs if svg.get("class") != "swatch"]) == (8 if kind == "language" else 5)
     row = next(row for row in [t for t in found.tables if t[0][0] == "tokens" and "over exact" in t[0][-1]][0] if row[0] == "32,768")
     assert numbers(row[1]) == [pytest.approx(0.0052)] and numbers(row[2]) == [pytest.approx(0.0104)]
 

@@ -40,7 +40,8 @@ def test_a_written_report_follows_the_schema(kind: str, schema: jsonschema.Draft
     broken = samples.report(kind)
     broken["implementation"]["per_op"][0]["ratio"] = math.nan
     empty = samples.report(kind, time=[], layers=[], baseline=[], hard_inputs=[], look_ahead=None)
-    for report in (samples.report(kind), empty, judge(broken, Limits())):
+    chosen = [samples.with_policy()] if kind == "language" else []
+    for report in (samples.report(kind), empty, judge(broken, Limits()), *chosen):
         written = write(report, tmp_path / "report")
         schema.validate(json.loads(written[0].read_text(encoding="utf-8")))
 
@@ -68,6 +69,27 @@ def test_the_schema_wants_every_part(path: tuple[str, ...], schema: jsonschema.D
         owner = owner[name]
     del owner[path[-1]]
     assert not schema.is_valid(report)
+
+
+@pytest.mark.parametrize("name", sorted(set(samples.policy()) - {"architecture", "fingerprint"}))
+def test_the_schema_wants_every_part_of_a_policy(name: str, schema: jsonschema.Draft202012Validator) -> None:
+    report = samples.with_policy()
+    del report["plan"]["policy"][name]
+    assert not schema.is_valid(report)
+
+
+def test_the_schema_knows_how_many_seeds_and_what_was_run(schema: jsonschema.Draft202012Validator) -> None:
+    report = samples.with_policy()
+    assert schema.is_valid(report)
+    for spoil in (
+        lambda r: r["layers"][0]["seeds"]["relative_l2"].pop(),
+        lambda r: r["plan"]["policy"]["verified"]["all_positions"].pop("kl"),
+        lambda r: r["plan"]["policy"]["fixed"][0]["verified"].pop("needle"),
+        lambda r: r["baseline"][0].pop("keys_per_query_exact"),
+    ):
+        broken = copy.deepcopy(report)
+        spoil(broken)
+        assert not schema.is_valid(broken)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,6 +14,7 @@ from hyperattention.config import shared
 from hyperattention.errors import UsageError
 from hyperattention.export.bundle import MANIFEST, REPORT, Bundle
 from hyperattention.export.gate_options import LANGUAGE
+from hyperattention.validate import compare_parts as parts
 from hyperattention.validate.configs import configs
 from hyperattention.validate.gates import fastest_exact
 from hyperattention.validate.report import INCOMPLETE, read
@@ -67,6 +68,7 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
     a, b = (Side.open(folder, name) for folder, name in zip((first, second), names, strict=True))
     reports = (a.report, b.report)
     try:
+        length = parts.common_length(reports)
         return {
             "names": names,
             "models": [a.model, b.model],
@@ -78,8 +80,15 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
             "gates": _joined(reports, _gates),
             "errors": _joined(reports, _errors),
             "time": _joined(reports, _times),
-            "layers": _layers(a, b),
+            "layers": _layers(a, b, length),
+            "heads_length": length,
+            "heads": _joined(reports, lambda report: parts.heads(report, length)),
+            "keys": _joined(reports, parts.keys),
+            "policy": parts.policies([side.bundle.plan.policy for side in (a, b)]),
+            "look_ahead": _joined(reports, parts.look_ahead),
+            "strict": _joined(reports, parts.strict),
             "needle": _joined(reports, _recall),
+            "needle_grid": _joined(reports, parts.needle_grid),
             "hard_inputs": _joined(reports, _hard),
             "sizes": _sizes(a, b),
         }
@@ -186,15 +195,13 @@ def _hard(report: dict) -> Iterable[tuple[dict, dict]]:
         yield key, {"passed": row["passed"], "value": row["value"], "relative_l2": row["ours"]["relative_l2"]["mean"]}
 
 
-def _layers(a: Side, b: Side) -> list[dict]:
-    """Every attention layer: {"index", "pair"} with name, mode and, at the longest length measured in both, its own error."""
-    lengths = [{row["length"] for row in side.report["layers"]} if side.report else set() for side in (a, b)]
-    common = lengths[0] & lengths[1] if all(lengths) else lengths[0] | lengths[1]
+def _layers(a: Side, b: Side, length: int | None) -> list[dict]:
+    """Every attention layer: {"index", "pair"} with name, mode and, at `length`, its own error."""
     rows: dict[int, dict] = {}
     for i, side in enumerate((a, b)):
-        measured = {row["layer"]: row for row in (side.report["layers"] if side.report else ()) if common and row["length"] == max(common)}
+        measured = {row["layer"]: row for row in (side.report["layers"] if side.report else ()) if row["length"] == length}
         for layer in side.bundle.plan.layers:
-            told = {"name": layer.name, "mode": layer.mode, "length": max(common) if layer.index in measured else None}
+            told = {"name": layer.name, "mode": layer.mode, "length": length if layer.index in measured else None}
             told |= {key: measured.get(layer.index, {}).get(key) for key in ("relative_l2", "norm_ratio", "lse_std")}
             rows.setdefault(layer.index, {"index": layer.index, "pair": [None, None]})["pair"][i] = told
     return [rows[index] for index in sorted(rows)]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from hyperattention.export.console import readable
+from hyperattention.validate.compare_table import Table
+from hyperattention.validate.compare_tables import more_tables
 from hyperattention.validate.report_format import NOTHING, layer_list, number, percent, seconds
 
 _AFFECTED = {
@@ -16,16 +17,6 @@ _AFFECTED = {
 }
 _NO_REPORT = "Neither folder has a report."
 _DIGITS = {"top-1": 4, "cosine": 5, "norm ratio": 5}
-
-
-@dataclass(frozen=True)
-class Table:
-    """A titled table: column heads (right-aligned where they begin with ">"), rows of cells, and what it says when empty."""
-
-    title: str
-    heads: list[str]
-    rows: list[list[str]]
-    otherwise: str
 
 
 def sentences(found: dict[str, Any]) -> list[str]:
@@ -63,6 +54,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
             "No attention layer.",
         ),
         Table("Planted keys", ["recall of", ">tokens", f">{first}", f">{second}"], list(map(_recall, found["needle"])), "Not measured."),
+        *more_tables(found),
         Table("Hard inputs", ["input", ">tokens", f">{first}", f">{second}"], list(map(_hard, found["hard_inputs"])), "Not measured."),
         Table("Files", ["file", f">{first}", f">{second}"], list(map(_size, found["sizes"])), "No file."),
     ]

@@ -8,20 +8,22 @@ from hyperattention.export.budget import REGIMES
 from hyperattention.validate.plot_scatter import Group, Point, scatter_chart
 from hyperattention.validate.plots import Chart
 
-SETTINGS = ("selector", "local_size", "num_blocks", "sample_size", "pool_size")  # of a layer, what a policy searches
+# What a policy searches, in the words of a reader.
+SETTINGS = {"local_size": "local", "num_blocks": "blocks", "sample_size": "samples", "pool_size": "pool"}
+_SMALLEST = 1e-3  # of the chosen KL; predictions below it are as good as exact, and would flatten the figure
 
 
 def setting_text(attributes: dict[str, Any] | None) -> str:
     """A layer's setting in words."""
     if attributes is None:
         return "exact"
-    return ", ".join(f"{name} {attributes[name]}" for name in SETTINGS if name in attributes)
+    return ", ".join([attributes["selector"], *(f"{word} {attributes[name]}" for name, word in SETTINGS.items())])
 
 
 def policy_rows(policy: dict[str, Any]) -> list[dict[str, Any]]:
     """The choice, then the settings that all layers share, as far as they were run through the whole model on the calibration text:
     {"name", "keys", "predicted_kl", by regime "delta_nats" and "kl" as estimates (None: not measured), "needle" or None}."""
-    rivals = [(f"all layers {setting_text(fixed['attributes'])}", fixed) for fixed in policy["fixed"]]
+    rivals = [(f"all layers: {setting_text(fixed['attributes'])}", fixed) for fixed in policy["fixed"]]
     return [_policy_row(name, of) for name, of in (("this policy", policy), *rivals)]
 
 
@@ -43,8 +45,9 @@ def policy_chart(report: dict) -> Chart | None:
     if policy is None:
         return None
     regime = judged_regime(policy)
-    predicted = [_point("predicted", point["keys"], point["predicted_kl"]) for point in policy["pareto"]]
     chosen, *rivals = [_point(f"{row['name']}, whole model", row["keys"], row[regime]["kl"]["mean"]) for row in policy_rows(policy)]
+    least = _SMALLEST * chosen.y
+    predicted = [_point("predicted", at["keys"], at["predicted_kl"]) for at in policy["pareto"] if at["predicted_kl"] >= least]
     groups = [
         Group("predicted frontier", predicted, 1, joined=True, dashed=True),
         Group("one setting for all layers", rivals, 3),

@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 from html import escape
 
-from hyperattention.validate.plots import RIGHT, TOP, WIDTH, Chart, opening
+from hyperattention.validate.plots import RIGHT, TOP, WIDTH, Chart, labels, opening
 
-_LEFT, _ROW, _HEADS, _GAP = 52, 30, 22, 10
+_LEFT, _ROW, _HEADS, _GAP = 66, 30, 22, 10
 _LEAST_TEXT = 24  # width of a cell that has room for a number
+_CHARACTER = 9  # width of one in a label, at most
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,17 @@ def grid_chart(title: str, rows: list[str], panels: list[Panel], below: str, bes
         left += width * len(panel.columns) + _GAP
     middle = (TOP + _HEADS + bottom) / 2
     parts.append(f'<text class="axis" x="{(_LEFT + WIDTH - RIGHT) / 2:.0f}" y="{bottom + 35}" text-anchor="middle">{escape(below)}</text>')
-    parts.append(f'<text class="axis" transform="translate(13 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(beside)}</text>')
+    parts.append(f'<text class="axis" transform="translate(16 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(beside)}</text>')
     return Chart("".join(parts) + "</svg>", [])
 
 
 def _panel(panel: Panel, rows: list[str], left: float, width: float, bottom: float) -> list[str]:
     middle = left + width * len(panel.columns) / 2
     parts = [f'<text class="name" x="{middle:.1f}" y="{TOP + 12}" text-anchor="middle">{escape(panel.name)}</text>']
+    places = [(left + width * (j + 0.5), column) for j, column in enumerate(panel.columns)]
+    parts += labels(places, bottom + 16, _CHARACTER * (max(map(len, panel.columns)) + 0.5))
     for j, column in enumerate(panel.columns):
         x = left + width * j
-        parts.append(f'<text class="tick" x="{x + width / 2:.1f}" y="{bottom + 16}" text-anchor="middle">{escape(column)}</text>')
         for i, label in enumerate(rows):
             parts += _cell(panel.shares[i][j], f"{panel.name}, {column}, {label}", x, TOP + _HEADS + _ROW * i, width)
     return parts

@@ -87,7 +87,7 @@ def _scale(low: float, high: float, unit: str, y: float) -> list[str]:
     left, right = 168.0, WIDTH - RIGHT - 78.0
     step = (right - left) / _STEPS
     parts = [
-        f'<rect x="{left + step * i:.1f}" y="{y}" width="{step + 0.3:.1f}" height="12" '
+        f'<rect x="{left + step * i:.1f}" y="{y}" width="{step:.1f}" height="12" shape-rendering="crispEdges" '
         f'style="fill:var(--series-2);fill-opacity:{_FAINT + (_FULL - _FAINT) * i / (_STEPS - 1):.3f}"/>'
         for i in range(_STEPS)
     ]

@@ -26,6 +26,10 @@ from hyperattention.validate.plots import (
 )
 
 _MOST_SAID = 24  # points of a group that its description tells
+_DIAGONAL = (  # in a legend
+    '<svg class="swatch" viewBox="0 0 30 12" aria-hidden="true">'
+    '<line class="zero" x1="1" x2="29" y1="6" y2="6" stroke-dasharray="5 5"/></svg>'
+)
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,12 @@ def scatter_chart(
     parts = [opening(title, _said(shown, upright)), *rules(y_axis, tick_text)]
     parts += labels([(x_axis(v), f"{v:,.0f}" if v >= 1000 else tick_text(v)) for v in x_axis.ticks()])
     if diagonal:
-        parts += _diagonal(diagonal, x_axis, y_axis)
+        parts.append(_diagonal(x_axis, y_axis))
     if upright:
         parts += _upright(x_axis(upright[0]), upright[1])
     parts += [part for group in shown for part in _group(group, x_axis, y_axis)]
     legend = [(group.name, swatch(group.colour, group.dashed, group.joined)) for group in shown]
+    legend += [(diagonal, _DIAGONAL)] if diagonal else []
     return Chart("".join([*parts, *axis_names(below, beside)]) + "</svg>", legend)
 
 
@@ -92,10 +97,9 @@ def _said(groups: Sequence[Group], upright: tuple[float, str] | None) -> str:
     return ". ".join(told + ([f"{upright[1]} at {upright[0]:,.0f}"] if upright else []))
 
 
-def _diagonal(name: str, x_axis: Axis, y_axis: Axis) -> list[str]:
+def _diagonal(x_axis: Axis, y_axis: Axis) -> str:
     line = f'x1="{x_axis.start:.1f}" y1="{y_axis.start:.1f}" x2="{x_axis.stop:.1f}" y2="{y_axis.stop:.1f}"'
-    text = f'x="{x_axis.stop - 4:.1f}" y="{y_axis.stop + 54:.1f}" text-anchor="end"'  # below the line's upper end
-    return [f'<line class="zero" {line} stroke-dasharray="5 5"/>', f'<text class="tick" {text}>{escape(name)}</text>']
+    return f'<line class="zero" {line} stroke-dasharray="5 5"/>'
 
 
 def _upright(x: float, name: str) -> list[str]:

@@ -140,11 +140,11 @@ def rules(axis: Axis, tick: Callable[[float], str]) -> list[str]:
     return parts
 
 
-def labels(places: list[tuple[float, str]], y: float = HEIGHT - BOTTOM + 19) -> list[str]:
-    """Labels under the axis; one that would touch the one before is left out, the last one never is."""
+def labels(places: list[tuple[float, str]], y: float = HEIGHT - BOTTOM + 19, gap: float = _LABEL_GAP) -> list[str]:
+    """Labels under the axis, at least `gap` apart; one that would touch the next is left out, the last one never is."""
     kept: list[tuple[float, str]] = []
     for x, text in reversed(places):
-        if not kept or kept[-1][0] - x >= _LABEL_GAP:
+        if not kept or kept[-1][0] - x >= gap:
             kept.append((x, text))
     return [f'<text class="tick" x="{x:.1f}" y="{y:g}" text-anchor="middle">{escape(text)}</text>' for x, text in reversed(kept)]
 

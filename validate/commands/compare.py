@@ -21,7 +21,8 @@ def command(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Two outputs side by side: plans, gates, error and time by length, layers, hard inputs, sizes, and what makes that unfair.
+    """Two outputs side by side: plans, gates, error and time by length, layers, heads, keys a query, look-ahead, planted keys, sizes,
+    and what makes that unfair.
 
     A folder without a report is compared by its plan and sizes. Gates that fail are told, and do not fail the comparison.
     """

@@ -1,11 +1,13 @@
-// Tables sort by a click, or Enter, on a column's head; without this the page reads the same, unsorted.
+// Tables sort by a click, Enter or the space bar on a column's head; without this the page reads the same, unsorted.
+const units = {ns: 1e-9, "µs": 1e-6, ms: 1e-3, KiB: 2 ** 10, MiB: 2 ** 20, GiB: 2 ** 30, TiB: 2 ** 40};
 for (const table of document.querySelectorAll("table")) {
   const body = table.tBodies[0], heads = [...table.tHead.rows[0].cells];
   if (body.rows.length < 3) continue;
   const value = (row, i) => {
     const text = (row.cells[i]?.textContent ?? "").trim();
     const number = parseFloat(text.replace(/,/g, "").replace(/^[^0-9+-]+/, ""));
-    return !heads[i].classList.contains("n") ? text : Number.isNaN(number) ? Infinity : / ms/.test(text) ? number / 1000 : number;
+    const unit = units[/^\S+ (\S+)/.exec(text)?.[1]] ?? 1;
+    return !heads[i].classList.contains("n") ? text : Number.isNaN(number) ? Infinity : number * unit;
   };
   const compare = (a, b) => a < b ? -1 : a > b ? 1 : 0;
   heads.forEach((head, i) => {
@@ -19,7 +21,11 @@ for (const table of document.querySelectorAll("table")) {
       body.append(...[...body.rows].sort((a, b) => (up ? 1 : -1) * compare(value(a, i), value(b, i))));
     };
     head.addEventListener("click", sort);
-    head.addEventListener("keydown", event => { if (event.key === "Enter") sort(); });
+    head.addEventListener("keydown", event => {
+      if (event.key !== "Enter" && event.key !== " ") return;
+      event.preventDefault();
+      sort();
+    });
   });
 }
 // Paper shows what the screen folds away.

@@ -1,0 +1,218 @@
+"""Figures of heads, hardness and cost in the report: every number that of the JSON, nothing drawn without one, readable at any size."""
+
+from __future__ import annotations
+
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import report_samples as samples
+from report_page import numbers, page
+
+from hyperattention.validate.charts import charts
+from hyperattention.validate.grid_plot import Panel, grid_chart
+from hyperattention.validate.plot_heat import heat_chart
+from hyperattention.validate.plot_scatter import Group, Point, scatter_chart
+from hyperattention.validate.plots import LEFT, RIGHT, WIDTH, Chart
+from hyperattention.validate.report import render
+
+
+def drawn(chart: Chart | None) -> ElementTree.Element:
+    assert chart is not None
+    return ElementTree.fromstring(chart.svg)
+
+
+def tips(root: ElementTree.Element) -> list[str]:
+    """What a pointer is told, mark by mark; the first title is the figure's."""
+    return [title.text or "" for title in root.iter("title")][1:]
+
+
+def opacity(rect: ElementTree.Element) -> float:
+    return float(dict(part.split(":") for part in rect.attrib["style"].split(";"))["fill-opacity"])
+
+
+def place(mark: ElementTree.Element) -> tuple[float, float]:
+    if mark.tag == "circle":
+        return float(mark.attrib["cx"]), float(mark.attrib["cy"])
+    x, y = re.findall(r"[-\d.]+", mark.attrib["transform"])
+    return float(x), float(y)
+
+
+def marks(root: ElementTree.Element) -> dict[str, tuple[float, float]]:
+    """Where each mark with a tooltip lies."""
+    return {(title.text or ""): place(mark) for mark in root.iter() for title in mark.findall("title") if mark is not root}
+
+
+def longest(report: dict) -> list[dict]:
+    return [row for row in report["layers"] if row["length"] == 32768]
+
+
+# --- heat map ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["language", "features"])
+def test_the_heat_map_has_a_cell_for_every_head(kind: str) -> None:
+    report = samples.report(kind)
+    root = drawn(charts(report)["heat"])
+    heads = [(row["layer"], head) for row in longest(report) for head in row["heads"]]
+    assert tips(root) == [f"layer {layer}, head {head['head']}: {head['relative_l2']:.3g}" for layer, head in heads]
+    cells = [rect for rect in root.iter("rect") if rect.find("title") is not None]
+    shades = sorted((head["relative_l2"], opacity(cell)) for (_, head), cell in zip(heads, cells, strict=True))
+    assert [shade for _, shade in shades] == sorted(shade for _, shade in shades) and shades[0][1] < shades[-1][1]
+    description = root.find("desc")
+    assert description is not None and "layer 3: " in (description.text or "")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, None, 0.0], ids=str)
+def test_a_cell_without_a_number_is_left_blank_or_lightest(bad: float | None) -> None:
+    root = drawn(heat_chart("t", ["0"], ["0", "1", "2"], [[bad, 0.1, 0.2]], "head", "layer", "<unit>"))
+    blank, low, high = (opacity(rect) for rect in root.iter("rect") if rect.find("title") is not None)
+    assert blank == (low if bad == 0.0 else 0.0) and 0 < low < high <= 0.55
+    assert heat_chart("t", ["0"], ["0"], [[bad]], "head", "layer", "u") is None
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (2, 3), (10, 12), (80, 64)], ids=lambda n: str(n))
+def test_labels_of_a_heat_map_never_touch(rows: int, columns: int) -> None:
+    values: list[list[float | None]] = [[1e-3 * (i + 1) * (j + 1) for j in range(columns)] for i in range(rows)]
+    root = drawn(heat_chart("t", [str(i) for i in range(rows)], [str(j) for j in range(columns)], values, "head", "layer", "error"))
+    ends = [e for e in root.iter("text") if e.get("class") == "tick"]
+    beside = [float(e.attrib["y"]) for e in ends if e.get("text-anchor") == "end"][:-1]  # the last one names the scale
+    below = [float(e.attrib["x"]) for e in ends if e.get("text-anchor") == "middle"]
+    assert all(b - a >= 16.9 for a, b in zip(beside, beside[1:], strict=False)) and len(beside) >= min(rows, 12)
+    assert all(b - a >= 25.9 for a, b in zip(below, below[1:], strict=False)) and len(below) >= min(columns, 8)
+    right = max(float(r.attrib["x"]) + float(r.attrib["width"]) for r in root.iter("rect"))
+    assert right <= WIDTH - RIGHT and len(tips(root)) == rows * columns
+
+
+# --- hardness ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_hardness_figure_has_a_mark_for_every_head_with_samples() -> None:
+    report = samples.report()
+    heads = longest(report)[0]["heads"]
+    heads[0]["cv_measured"], heads[1]["cv_predicted"] = 5 * heads[0]["cv_predicted"], None
+    chart = charts(report)["hardness"]
+    told = marks(drawn(chart))
+    every = [(row["layer"], head) for row in longest(report) for head in row["heads"] if head["cv_predicted"]]
+    assert len(told) == len(every) == 7
+    for layer, head in every:
+        (tip,) = [tip for tip in told if tip.startswith(f"layer {layer}, head {head['head']}: ")]
+        assert numbers(tip)[2:4] == pytest.approx([head["cv_predicted"], head["cv_measured"]], rel=0.01)
+    assert chart is not None and [name for name, _ in chart.legend] == ["within a factor of 2", "further off", "as predicted"]
+
+
+def test_no_samples_no_hardness_figure() -> None:
+    report = samples.report()
+    for row in report["layers"]:
+        for head in row["heads"]:
+            head["cv_predicted"] = head["cv_measured"] = None
+    assert charts(report)["hardness"] is None
+    assert "as five seeds show it, against" not in page(report).text and "Error of every head" in render(report, "report.html.jinja")
+
+
+def test_on_the_diagonal_both_are_equal() -> None:
+    points = [Point(0.01, 0.01, "low"), Point(0.3, 0.3, "high"), Point(0.02, 0.2, "above"), Point(0.2, 0.02, "below")]
+    root = drawn(scatter_chart("t", [Group("a", points, 1)], "x", "y", diagonal="equal"))
+    (line,) = [e for e in root.iter("line") if e.get("class") == "zero"]
+    x1, y1, x2, y2 = (float(line.attrib[key]) for key in ("x1", "y1", "x2", "y2"))
+    at = marks(root)
+    for name, (x, y) in at.items():
+        on = y1 + (x - x1) / (x2 - x1) * (y2 - y1)
+        assert {"low": abs(y - on) < 0.1, "high": abs(y - on) < 0.1, "above": y < on - 5, "below": y > on + 5}[name]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0, -1.0], ids=str)
+def test_a_scatter_draws_only_numbers_with_a_logarithm(bad: float) -> None:
+    good = Point(2.0, 3.0, "good")
+    groups = [Group("a", [good, Point(bad, 1.0, "x"), Point(1.0, bad, "y")], 1), Group("b", [Point(bad, bad, "z")], 2)]
+    chart = scatter_chart("t", groups, "x", "y")
+    assert tips(drawn(chart)) == ["good"] and chart is not None and [name for name, _ in chart.legend] == ["a"]
+    assert scatter_chart("t", groups[1:], "x", "y") is None and scatter_chart("t", [], "x", "y") is None
+
+
+# --- keys per query ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["language", "features"])
+def test_the_cost_figure_says_what_the_json_says(kind: str) -> None:
+    report = samples.report(kind)
+    root = drawn(charts(report)["cost"])
+    told = tips(root)
+    for row in report["baseline"]:
+        for name, keys, error in (("ours", "keys_per_query_ours", "ours_layers"), ("window + sinks", "keys_per_query", "layers")):
+            mean = row[f"{error}_relative_l2"]["mean"]
+            assert f"{name}, {row['length']:,} tokens: {row[keys]:,.0f} keys, relative L2 {mean:.3g}" in told
+    assert len(told) == 2 * len(report["baseline"]) and any(e.text == "exact at 32,768: no error" for e in root.iter("text"))
+    (line,) = [e for e in root.iter("line") if e.get("class") == "zero"]
+    assert all(LEFT <= x < float(line.attrib["x1"]) <= WIDTH - RIGHT for x, _ in marks(root).values())
+    assert charts(samples.report(kind, baseline=[]))["cost"] is None
+
+
+def test_the_policy_is_a_figure_and_tables() -> None:
+    report = samples.with_policy()
+    policy = report["plan"]["policy"]
+    root = drawn(charts(report)["policy"])
+    at = marks(root)
+    (ring,) = [e for e in root.iter("circle") if e.get("r") == "9"]
+    (chosen,) = [tip for tip in at if tip.startswith("this policy")]
+    assert place(ring) == at[chosen] and numbers(chosen) == [1701, 0.00039]
+    frontier = [tip for tip in at if tip.startswith("predicted: ")]
+    told = [point for point in policy["pareto"] if point["predicted_kl"] >= 0.00039e-3]  # the rest would flatten the figure
+    assert [numbers(tip) for tip in frontier] == [pytest.approx([p["keys"], p["predicted_kl"]], rel=0.01) for p in told]
+    assert 0 < len(told) < len(policy["pareto"])
+    found = page(report)
+    (rows,) = [table[1:] for table in found.tables if table[0][0] == "Setting"]
+    assert rows[0][0] == "this policy" and rows[1][0].startswith("all layers: blocks, local ")
+    for row, of in zip(rows, [policy, *policy["fixed"]], strict=True):
+        tail = of["verified"]["prefill_exact_decode"]
+        values = [of["keys"], of["predicted_kl"], of["verified"]["all_positions"]["kl"]["mean"], tail["kl"]["mean"], 0.9844]
+        assert [numbers(row[i])[0] for i in (1, 2, 3, 5, 7)] == pytest.approx(values, rel=0.05)
+    layers = found.table("Layer", "Setting")
+    assert [row[1] == "exact" for row in layers] == [False, False, True, False]
+    (frontier_rows,) = [table[1:] for table in found.tables if table[0] == ["Keys a query", "Predicted KL"]]
+    assert [numbers(row[0]) for row in frontier_rows] == [[point["keys"]] for point in policy["pareto"]]
+    assert "nats ≤ 0.005, needle ≥ 0.98 in both regimes" in found.text
+
+
+def test_a_policy_of_one_regime_shows_that_one() -> None:
+    report = samples.with_policy()
+    policy = report["plan"]["policy"]
+    policy["budget"] = {"nats": 0.005, "regime": "prefill_exact_decode"}
+    for of in (policy, *policy["fixed"]):
+        del of["verified"]["all_positions"]
+        of["verified"]["needle"] = None
+    (chosen,) = [tip for tip in marks(drawn(charts(report)["policy"])) if tip.startswith("this policy")]
+    assert numbers(chosen) == [1701, 0.00013]
+    (row,) = [table[1] for table in page(report).tables if table[0][0] == "Setting"]
+    assert row[3] == row[4] == "–" and len(row) == 7
+    assert charts(samples.report())["policy"] is None and "the policy" not in page(samples.report()).text
+
+
+# --- planted keys, first screen ----------------------------------------------------------------------------------------
+
+
+def test_columns_of_a_grid_are_named_as_far_as_there_is_room() -> None:
+    columns = ["8k", "12,345", "32k", "100,001"]
+    panels = [Panel(name, columns, [[0.5] * 4]) for name in ("exact", "all positions", "prefill")]
+    root = drawn(grid_chart("t", ["0.5"], panels, "tokens", "depth"))
+    named = [(float(e.attrib["x"]), e.text or "") for e in root.iter("text") if e.text in columns]
+    assert {text for _, text in named} >= {"100,001"} and len(named) == 6
+    for (a, first), (b, last) in zip(named[::2], named[1::2], strict=True):  # of each panel
+        assert (first, last) == ("8k", "100,001") and b - a >= 9 * len(last)
+
+
+@pytest.mark.parametrize(
+    ("times", "says"),
+    [
+        ([1.0, 1.0, 1.0], "faster at every length measured; the break-even, below, was not measured"),
+        ([9.9, 1.0, 1.0], "break-even measured between 8,192 (not faster) and 12,345"),
+        ([1.0, 1.0, 9.9], "not faster at 32,768, the longest; the break-even was not measured"),
+        ([], "no time beside exact attention"),
+    ],
+    ids=["always", "between", "never", "not timed"],
+)
+def test_the_first_screen_says_where_the_break_even_lies(times: list[float], says: str) -> None:
+    rows = [{**row, "ours_s": row["exact_s"] * ours / 2} for row, ours in zip(samples.report()["time"], times)]
+    above = render(samples.report(time=rows), "report.html.jinja").split("<h2>")[0]
+    assert says in above
