@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from hyperattention.export.budget import REGIMES, Budget
+from hyperattention.validate.policy.candidates import Candidate, candidates
 from hyperattention.validate.policy.choose import Choice, Option, fill, frontier, hull, within
+from hyperattention.validate.policy.interpolate import with_interpolation
 from hyperattention.validate.policy.sensitivity import Probe, options, probed
 from hyperattention.validate.policy.verify import MOST_TRIALS, cheapest_that_holds, excess
 
@@ -170,3 +172,32 @@ def test_a_budget_that_nothing_holds_is_said_with_everything_tried() -> None:
     points = [Choice((Option(i, 1.0 + i, 1.0 / (1 + i)),)) for i in range(5)]
     held, trials = cheapest_that_holds(points, Budget(nats=0.001), 4, lambda choice: measured(nats=choice.loss))
     assert held is None and trials[-1].choice == points[-1]
+
+
+# --- errors between those that were measured ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fixed", [{}, {"sample_size": 300}, {"num_blocks": 0}, {"selector": "sortlsh"}, {"pool_size": 4}], ids=str)
+@pytest.mark.parametrize("length", [4500, 32768], ids=str)
+def test_an_error_that_is_a_power_of_samples_and_blocks_is_known_everywhere(length: int, fixed: dict[str, Any]) -> None:
+    given = candidates(length, True, fixed)
+
+    def truth(candidate: Candidate) -> float:
+        a = candidate.attributes
+        return 0.0 if a is None else 7.0 / (a["sample_size"] ** 0.9 * max(1, a["num_blocks"]) ** 0.3 * a["local_size"])
+
+    asked: list[int] = []
+
+    def measure(numbers: list[int]) -> list[float]:
+        asked.extend(numbers)
+        return [truth(given[number]) for number in numbers]
+
+    assert with_interpolation(given, measure) == pytest.approx([truth(candidate) for candidate in given])
+    assert len(asked) == len(set(asked)) and (len(asked) < 0.6 * len(given) or fixed or length < 5000)
+    assert len(given) - 1 in asked  # exact settings stand between no others
+
+
+def test_a_neighbour_that_is_exact_leaves_no_error() -> None:
+    base = next(c.attributes for c in candidates(32768, True, {"num_blocks": 8, "local_size": 128, "pool_size": 4}) if c.attributes)
+    given = [Candidate({**base, "sample_size": size}) for size in (128, 256, 512)]
+    assert with_interpolation(given, lambda numbers: [0.0 if n == 2 else 0.5 for n in numbers]) == [0.5, 0.0, 0.0]

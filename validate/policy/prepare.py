@@ -92,7 +92,7 @@ class Prepared:
         return [
             f"{self.source.architecture}, {layers} layers, {self.plan.dtype} on {self.device.type}; budget: {o.budget}",
             f"calibration: tokens 0 to {len(part.ids):,} of {part.name}, {o.windows} windows of {self.length:,}",
-            f"to measure: {settings} settings of the op in each layer, {layers * o.probes} models with one layer approximate, joint ones",
+            f"{settings} settings in each layer, half of them measured; {layers * o.probes} models with one layer approximate; joint ones",
         ]
 
     @property

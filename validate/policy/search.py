@@ -17,6 +17,7 @@ from hyperattention.validate.inputs import NEEDLE_DIGITS, Window
 from hyperattention.validate.policy.candidates import Candidate
 from hyperattention.validate.policy.choose import Choice, Option, fill, frontier, within
 from hyperattention.validate.policy.errors import layer_errors
+from hyperattention.validate.policy.interpolate import with_interpolation
 from hyperattention.validate.policy.sensitivity import Probe, options, probed
 from hyperattention.validate.policy.store import Store
 from hyperattention.validate.policy.trial import Laboratory
@@ -169,10 +170,14 @@ class Search:
 
     def _errors(self, number: int, what: str, measure: Callable[[int, list[Config]], list[float]]) -> list[float]:
         index, layer = self.layers[number]
-        wanted = [candidate.config(layer) for candidate in self.candidates]
-        self.step(f"layer {index}, {what}: error of the op under {len(wanted)} settings")
-        told = {"layer": index, "on": what, "configs": [config.attributes() for config in wanted]}
-        return self.store.get("op", told, lambda: measure(index, wanted))
+
+        def errors(numbers: list[int]) -> list[float]:
+            wanted = [self.candidates[n].config(layer) for n in numbers]
+            self.step(f"layer {index}, {what}: error of the op under {len(wanted)} settings")
+            told = {"layer": index, "on": what, "configs": [config.attributes() for config in wanted]}
+            return self.store.get("op", told, lambda: measure(index, wanted))
+
+        return with_interpolation(self.candidates, errors)
 
     @cached_property
     def _captured(self) -> dict[int, Captured]:
