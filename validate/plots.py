@@ -81,7 +81,7 @@ class Axis:
             return _nice_ticks(self.low, self.high)
         span = self.high - self.low
         every = max(1, math.ceil(span / 6))
-        steps = (1,) if span > 1.7 else (1, 2, 5)
+        steps = (1,) if span > 1.7 else (1, 2, 5) if span > 0.8 else (1, 1.5, 2, 3, 4, 5, 6, 8)
         decades = [d for d in range(math.floor(self.low), math.ceil(self.high) + 1) if d % every == 0]
         return [m * 10.0**d for d in decades for m in steps if self.low <= math.log10(m * 10.0**d) <= self.high]
 
