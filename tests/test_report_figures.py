@@ -155,7 +155,8 @@ def test_the_policy_is_a_figure_and_tables() -> None:
     root = drawn(charts(report)["policy"])
     at = marks(root)
     (ring,) = [e for e in root.iter("circle") if e.get("r") == "9"]
-    (chosen,) = [tip for tip in at if tip.startswith("this policy")]
+    chosen, unseen = [tip for tip in at if tip.startswith("this policy")]
+    assert unseen.startswith("this policy, on the text of this report") and numbers(unseen)[1] == pytest.approx(0.00097)
     assert place(ring) == at[chosen] and numbers(chosen) == [1701, 0.00039]
     frontier = [tip for tip in at if tip.startswith("predicted: ")]
     told = [point for point in policy["pareto"] if point["predicted_kl"] >= 0.00039e-3]  # the rest would flatten the figure
@@ -163,7 +164,13 @@ def test_the_policy_is_a_figure_and_tables() -> None:
     assert 0 < len(told) < len(policy["pareto"])
     found = page(report)
     (rows,) = [table[1:] for table in found.tables if table[0][0] == "Setting"]
-    assert rows[0][0] == "this policy" and rows[1][0].startswith("all layers: blocks, local ")
+    assert [row[0] for row in rows[:2]] == ["this policy", "this policy, on the text of this report"]
+    close = {key: report["approximation"][0][key]["kl"]["mean"] for key in ("all_positions", "prefill_exact_decode")}
+    assert [numbers(rows[1][i])[0] for i in (3, 5)] == pytest.approx(list(close.values()), rel=0.05) and rows[1][7] == "–"
+    assert rows[2][0].startswith("all layers: blocks, local ")
+    told = [line.strip("| ").split(" | ") for line in render(report, "report.md.jinja").splitlines() if "this policy" in line]
+    assert [[row[0], *row[3:7]] for row in told] == [[row[0], *row[3:7]] for row in rows[:2]]
+    del rows[1]
     for row, of in zip(rows, [policy, *policy["fixed"]], strict=True):
         tail = of["verified"]["prefill_exact_decode"]
         values = [of["keys"], of["predicted_kl"], of["verified"]["all_positions"]["kl"]["mean"], tail["kl"]["mean"], 0.9844]
@@ -182,6 +189,7 @@ def test_a_policy_of_one_regime_shows_that_one() -> None:
     for of in (policy, *policy["fixed"]):
         del of["verified"]["all_positions"]
         of["verified"]["needle"] = None
+    policy["calibration"]["length"] = 4096  # which the report did not read
     (chosen,) = [tip for tip in marks(drawn(charts(report)["policy"])) if tip.startswith("this policy")]
     assert numbers(chosen) == [1701, 0.00013]
     (row,) = [table[1] for table in page(report).tables if table[0][0] == "Setting"]

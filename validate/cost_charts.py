@@ -10,6 +10,7 @@ from hyperattention.validate.plots import Chart
 
 # What a policy searches, in the words of a reader.
 SETTINGS = {"local_size": "local", "num_blocks": "blocks", "sample_size": "samples", "pool_size": "pool"}
+CHOSEN, UNSEEN = "this policy", "this policy, on the text of this report"
 _SMALLEST = 1e-3  # of the chosen KL; predictions below it are as good as exact, and would flatten the figure
 
 
@@ -20,17 +21,20 @@ def setting_text(attributes: dict[str, Any] | None) -> str:
     return ", ".join([attributes["selector"], *(f"{word} {attributes[name]}" for name, word in SETTINGS.items())])
 
 
-def policy_rows(policy: dict[str, Any]) -> list[dict[str, Any]]:
-    """The choice, then the settings that all layers share, as far as they were run through the whole model on the calibration text:
-    {"name", "keys", "predicted_kl", by regime "delta_nats" and "kl" as estimates (None: not measured), "needle" or None}."""
+def policy_rows(report: dict) -> list[dict[str, Any]]:
+    """The report's policy, what it gives on the text of the report where that was read at the same length, and the settings that all
+    layers share, as far as they were run whole: {"name", "keys", "predicted_kl", by regime the tokens' numbers or None, "needle"}."""
+    policy = report["plan"]["policy"]
     rivals = [(f"all layers: {setting_text(fixed['attributes'])}", fixed) for fixed in policy["fixed"]]
-    return [_policy_row(name, of) for name, of in (("this policy", policy), *rivals)]
+    chosen, *others = [_policy_row(name, of, of["verified"]) for name, of in ((CHOSEN, policy), *rivals)]
+    unseen = [row for row in report["approximation"] if row["length"] == policy["calibration"]["length"]]
+    return [chosen, *(_policy_row(UNSEEN, policy, row) for row in unseen), *others]
 
 
-def _policy_row(name: str, of: dict[str, Any]) -> dict[str, Any]:
-    found = {regime: of["verified"].get(regime) for regime in REGIMES}
-    needle = of["verified"].get("needle")
-    return {"name": name, "keys": of["keys"], "predicted_kl": of["predicted_kl"], **found, "needle": needle}
+def _policy_row(name: str, of: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    """`run`: what whole forward passes gave."""
+    regimes = {regime: run.get(regime) for regime in REGIMES}
+    return {"name": name, "keys": of["keys"], "predicted_kl": of["predicted_kl"], **regimes, "needle": run.get("needle")}
 
 
 def judged_regime(policy: dict[str, Any]) -> str:
@@ -45,13 +49,18 @@ def policy_chart(report: dict) -> Chart | None:
     if policy is None:
         return None
     regime = judged_regime(policy)
-    chosen, *rivals = [_point(f"{row['name']}, whole model", row["keys"], row[regime]["kl"]["mean"]) for row in policy_rows(policy)]
+    by_name: dict[str, list[Point]] = {CHOSEN: [], UNSEEN: []}
+    rivals: list[Point] = []
+    for row in policy_rows(report):
+        by_name.get(row["name"], rivals).append(_point(f"{row['name']}, whole model", row["keys"], row[regime]["kl"]["mean"]))
+    (chosen,) = by_name[CHOSEN]
     least = _SMALLEST * chosen.y
     predicted = [_point("predicted", at["keys"], at["predicted_kl"]) for at in policy["pareto"] if at["predicted_kl"] >= least]
     groups = [
         Group("predicted frontier", predicted, 1, joined=True, dashed=True),
         Group("one setting for all layers", rivals, 3),
         Group("chosen", [chosen], 2, ring=True),
+        Group("on this report's text", by_name[UNSEEN], 4),
     ]
     return scatter_chart(
         "KL against keys a query", groups, "keys a query", "KL, nats a token", upright=(policy["exact_keys"], "exact: KL 0")

@@ -76,7 +76,7 @@ def render(report: dict, template: str) -> str:
     parts |= {"histogram": row_histogram(report), "bin_text": bin_text}
     policy = report["plan"].get("policy")
     if policy:
-        parts |= {"policy_rows": policy_rows(policy), "regime": judged_regime(policy), "budget": str(Budget(**policy["budget"]))}
+        parts |= {"policy_rows": policy_rows(report), "regime": judged_regime(policy), "budget": str(Budget(**policy["budget"]))}
     return templates(html).get_template(template).render(r=report, **parts)
 
 
