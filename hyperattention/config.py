@@ -102,13 +102,11 @@ class Config:
     def _check_blocks(self) -> None:
         if self.block_size % self.pool_size:
             raise UsageError(
-                f"block_size {self.block_size} is not a multiple of pool_size {self.pool_size}; "
-                f"choose a pool_size that divides it"
+                f"block_size {self.block_size} is not a multiple of pool_size {self.pool_size}; choose a pool_size that divides it"
             )
         if self.causal and self.local_size % self.block_size:
             raise UsageError(
-                f"local_size {self.local_size} is not a multiple of block_size {self.block_size}; "
-                f"the causal selector 'blocks' needs one"
+                f"local_size {self.local_size} is not a multiple of block_size {self.block_size}; the causal selector 'blocks' needs one"
             )
 
     def is_exact(self, seq_q: int, seq_k: int) -> bool:

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
+from emulated import build_emulated
 
 from hyperattention.errors import EnvironmentFault
 from hyperattention.library import ort_library_path, trt_library_path
+from hyperattention.native import Library
 
 NO_SKIP = os.environ.get("HYPERATTENTION_NO_SKIP") == "1"
 LEFT_OUT = {
@@ -86,3 +90,18 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Libraries of the CUDA sources compiled for the processor, by the compute capability that the emulated device has."""
+    compiler = shutil.which("g++")
+    if not compiler:
+        pytest.skip("g++ is missing")
+    return build_emulated(compiler, tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture(scope="session")
+def hopper(emulated: dict[int, Path]) -> Library:
+    """On an emulated device of compute capability 9.0."""
+    return Library(emulated[90], "ha_cuda_", "cpu")

@@ -7,12 +7,8 @@ runs the same checks, and more of them, on one.
 from __future__ import annotations
 
 import ctypes
-import itertools
-import random
-import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,51 +34,12 @@ from hyperattention.errors import UsageError
 from hyperattention.native import Library, _Call
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ROOT = Path(__file__).resolve().parent.parent
-WARNINGS = "-Wall -Wextra -Wno-unknown-pragmas -Wno-missing-field-initializers -Werror".split()
-FLAGS = [*"-std=c++17 -O2 -fPIC -fvisibility=hidden -ffp-contract=off -DHA_HOPPER=1".split(), *WARNINGS]
-CAPABILITIES = (80, 90)
-INCLUDES = [f"-I{ROOT / folder}" for folder in ("plugins", "plugins/cuda", "tests/emulation")]
 
 
 @pytest.fixture(scope="module")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The CUDA sources compiled for the processor, by the compute capability that the emulated device has."""
-    compiler = shutil.which("g++")
-    if not compiler:
-        pytest.skip("g++ is missing")
-    folder = tmp_path_factory.mktemp("emulated")
-    emulator = ROOT / "tests/emulation/emulator.cpp"
-    common = sorted({*(ROOT / "plugins/cuda").glob("*.cu"), ROOT / "plugins/config.cpp", *emulator.parent.glob("*.cpp")} - {emulator})
-
-    def build(source: Path, capability: int) -> Path:
-        target = folder / f"{source.stem}_{capability}.o"
-        command = [compiler, *FLAGS, f"-DHA_EMULATE={capability}", *INCLUDES, "-x", "c++", "-c", str(source), "-o", str(target)]
-        subprocess.run(command, check=True)
-        return target
-
-    with ThreadPoolExecutor(2) as pool:
-        own = {capability: pool.submit(build, emulator, capability) for capability in CAPABILITIES}  # the one that says what device it is
-        shared = list(pool.map(lambda source: build(source, CAPABILITIES[0]), common))
-    paths = {}
-    for capability, emulator_object in own.items():
-        paths[capability] = folder / str(capability) / "libhyperattention_trt.so"
-        paths[capability].parent.mkdir()
-        objects = map(str, [*shared, emulator_object.result()])
-        subprocess.run([compiler, "-shared", "-o", str(paths[capability]), *objects], check=True)
-    return paths
-
-
-@pytest.fixture(scope="module")
-def library(libraries: dict[int, Path]) -> Library:
-    """On a device of compute capability 8.0."""
-    return Library(libraries[80], "ha_cuda_", "cpu")
-
-
-@pytest.fixture(scope="module")
-def hopper(libraries: dict[int, Path]) -> Library:
-    """On a device of compute capability 9.0."""
-    return Library(libraries[90], "ha_cuda_", "cpu")
+def library(emulated: dict[int, Path]) -> Library:
+    """On an emulated device of compute capability 8.0."""
+    return Library(emulated[80], "ha_cuda_", "cpu")
 
 
 def products(library: Library) -> int:
@@ -90,65 +47,6 @@ def products(library: Library) -> int:
     count = ctypes.CDLL(str(library.path)).ha_emulated_products
     count.restype = ctypes.c_int64
     return count()
-
-
-def params(library: Library, c: Config, heads: tuple[int, int, int], rows: tuple[int, int], dims: tuple[int, int], dtype: str) -> _Call:
-    """A call with B, Hq and Hkv, Sq and Sk, D and Dv, whose tensors are never read."""
-    (batch, heads_q, heads_kv), (seq_q, seq_k), (size, size_v) = heads, rows, dims
-    shapes = (heads_q, seq_q, size), (heads_kv, seq_k, size), (heads_kv, seq_k, size_v)
-    return _Call(library, *(torch.empty(batch, *shape, dtype=DTYPES[dtype]) for shape in shapes), c, None)
-
-
-LISTLESS = dict(num_blocks=0, sample_size=0)
-TAKEN = {
-    "bf16": (True, {}, (64, 64), "bf16", 90),
-    "fp16-128": (True, {}, (8, 128), "fp16", 90),
-    "fp32": (False, {}, (64, 64), "fp32", 90),
-    "136": (False, {}, (64, 136), "bf16", 90),
-    "ampere": (False, {}, (64, 64), "bf16", 80),
-    "blackwell": (False, {}, (64, 64), "bf16", 100),
-    "block63": (False, dict(block_size=63, pool_size=1, local_size=63), (64, 64), "bf16", 90),
-    "block63-exact": (True, dict(block_size=63, pool_size=1, local_size=63, exact_below=999), (64, 64), "bf16", 90),
-    "block16-samples": (False, dict(block_size=16, num_blocks=0), (64, 64), "bf16", 90),
-    "block16-listless": (True, dict(block_size=16, **LISTLESS), (64, 64), "bf16", 90),
-    "block16-listless-sorted": (False, dict(block_size=16, selector="sortlsh", **LISTLESS), (64, 64), "bf16", 90),
-}
-
-
-@pytest.mark.parametrize("taken, changes, dims, dtype, capability", TAKEN.values(), ids=TAKEN)
-def test_what_hopper_kernels_take(
-    hopper: Library, taken: bool, changes: dict[str, object], dims: tuple[int, int], dtype: str, capability: int
-) -> None:
-    call = params(hopper, replace(PRESETS["blocks"], **(dict(exact_below=0) | changes)), (1, 1, 1), (65, 300), dims, dtype)
-    assert bool(ctypes.CDLL(str(hopper.path)).ha_emulated_uses_hopper(ctypes.byref(call.params), capability)) == taken
-
-
-def test_hopper_kernels_fit_shared_memory(hopper: Library) -> None:
-    """With all attributes that decide how much they need, wherever they take the problem."""
-    native, problems = ctypes.CDLL(str(hopper.path)), 0
-    for block in range(16, 257):
-        for selector, num_blocks, samples, size in itertools.product(("blocks", "sortlsh"), (0, 1, 64), (0, 1, 4096), (64, 128)):
-            c = sorted_config(
-                selector=selector, block_size=block, pool_size=1, local_size=block, num_blocks=num_blocks, sample_size=samples
-            )
-            call = params(hopper, c, (1, 1, 1), (65, 1000), (size, size), "bf16")
-            if native.ha_emulated_uses_hopper(ctypes.byref(call.params), 90):
-                assert native.ha_emulated_hopper_bytes(ctypes.byref(call.params)) <= 227 * 1024, c
-                problems += 1
-    assert problems > 193 * 36
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_every_tile_has_its_turn(hopper: Library, seed: int) -> None:
-    """Each once, blocks of threads in alternating directions, heads of the same keys in one run."""
-    draw, check = random.Random(seed), ctypes.CDLL(str(hopper.path)).ha_emulated_schedule_mistake
-    check.argtypes = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64
-    for _ in range(100):
-        batch, heads_kv, group = (draw.randint(1, most) for most in (3, 9, 5))
-        call = params(hopper, PRESETS["blocks"], (batch, heads_kv * group, heads_kv), (1, 1), (64, 64), "bf16")
-        call.params.seq_k = draw.choice((1, 40_000, 60_000, 100_000, 2**30))  # several heads fit the cache, or not even one
-        cut = draw.randint(1, 40), draw.choice((1, 2, 3, 131, 132, 10_000)), draw.choice((1, 32))
-        assert check(ctypes.addressof(call.params), *cut) == 0, (batch, heads_kv, group, call.params.seq_k, *cut)
 
 
 # What tests/emulation/mistakes.cpp can do wrong, and what comes of it.
@@ -172,9 +70,9 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_the_emulator_notices(libraries: dict[int, Path], mistake: str) -> None:
+def test_the_emulator_notices(emulated: dict[int, Path], mistake: str) -> None:
     code = "import ctypes, sys; print('some' if ctypes.CDLL(sys.argv[1]).ha_emulated_mistake(sys.argv[2].encode()) else '0', 'wrong')"
-    done = subprocess.run([sys.executable, "-c", code, libraries[90], mistake], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, emulated[90], mistake], capture_output=True, text=True)
     assert MISTAKES[mistake] in done.stdout + done.stderr
 
 

@@ -34,9 +34,7 @@ def left_behind(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-def test_an_unexpected_error_is_no_failed_gate(
-    model: Path, tmp_path: Path, export: Runner, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unexpected_error_is_no_failed_gate(model: Path, tmp_path: Path, export: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "missing_parts", lambda: 1 // 0)
     result = export(model, tmp_path / "out", "--json")
     assert result.code == json.loads(result.out)["exit_code"] == 70
@@ -145,9 +143,7 @@ def write_model_files(source: object, plan: object, folder: Path, reporter: obje
         (folder / name).write_bytes(name.encode())
 
 
-def test_whole_run_leaves_a_complete_folder(
-    model: Path, tmp_path: Path, export: Runner, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whole_run_leaves_a_complete_folder(model: Path, tmp_path: Path, export: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, 0, True)
     (model / "tokenizer_config.json").write_text(json.dumps({"name_or_path": "/srv/models/secret", "model_max_length": 5}))
     out = tmp_path / "deep" / "out"
@@ -196,9 +192,7 @@ class Ending:
     ],
     ids=str,
 )
-def test_endings_of_the_validation(
-    ending: Ending, model: Path, tmp_path: Path, export: Runner, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_endings_of_the_validation(ending: Ending, model: Path, tmp_path: Path, export: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, ending.code if ending.code >= 0 else 137, ending.report)
     monkeypatch.setattr(pipeline, "_export", write_model_files)
     out = tmp_path / "out"
@@ -224,9 +218,7 @@ def test_a_finished_output_is_replaced_and_a_failed_run_keeps_it(
     assert Bundle.open(out).plan.seed == 2 and left_behind(tmp_path) == ["out"]
 
 
-def test_validation_options_are_passed_on(
-    model: Path, tmp_path: Path, export: Runner, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_validation_options_are_passed_on(model: Path, tmp_path: Path, export: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[pipeline.Options] = []
     monkeypatch.setattr(pipeline, "run", lambda source, plan, options, reporter: seen.append(options) or {})
     text = tmp_path / "text"

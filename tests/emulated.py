@@ -1,0 +1,36 @@
+"""The CUDA sources compiled for the processor (tests/emulation), once for all tests that run them."""
+
+from __future__ import annotations
+
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+WARNINGS = "-Wall -Wextra -Wno-unknown-pragmas -Wno-missing-field-initializers -Werror".split()
+FLAGS = [*"-std=c++17 -O2 -fPIC -fvisibility=hidden -ffp-contract=off -DHA_HOPPER=1".split(), *WARNINGS]
+CAPABILITIES = (80, 90)
+INCLUDES = [f"-I{ROOT / folder}" for folder in ("plugins", "plugins/cuda", "tests/emulation")]
+
+
+def build_emulated(compiler: str, folder: Path) -> dict[int, Path]:
+    """Libraries in `folder`, by the compute capability of the emulated device. Raises CalledProcessError where they do not compile."""
+    emulator = ROOT / "tests/emulation/emulator.cpp"
+    common = sorted({*(ROOT / "plugins/cuda").glob("*.cu"), ROOT / "plugins/config.cpp", *emulator.parent.glob("*.cpp")} - {emulator})
+
+    def build(source: Path, capability: int) -> Path:
+        target = folder / f"{source.stem}_{capability}.o"
+        command = [compiler, *FLAGS, f"-DHA_EMULATE={capability}", *INCLUDES, "-x", "c++", "-c", str(source), "-o", str(target)]
+        subprocess.run(command, check=True)
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        own = {capability: pool.submit(build, emulator, capability) for capability in CAPABILITIES}  # the one that says what device it is
+        shared = list(pool.map(lambda source: build(source, CAPABILITIES[0]), common))
+    paths = {}
+    for capability, emulator_object in own.items():
+        paths[capability] = folder / str(capability) / "libhyperattention_trt.so"
+        paths[capability].parent.mkdir()
+        objects = map(str, [*shared, emulator_object.result()])
+        subprocess.run([compiler, "-shared", "-o", str(paths[capability]), *objects], check=True)
+    return paths

@@ -1,0 +1,77 @@
+"""What the Hopper kernels take, how much shared memory they need and in what order they work on tiles: pure functions of shape and
+attributes, asked of the emulated library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from cuda_checks import DTYPES
+from operator_cases import sorted_config
+
+from hyperattention.config import PRESETS, Config
+from hyperattention.native import Library, _Call
+
+
+def params(library: Library, c: Config, heads: tuple[int, int, int], rows: tuple[int, int], dims: tuple[int, int], dtype: str) -> _Call:
+    """A call with B, Hq and Hkv, Sq and Sk, D and Dv, whose tensors are never read."""
+    (batch, heads_q, heads_kv), (seq_q, seq_k), (size, size_v) = heads, rows, dims
+    shapes = (heads_q, seq_q, size), (heads_kv, seq_k, size), (heads_kv, seq_k, size_v)
+    return _Call(library, *(torch.empty(batch, *shape, dtype=DTYPES[dtype]) for shape in shapes), c, None)
+
+
+LISTLESS = dict(num_blocks=0, sample_size=0)
+TAKEN = {
+    "bf16": (True, {}, (64, 64), "bf16", 90),
+    "fp16-128": (True, {}, (8, 128), "fp16", 90),
+    "fp32": (False, {}, (64, 64), "fp32", 90),
+    "136": (False, {}, (64, 136), "bf16", 90),
+    "ampere": (False, {}, (64, 64), "bf16", 80),
+    "blackwell": (False, {}, (64, 64), "bf16", 100),
+    "block63": (False, dict(block_size=63, pool_size=1, local_size=63), (64, 64), "bf16", 90),
+    "block63-exact": (True, dict(block_size=63, pool_size=1, local_size=63, exact_below=999), (64, 64), "bf16", 90),
+    "block16-samples": (False, dict(block_size=16, num_blocks=0), (64, 64), "bf16", 90),
+    "block16-listless": (True, dict(block_size=16, **LISTLESS), (64, 64), "bf16", 90),
+    "block16-listless-sorted": (False, dict(block_size=16, selector="sortlsh", **LISTLESS), (64, 64), "bf16", 90),
+}
+
+
+@pytest.mark.parametrize("taken, changes, dims, dtype, capability", TAKEN.values(), ids=TAKEN)
+def test_what_hopper_kernels_take(
+    hopper: Library, taken: bool, changes: dict[str, object], dims: tuple[int, int], dtype: str, capability: int
+) -> None:
+    call = params(hopper, replace(PRESETS["blocks"], **(dict(exact_below=0) | changes)), (1, 1, 1), (65, 300), dims, dtype)
+    assert bool(ctypes.CDLL(str(hopper.path)).ha_emulated_uses_hopper(ctypes.byref(call.params), capability)) == taken
+
+
+def test_hopper_kernels_fit_shared_memory(hopper: Library) -> None:
+    """With all attributes that decide how much they need, wherever they take the problem."""
+    native, problems = ctypes.CDLL(str(hopper.path)), 0
+    for block in range(16, 257):
+        for selector, num_blocks, samples, size in itertools.product(("blocks", "sortlsh"), (0, 1, 64), (0, 1, 4096), (64, 128)):
+            c = sorted_config(
+                selector=selector, block_size=block, pool_size=1, local_size=block, num_blocks=num_blocks, sample_size=samples
+            )
+            call = params(hopper, c, (1, 1, 1), (65, 1000), (size, size), "bf16")
+            if native.ha_emulated_uses_hopper(ctypes.byref(call.params), 90):
+                assert native.ha_emulated_hopper_bytes(ctypes.byref(call.params)) <= 227 * 1024, c
+                problems += 1
+    assert problems > 193 * 36
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_tile_has_its_turn(hopper: Library, seed: int) -> None:
+    """Each once, blocks of threads in alternating directions, heads of the same keys in one run."""
+    draw, check = random.Random(seed), ctypes.CDLL(str(hopper.path)).ha_emulated_schedule_mistake
+    check.argtypes = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64
+    for _ in range(100):
+        batch, heads_kv, group = (draw.randint(1, most) for most in (3, 9, 5))
+        call = params(hopper, PRESETS["blocks"], (batch, heads_kv * group, heads_kv), (1, 1), (64, 64), "bf16")
+        call.params.seq_k = draw.choice((1, 40_000, 60_000, 100_000, 2**30))  # several heads fit the cache, or not even one
+        cut = draw.randint(1, 40), draw.choice((1, 2, 3, 131, 132, 10_000)), draw.choice((1, 32))
+        assert check(ctypes.addressof(call.params), *cut) == 0, (batch, heads_kv, group, call.params.seq_k, *cut)
