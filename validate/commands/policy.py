@@ -51,6 +51,7 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Choose layers and settings under a budget, prove the choice by whole forward passes, write FILE. Exit 1: not reached."""
+    from hyperattention.export import interrupt
     from hyperattention.export.console import Reporter
     from hyperattention.export.policy import write_policy
     from hyperattention.export.source import Trust
@@ -86,8 +87,10 @@ def command(
         reporter.say(f"{escape(str(out))}: taken over, nothing that it was measured on changed")
         reporter.answer({**planned, "policy": found.to_json(), "measured": 0, "taken_over": 1})
         return
-    store = Store(out.with_name(out.name + ".jsonl"), prepared.fingerprint(), resume)
-    with reporter.stage("policy"):
+    measured = out.with_name(out.name + ".jsonl")
+    store = Store(measured, prepared.fingerprint(), resume)
+    kept = f"what was measured is kept in {measured}; --resume goes on from there"
+    with reporter.stage("policy"), interrupt.undoing(lambda: kept if store.made else None):
         search = prepared.search(store, reporter.step)
         search.step = reporter.counted(search.count_steps())
         policy = as_policy(prepared, search, search.run())
