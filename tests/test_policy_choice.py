@@ -85,28 +85,39 @@ def test_a_layer_without_options_is_refused() -> None:
 def test_a_layer_whose_loss_follows_its_error_is_predicted_exactly() -> None:
     costs, errors = [1.0, 2.0, 3.0, 4.0, 9.0], [0.8, 0.5, 0.1, 0.09, 0.0]
     factor = 0.3
-    chosen = probed(costs, errors, 2)
+    kinds = [True] * 5
+    chosen = probed(costs, errors, kinds, 2)
     assert chosen == [0, 2]  # the ends of the hull without its exact end, to which the fourth lies above the line
-    found = options(costs, errors, [Probe(c, costs[c], errors[c], factor * errors[c]) for c in chosen])
+    found = options(costs, errors, kinds, [Probe(c, costs[c], errors[c], factor * errors[c]) for c in chosen])
     assert [o.loss for o in found] == pytest.approx([factor * error for error in errors])
     assert [o.candidate for o in found] == [0, 1, 2, 3, 4]
 
 
 def test_an_options_factor_is_that_of_the_probe_nearest_in_cost() -> None:
     probes = [Probe(0, 100.0, 0.2, 0.2), Probe(2, 1000.0, 0.1, 0.4)]
-    found = options([100.0, 120.0, 1000.0, 900.0], [0.2, 0.1, 0.1, 0.05], probes)
+    costs, errors = [100.0, 120.0, 1000.0, 900.0], [0.2, 0.1, 0.1, 0.05]
+    found = options(costs, errors, [True] * 4, probes)
     assert [o.loss for o in found] == pytest.approx([0.2, 0.1, 0.4, 0.2])
+    other = options(costs, errors, [False, True, True, False], probes)  # a probe of its own kind, however far, comes first
+    assert [o.loss for o in other] == pytest.approx([0.2, 0.4, 0.4, 0.05])
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 9], ids=str)
 def test_probes_are_different_settings_of_the_hull(count: int) -> None:
     costs, errors = [1.0, 2.0, 3.0, 4.0, 5.0], [1.0, 0.5, 0.25, 0.9, 0.0]
-    chosen = probed(costs, errors, count)
+    chosen = probed(costs, errors, [True] * 5, count)
     assert len(chosen) == len(set(chosen)) == min(count, 3) and set(chosen) <= {0, 1, 2}
 
 
 def test_a_layer_of_exact_settings_has_no_probe() -> None:
-    assert probed([5.0], [0.0], 3) == []
+    assert probed([5.0], [0.0], [False], 3) == []
+
+
+def test_each_kind_of_error_has_a_probe() -> None:
+    costs, errors = [1.0, 2.0, 3.0, 1.5, 2.5, 9.0], [1.0, 0.5, 0.25, 3.0, 2.0, 0.0]
+    assert probed(costs, errors, [True, True, True, False, False, False], 2) == [0, 2, 4]
+    assert probed(costs, errors, [True, False, True, False, False, False], 3) == [0, 1, 2]  # both are there already
+    assert probed(costs, errors, [True] * 5 + [False], 2) == [0, 2]  # the only one of the other kind is exact
 
 
 # --- the budget --------------------------------------------------------------------------------------------------------
@@ -184,7 +195,7 @@ def test_an_error_that_is_a_power_of_samples_and_blocks_is_known_everywhere(leng
 
     def truth(candidate: Candidate) -> float:
         a = candidate.attributes
-        return 0.0 if a is None else 7.0 / (a["sample_size"] ** 0.9 * max(1, a["num_blocks"]) ** 0.3 * a["local_size"])
+        return 0.0 if a is None else 7.0 / (max(0.1, a["sample_size"]) ** 0.9 * max(1, a["num_blocks"]) ** 0.3 * a["local_size"])
 
     asked: list[int] = []
 

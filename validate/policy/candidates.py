@@ -2,8 +2,9 @@
 
 The grid is of selector `blocks`, whose cost and error each attribute moves smoothly. On Q, K, V of the 30 M model at 32k the squared
 error of the op halves with every doubling of the samples, far past the preset's 256; a local part above 256 keys buys less than
-the same keys as samples; pools of 16 rows choose blocks nearly as well as pools of 4 for a fraction of the cost; and layers that do not
-look anything up do best without heavy blocks, which then cost no selection either.
+the same keys as samples; pools of 16 rows choose blocks nearly as well as pools of 4 for a fraction of the cost. Layers that look
+nothing up do best without heavy blocks, which then cost no selection either; those that look far back do best without samples, whose
+noise is then the larger error, and with many blocks.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from hyperattention.validate.cost import keys_per_query
 
 GRID: dict[str, tuple[Any, ...]] = {
     "local_size": (128, 256, 512),
-    "num_blocks": (0, 4, 8, 16, 32),
-    "sample_size": (128, 256, 512, 1024, 1536, 2048),
+    "num_blocks": (0, 4, 8, 16, 32, 64),
+    "sample_size": (0, 128, 256, 512, 1024, 2048),
     "pool_size": (4, 16),
 }
 # Of `paper` these move its cost; the released code has 4096 and 1.
@@ -37,6 +38,11 @@ class Candidate:
     def config(self, layer: Config) -> Config:
         """The node of a layer whose exact node is `layer`."""
         return layer if self.attributes is None else replace(layer, **self.attributes)
+
+    @property
+    def samples(self) -> bool:
+        """Whether its error is noise of sampling, and not what was left out."""
+        return self.attributes is not None and self.attributes["sample_size"] > 0
 
     def keys(self, layer: Config, length: int) -> float:
         """Keys of a mean query row at `length` tokens (validate/cost.py)."""

@@ -162,11 +162,12 @@ class Search:
         keys = [candidate.keys(layer, self.length) for candidate in self.candidates]
         costs = [self.weights[number] * k for k in keys]
         probes = []
-        for candidate in probed(keys, errors, self.probes):
+        kinds = [candidate.samples for candidate in self.candidates]
+        for candidate in probed(keys, errors, kinds, self.probes):
             chosen = self.candidates[candidate]
             self.step(f"layer {index} alone: {chosen}")
             probes.append(Probe(candidate, costs[candidate], errors[candidate], max(0.0, lost({index: chosen.config(layer)}))))
-        return options(costs, errors, probes)
+        return options(costs, errors, kinds, probes)
 
     def _errors(self, number: int, what: str, measure: Callable[[int, list[Config]], list[float]]) -> list[float]:
         index, layer = self.layers[number]
@@ -220,8 +221,8 @@ class Search:
 
     def count_steps(self) -> int:
         """About how many steps `run` reports."""
-        kinds = 1 if self.budget.needle is None else 2
-        return kinds * len(self.layers) * (1 + self.probes) + MOST_TRIALS + FIXED_RIVALS
+        sources = 1 if self.budget.needle is None else 2
+        return sources * len(self.layers) * (2 + self.probes) + MOST_TRIALS + FIXED_RIVALS
 
 
 def _weighed(text: Sequence[Sequence[Option]], planted: Sequence[Sequence[Option]], weight: float) -> list[list[Option]]:
