@@ -87,6 +87,7 @@ PADDING = {
     "approximate-non-causal": config(causal=0),
     "sorted": sorted_config(),
     "sorted-overlap": sorted_config(local_overlap=1),
+    "sorted-block64": sorted_config(block_size=64, local_size=64),
     "sorted-non-causal": sorted_config(causal=0),
     "exact": config(exact_below=4096),
     "exact-non-causal": config(exact_below=4096, causal=0),

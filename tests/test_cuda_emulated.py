@@ -107,6 +107,7 @@ SORTED_CASES = [
 # lists whose blocks straddle tiles, head sizes whose loads reach past the tensor.
 _FULL = dict(heads=(1, 1), dims=(64, 64))
 _HOPPER_SORTED = sorted_config(block_size=64, local_size=100, sample_size=70, num_blocks=2)
+_MANY_SINKS = replace(SMALL, num_blocks=0, sample_size=0, local_overlap=0)
 HOPPER_CASES = [
     *(problem for problem in CASES if problem.case.name in ("preset-like", "non-causal", "block128", "block256-uniform", "two-levels")),
     *(problem for problem in CASES + SORTED_CASES if problem.case.name in ("exact", "exact-one-row", "sorted-more-queries")),
@@ -130,6 +131,9 @@ HOPPER_CASES = [
     # Tiles of 256 rows: with rows for three pieces of 64, with several query blocks, with listed keys that are local to some rows.
     Problem(Case("sorted-tall", 450, 500, replace(_HOPPER_SORTED, causal=0, block_size=64), (2, 1), (64, 64), (500, 333)), "bf16"),
     Problem(Case("sorted-tall-overlap", 600, 650, replace(_HOPPER_SORTED, local_overlap=1, block_size=96), (1, 1), (40, 64)), "fp16"),
+    # A border of local blocks within a tile: its last rows alone have sinks, more than the ring holds.
+    Problem(Case("many-sinks", 110, 1064, replace(_MANY_SINKS, local_size=1024, sinks=385), **_FULL), "bf16"),
+    Problem(Case("many-sinks", 110, 1000, replace(_MANY_SINKS, local_size=960, sinks=257), (1, 1), (128, 128)), "fp16"),
     Problem(Case("sorted-blocks", 300, 300, replace(_HOPPER_SORTED, block_size=256, num_blocks=3, stratified=0), **_FULL), "bf16"),
 ]
 # Of random problems, those that they take.
@@ -203,7 +207,7 @@ def test_o_without_lse_on_hopper(hopper: Library, problem: Problem) -> None:
     check_without_lse(hopper, problem, "cpu")
 
 
-@pytest.mark.parametrize("name", ["exact", "exact-non-causal"])
+@pytest.mark.parametrize("name", ["exact", "exact-non-causal", "sorted-block64"])
 def test_padding_reaches_no_live_row_on_hopper(hopper: Library, name: str) -> None:
     check_padding(hopper, PADDING[name], float("nan"), "cpu")
 

@@ -103,9 +103,11 @@ struct RunWorker {
     const int from = max(walk.first + group * kGroupRows, walk.first_row);
     const int to = min(walk.first + group * kGroupRows + kGroupRows - 1, walk.last_row);
     const Bounds low = walk.bounds(g, j, from), high = walk.bounds(g, j, to);
-    const int start = walk.key(j), stop = j < walk.local_steps ? walk.local_steps : walk.total;
-    span = {j + (low.low - start) / kKeys, j + steps_of<kKeys>(high.low - start), j + (low.high - start) / kKeys,
-            from <= to ? min(j + steps_of<kKeys>(high.high - start), stop) : j};
+    const int start = walk.key(j);
+    // Steps of sinks are masked, never passed over, where the tile's last rows alone have them: a group that holds its last values'
+    // buffer may pass over no more than the ring can still load, which those could exceed.
+    const int stop = j < walk.local_steps ? min(j + steps_of<kKeys>(high.high - start), walk.local_steps) : walk.total;
+    span = {j + (low.low - start) / kKeys, j + steps_of<kKeys>(high.low - start), j + (low.high - start) / kKeys, from <= to ? stop : j};
   }
   // The first step from j on that the group takes part in, or kSkip at the end. The others' buffers are passed over.
   HA_DEVICE Mode next(const RunWalk<P>& walk, int& j) {
