@@ -15,6 +15,7 @@ from cuda_checks import DTYPES
 from operator_cases import sorted_config
 
 from hyperattention.config import PRESETS, Config
+from hyperattention.errors import UsageError
 from hyperattention.native import Library, _Call
 
 
@@ -47,6 +48,17 @@ def test_what_hopper_kernels_take(
 ) -> None:
     call = params(hopper, replace(PRESETS["blocks"], **(dict(exact_below=0) | changes)), (1, 1, 1), (65, 300), dims, dtype)
     assert bool(ctypes.CDLL(str(hopper.path)).ha_emulated_uses_hopper(ctypes.byref(call.params), capability)) == taken
+
+
+@pytest.mark.parametrize("exact_below", [0, 4096])
+def test_more_heads_than_int_are_refused(hopper: Library, exact_below: int) -> None:
+    """The copy engine's coordinates are int."""
+    call = params(hopper, replace(PRESETS["blocks"], exact_below=exact_below, **LISTLESS), (1, 1, 1), (1, 1), (64, 64), "bf16")
+    out = torch.empty(1, dtype=DTYPES["bf16"])
+    call.params.out, call.params.batch, call.params.heads_q = out.data_ptr(), 2**16, 2**15
+    assert ctypes.CDLL(str(hopper.path)).ha_emulated_uses_hopper(ctypes.byref(call.params), 90)
+    with pytest.raises(UsageError, match="batch x heads is 2147483648; the CUDA kernels take up to 2147483647: split the batch"):
+        hopper.check(hopper._attend, ctypes.byref(call.params))
 
 
 def test_hopper_kernels_fit_shared_memory(hopper: Library) -> None:

@@ -100,6 +100,10 @@ HA_KERNEL((run_table(P).threads()), 1) hopper_runs_kernel(const HA_CONSTANT Hopp
 template <class T, int P>
 void launch_hopper(const AttendArgs& args) {
   const Geometry g(args.p);
+  constexpr int64_t kMostSlices = INT32_MAX;  // the copy engine's coordinates are int
+  if (g.batch * g.heads_q > kMostSlices)
+    throw Error(HA_UNSUPPORTED, "batch x heads is " + std::to_string(g.batch * g.heads_q) + "; the CUDA kernels take up to " +
+                                    std::to_string(kMostSlices) + ": split the batch");
   HopperArgs hopper{args.p, args.lse, {}, {}, {}, {}};
   hopper.queries = tile_map(args.p.q, args.p.dtype, g.batch * g.heads_q, g.seq_q, g.head_dim);
   hopper.keys = tile_map(args.p.k, args.p.dtype, g.batch * g.heads_kv, g.seq_k, g.head_dim);
