@@ -20,17 +20,17 @@ inline void require_success(cudaError_t status, const char* what) {
   throw Error(HA_FAILED, std::string(what) + " failed: " + cudaGetErrorString(status));
 }
 
-// An attribute of the current device, asked for once a device.
+// An attribute of the current device; the first devices' are remembered.
 template <cudaDeviceAttr kAttribute>
 int device_attribute() {
   constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices];
+  static std::atomic<int> known[kDevices];  // plus one, because attributes may be 0
   int device = 0, value = 0;
   require_success(cudaGetDevice(&device), "cudaGetDevice");
-  if (device < kDevices) value = known[device].load(std::memory_order_relaxed);
-  if (!value) {
+  if (device < kDevices) value = known[device].load(std::memory_order_relaxed) - 1;
+  if (device >= kDevices || value < 0) {
     require_success(cudaDeviceGetAttribute(&value, kAttribute, device), "cudaDeviceGetAttribute");
-    if (device < kDevices) known[device].store(value, std::memory_order_relaxed);
+    if (device < kDevices) known[device].store(value + 1, std::memory_order_relaxed);
   }
   return value;
 }
@@ -41,12 +41,7 @@ inline int compute_capability() {
 }
 
 // Bytes of shared memory that the current device grants a block of threads.
-inline int64_t shared_limit() {
-  int device = 0, limit = 0;
-  require_success(cudaGetDevice(&device), "cudaGetDevice");
-  require_success(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
-  return limit;
-}
+inline int64_t shared_limit() { return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(); }
 
 template <auto kKernel>
 void grant_shared_memory(size_t bytes) {
@@ -58,13 +53,14 @@ void grant_shared_memory(size_t bytes) {
   require_success(cudaGetDevice(&device), "cudaGetDevice");
   int limit = device < kDevices ? granted[device].load(std::memory_order_acquire) : 0;
   if (!limit) {
-    require_success(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+    limit = int(shared_limit());
     // Always the device's maximum: two threads that race here set the same value.
     require_success(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit), "cudaFuncSetAttribute");
     if (device < kDevices) granted[device].store(limit, std::memory_order_release);
   }
   if (bytes > size_t(limit))
-    throw Error(HA_UNSUPPORTED, "the kernel needs " + std::to_string(bytes) + " bytes of shared memory, the GPU grants " + std::to_string(limit));
+    throw Error(HA_UNSUPPORTED,
+                "the kernel needs " + std::to_string(bytes) + " bytes of shared memory, the GPU grants " + std::to_string(limit));
 }
 
 template <auto kKernel, class Args>
