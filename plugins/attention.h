@@ -61,7 +61,7 @@ typedef struct HaParams {
   void* out;
   float* lse;                  // [batch, heads_q, seq_q], natural log; null = not wanted
   const int32_t* plan;         // a plan to follow, as ha_*_select writes it for this problem (any other leads to undefined
-                               // output, never outside the tensors); null = select
+                               // output, which differs between kernels, never outside the tensors); null = select
   void* workspace;             // ha_*_workspace_size bytes, 256-byte aligned
   size_t workspace_size;
   void* stream;                // cudaStream_t (CUDA)

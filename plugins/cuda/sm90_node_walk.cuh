@@ -39,7 +39,8 @@ struct TallNodeWalk : NodeWalk<S> {
     return false;
   }
 
-  // A full list of a tile's only query block is seen whole by every row, and weighs nothing.
+  // A full list of a tile's only query block is seen whole by every row, and weighs nothing. Where a plan of another problem names no key
+  // of the node, its zeros count here and are masked in NodeWalk: attention.h promises nothing of such output.
   HA_DEVICE Mode mode(const Step& step, int w) const {
     if (this->first + w * S::kWarpRows > this->last) return Mode::kSkip;
     const bool only = step.part == Part::kList && this->query_blocks == 1 && !this->far_masked;
