@@ -113,12 +113,6 @@ struct Geometry {
   HA_INLINE int64_t segment(int level) const { return int64_t{a.local_size} << level; }
   // Node m of a level under `length` valid keys.
   HA_INLINE Node node(int level, int64_t m, int64_t length) const;
-  // Number of node (level, m) in the order of the draws: level by level, then by m.
-  HA_INLINE int64_t node_number(int level, int64_t m) const {
-    int64_t count = m - nodes_of_level(level).start;
-    for (int below = 0; below < level; ++below) count += nodes_of_level(below).size();
-    return count;
-  }
   // Levels, as bits, at which the row at `position` belongs to a node that has keys.
   HA_INLINE uint64_t levels_of(int64_t position, int64_t length) const {
     const int64_t from = min64(a.sinks, length);

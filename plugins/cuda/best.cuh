@@ -4,7 +4,7 @@
 
 namespace ha {
 
-// Scores become words of the same order, so that thresholds are found bit by bit; 0 is below every score.
+// Scores become words of the same order, so that thresholds are guessed between two of them; 0 is below every score.
 // Never NaN: scores are maxima, which start from -infinity.
 HA_DEVICE uint32_t ordered(float score) {
   const uint32_t bits = float_bits(add_rn(score, 0.0f));  // -0 and 0 are one score

@@ -10,6 +10,7 @@ struct Loader {
   using Block = HopperBlock<T, P, Walk>;
   static constexpr uint32_t kChunks = P / 8;
   static constexpr int kRowsPerPass = Block::kTable.loaders / int(kChunks), kKeys = Block::kKeys;
+  static_assert(kKeys == 2 * kTileKeys);
 
   const Block& block;
   const Geometry& g;
@@ -115,7 +116,7 @@ struct Loader {
     const uint32_t full = block.full(place.index), free = block.free(place.index), target = block.buffer(place.index);
     // A half that is not there is masked; its values have to be numbers all the same.
     const int lower = digest.lower >= 0 ? digest.lower : max(digest.upper, 0);
-    const int upper = digest.upper >= 0 ? digest.upper : kKeys == kTileKeys ? lower + kKeys / 2 : lower;
+    const int upper = digest.upper >= 0 ? digest.upper : lower;
     if (!digest.gathered()) {
       publish_all();
       ran_ahead = true;
@@ -125,7 +126,7 @@ struct Loader {
 #pragma unroll
         for (int column = 0; column < P / 64; ++column) {
           load_tile(map, target + column * kKeys * 128, full, column * 64, lower, int(kv_slice));
-          if (kKeys > kTileKeys) load_tile(map, target + column * kKeys * 128 + kTileKeys * 128, full, column * 64, upper, int(kv_slice));
+          load_tile(map, target + column * kKeys * 128 + kTileKeys * 128, full, column * 64, upper, int(kv_slice));
         }
         barrier_arrive(full, Block::kFills);
       }

@@ -15,6 +15,10 @@ struct Worker : RingReader<HopperBlock<T, P, Walk>> {
   using State = GroupState<T, P, Block::kKeys, Block::kRows>;
 
   static constexpr int kKeys = Block::kKeys, kFirstTurn = 3;
+  // Whether two groups may start their products in turns, so that one has its softmax while the other's products run. It pays where the
+  // softmax takes longer than the products.
+  static constexpr bool kTurns = Walk::kConsecutive && P == 64;
+  static_assert(Block::kTable.groups == 2);
 
   using Place = RingPlace<Block::kBuffers>;
 
@@ -23,7 +27,7 @@ struct Worker : RingReader<HopperBlock<T, P, Walk>> {
 
   // Before the first tile.
   HA_DEVICE void start() const {
-    if (Block::kTable.groups == 2 && group == 1) arrive_named(kFirstTurn, 256);
+    if (kTurns && group == 1) arrive_named(kFirstTurn, 256);
   }
 
   HA_DEVICE void run(int turn, int64_t slice) {
@@ -42,7 +46,6 @@ struct Worker : RingReader<HopperBlock<T, P, Walk>> {
     const uint32_t queries = block.queries(turn) + group * kGroupRows * 128;
     State state;
     state.clear();
-    // Two groups start their products in turns, so that one has its softmax while the other's products run.
     const bool in_turns = takes_turns(walk);
     int left = total;
     Digest digest;
@@ -80,9 +83,8 @@ struct Worker : RingReader<HopperBlock<T, P, Walk>> {
   }
 
  private:
-  // It pays where the softmax takes longer than the products.
   HA_DEVICE bool takes_turns(const Walk& walk) const {
-    if constexpr (Walk::kConsecutive && Block::kTable.groups == 2 && P == 64) return walk.every_warp();
+    if constexpr (kTurns) return walk.every_warp();
     return false;
   }
 

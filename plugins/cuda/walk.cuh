@@ -11,7 +11,7 @@ struct Shape {
   static constexpr AttendShape kShape = attend_shape(int(sizeof(T)), P);
   static constexpr int kWarps = kShape.warps, kThreads = kShape.threads(), kWarpRows = kShape.warp_rows, kTileRows = kShape.rows();
   static constexpr int kKeys = kShape.keys, kBuffers = kShape.buffers;
-  static constexpr int kRowBytes = P * int(sizeof(T)), kChunks = kRowBytes / 16, kChunkElements = 16 / int(sizeof(T));
+  static constexpr int kRowBytes = P * int(sizeof(T)), kChunks = kRowBytes / 16;
   // Whether a step may hold runs of blocks of kPairBlock keys: a half of one block of each of the tile's two query blocks, or, where
   // pairs are owned, as many blocks of one query block as fit.
   static constexpr bool kPairs = kTileRows == 2 * kKeys && sizeof(T) == 2;
@@ -33,8 +33,8 @@ HA_DEVICE bool is_listed(Part part) { return part == Part::kList || part == Part
 enum class Mode : int { kSkip, kPlain, kMasked, kBiased };
 
 // With n keys a step. kLocal, kSinks, kPair: keys lower .. + n/2 - 1 and upper .. + n/2 - 1. Owned pairs belong to query block `owner`;
-// of others the first half belongs to the tile's lower rows and the other to its upper ones; -1 = none. kList and kSample: keys and biases lie in the step's list; `owner`
-// is the query block or local block that the list belongs to and `lower` its first entry.
+// of others the first half belongs to the tile's lower rows and the other to its upper ones; -1 = none. kList and kSample: keys and biases
+// lie in the step's list; `owner` is the query block or local block that the list belongs to and `lower` its first entry.
 struct alignas(16) Step {
   int lower, upper, owner;
   Part part;

@@ -58,7 +58,9 @@ struct NodeWalk {
     first_query_block = first / a.block_size;
   }
 
-  HA_DEVICE static int64_t first_slot(const AttendConfig& config, int64_t tile) { return int64_t{uint32_t(tile) % uint32_t(config.node_tiles)} * S::kTileRows; }
+  HA_DEVICE static int64_t first_slot(const AttendConfig& config, int64_t tile) {
+    return int64_t{uint32_t(tile) % uint32_t(config.node_tiles)} * S::kTileRows;
+  }
   HA_DEVICE static Node node_of(const HaParams& p, const AttendConfig& config, const Geometry& g, int64_t tile, int64_t batch) {
     return g.node(config.level, config.first_node + uint32_t(tile) / uint32_t(config.node_tiles), g.length(p.lengths, batch));
   }
@@ -93,7 +95,6 @@ struct NodeWalk {
     total = list_steps + sample_steps;
   }
 
-  HA_DEVICE bool every_warp() const { return first + (S::kWarps - 1) * S::kWarpRows <= last; }
   // A node's rows near its keys see only those that are not local to them (rule 24).
   HA_DEVICE bool masks_listed() const { return far_masked; }
 

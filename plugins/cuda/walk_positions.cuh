@@ -148,13 +148,13 @@ struct PositionWalk {
     if (j < heavy_steps && pairs()) {
       step.part = Part::kPair;
       if constexpr (S::kOwnedPairs) {
+        static_assert(kPairBlocks == 2);
         const int at = j / query_blocks * kPairBlocks;  // the query blocks take turns
         step.owner = j % query_blocks;
         const int32_t* const blocks = chosen + step.owner * a.num_blocks;
         const int start = at < counts[step.owner] ? blocks[at] * S::kPairBlock : -1;
         step.lower = start;
-        if constexpr (kPairBlocks == 1) step.upper = start < 0 ? -1 : start + S::kKeys / 2;
-        else step.upper = at + 1 < counts[step.owner] ? blocks[at + 1] * S::kPairBlock : -1;
+        step.upper = at + 1 < counts[step.owner] ? blocks[at + 1] * S::kPairBlock : -1;
       } else {
         const int at = j / 2, part = j % 2 * (S::kKeys / 2);
         step.lower = at < counts[0] ? chosen[at] * S::kKeys + part : -1;
