@@ -66,6 +66,11 @@ def request(
         )
     if file is not None and given != ["--policy"]:
         raise UsageError(f"--policy is a choice already made; leave {' and '.join(g for g in given if g != '--policy')} out")
+    if file is not None and others.get("fixed"):
+        options = " and ".join(f"--{name.replace('_', '-')}" for name in others["fixed"])
+        raise UsageError(
+            f"--policy holds every attribute of its layers; leave {options} out, or measure with it: --budget in place of --policy"
+        )
     if file is None and text is None:
         raise UsageError("--layers auto measures the model on text: give --text FILE, or a finished policy with --policy FILE")
     return Request(parse_budget(budget, regime), tuple(budget), file, text, length, **others)

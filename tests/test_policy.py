@@ -130,6 +130,7 @@ class Refused:
     [
         Refused("budget", ("--budget", "loss=1"), "--budget names 'loss'"),
         Refused("fix", ("--fix", "seed=1"), "--fix names 'seed'"),
+        Refused("no-folder", ("--out", "nowhere/p.json"), "a folder that exists"),
         Refused("too-long", ("--length", "13000"), "longest window needs 13001"),
         Refused("over-half", ("--windows", "9"), "may have half of them"),
         Refused("windows", ("--windows", "0"), "--windows is 0"),
@@ -214,6 +215,11 @@ def test_a_budget_out_of_reach_ends_the_export_with_its_words(place: Path, expor
         Refused("no-text", ("--layers", "auto"), "give --text FILE"),
         Refused("preset", ("--layers", "auto", "--preset", "paper"), "leave --preset paper out"),
         Refused("both", ("--layers", "auto", "--policy", "p.json", "--budget", "kl=1"), "leave --budget out"),
+        Refused(
+            "attributes",
+            ("--layers", "auto", "--policy", "p.json", "--strict-causal", "--sinks", "8"),
+            "leave --sinks and --strict-causal out",
+        ),
         Refused("no-file", ("--layers", "auto", "--policy", "nowhere.json"), "nowhere.json cannot be read"),
         Refused("wrong-budget", ("--layers", "auto", "--text", "t", "--budget", "kl"), "takes NAME=VALUE"),
     ],

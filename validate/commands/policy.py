@@ -58,9 +58,10 @@ def command(
     from hyperattention.validate.policy.fixed import parse_fixed
     from hyperattention.validate.policy.prepare import Options, prepare
     from hyperattention.validate.policy.store import Store
-    from hyperattention.validate.policy.write import as_policy, finished, lines
+    from hyperattention.validate.policy.write import as_policy, check_out, finished, lines
 
     reporter = Reporter(quiet, as_json)
+    check_out(out, text)
     options = Options(
         model=model,
         text=text,
