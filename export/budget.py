@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hyperattention.errors import UsageError
-from hyperattention.export.choices import choice
+from hyperattention.export.choices import choice, named_values
 
 # Where the accuracy limits have to hold: at all positions, in prefill with exact decode, or in the worse of the two.
 BOTH, REGIMES = "both", ("all_positions", "prefill_exact_decode")
@@ -94,17 +94,9 @@ def parse_budget(given: Sequence[str], regime: str = BOTH) -> Budget:
 
     Raises UsageError for an unknown name, a name given twice, what is no number, and a value out of range.
     """
-    names, found = [option.name for option in _limits()], {}
-    for text in (part for option in given or (DEFAULT,) for part in option.split(",")):
-        name, _, value = (part.strip() for part in text.partition("="))
-        if name not in names:
-            raise UsageError(f"--budget names {name or text!r}; it takes {', '.join(names)}, such as --budget {DEFAULT}")
-        if name in found:
-            raise UsageError(f"--budget {name} is given twice; give it once")
-        try:
-            found[name] = float(value)
-        except ValueError:
-            raise UsageError(f"--budget is {text!r}; it takes NAME=VALUE with a number, such as --budget {DEFAULT}") from None
+    parts = (part for option in given or (DEFAULT,) for part in option.split(","))
+    names = [option.name for option in _limits()]
+    found = named_values("--budget", parts, names, lambda _, value: float(value), DEFAULT, kind="a number", allowed="it takes")
     return Budget(**found, regime=regime)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from hyperattention.errors import EnvironmentFault, UsageError
 
@@ -20,6 +21,27 @@ def choice(option: str, value: str, allowed: Sequence[str]) -> str:
     if value not in allowed:
         raise UsageError(f"{option} is {value!r}; it takes one of {', '.join(allowed)}")
     return value
+
+
+def named_values(
+    option: str, given: Iterable[str], names: Sequence[str], convert: Callable[[str, str], Any], example: str, *, kind: str, allowed: str
+) -> dict[str, Any]:
+    """`["kl=0.01", ...]` by name, each value as `convert`(name, text) gives it; `kind` and `allowed` are the errors' words for them.
+
+    Raises UsageError for a name not among `names`, one given twice, and a value at which `convert` raises ValueError.
+    """
+    found: dict[str, Any] = {}
+    for text in given:
+        name, _, value = (part.strip() for part in text.partition("="))
+        if name not in names:
+            raise UsageError(f"{option} names {name or text!r}; {allowed} {', '.join(names)}, such as {option} {example}")
+        if name in found:
+            raise UsageError(f"{option} {name} is given twice; give it once")
+        try:
+            found[name] = convert(name, value)
+        except ValueError:
+            raise UsageError(f"{option} is {text!r}; it takes NAME=VALUE with {kind}, such as {option} {example}") from None
+    return found
 
 
 def check_device(device: str) -> None:

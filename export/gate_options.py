@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hyperattention.errors import UsageError
-from hyperattention.export.choices import LANGUAGE_TASKS
+from hyperattention.export.choices import LANGUAGE_TASKS, named_values
 
 LANGUAGE, FEATURES = "language", "features"
 
@@ -69,18 +69,8 @@ def parse_gates(given: Sequence[str], kind: str | None = None) -> dict[str, floa
 
     Raises UsageError for an unknown name, a name given twice, a value out of range, and a gate that a report of `kind` lacks.
     """
-    found: dict[str, float] = {}
-    for text in given:
-        name, _, value = (part.strip() for part in text.partition("="))
-        if name not in names():
-            raise UsageError(f"--gate names {name or text!r}; the gates are {', '.join(names())}, such as --gate kl=0.01")
-        attribute = name.replace("-", "_")
-        if attribute in found:
-            raise UsageError(f"--gate {name} is given twice; give it once")
-        try:
-            found[attribute] = float(value)
-        except ValueError:
-            raise UsageError(f"--gate is {text!r}; it takes NAME=VALUE with a number, such as --gate kl=0.01") from None
+    values = named_values("--gate", given, names(), lambda _, value: float(value), "kl=0.01", kind="a number", allowed="the gates are")
+    found = {name.replace("-", "_"): value for name, value in values.items()}
     Limits(**found)
     if kind is not None:
         check_kind(found, kind)
