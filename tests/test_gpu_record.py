@@ -105,7 +105,8 @@ def folder(tmp_path: Path) -> Path:
     (out / "kinds").mkdir()
     (out / "kinds/kinds.json").write_text(json.dumps({"image": {"passed": True, "seconds": 1.0}}))
     times = {"kind": "attention", "problem": {"text": "alone"}, "rows": [{"length": 4096, "contender": "ours", "median_s": 0.001}]}
-    for name, more in (("bench-attention", {"growth": []}), ("bench-model", {"growth": []}), ("bench-profile", profile())):
+    times_of = {name: {"growth": []} for name in ("bench-attention", "bench-grouped", "bench-growth", "bench-model")}
+    for name, more in (*times_of.items(), ("bench-profile", profile())):
         (out / name).mkdir()
         (out / name / "bench.json").write_text(json.dumps({**times, **more}))
     for name in gpu_record.MODELS:

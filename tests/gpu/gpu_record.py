@@ -19,8 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 RECORD = ROOT / "docs" / "gpu_verification.json"
 SCHEMA = 1
 MODELS = ("odd", "all", "paper", "prefill")
-STEPS = ("cuda", "engines", "ort", "sanitizer", "attention", "prefill", "kinds", "bench-attention", "bench-profile", "bench-model")
-STEPS += ("export-exact", *(f"{verb}-{name}" for name in MODELS for verb in ("export", "validate")))
+STEPS = ("cuda", "engines", "ort", "sanitizer", "attention", "prefill", "kinds", "export-exact")
+STEPS += tuple(f"bench-{name}" for name in ("attention", "grouped", "growth", "profile", "model"))
+STEPS += tuple(f"{verb}-{name}" for name in MODELS for verb in ("export", "validate"))
 
 
 def rounded(value: Any) -> Any:

@@ -3,7 +3,7 @@
 # provider, compute-sanitizer, timing against exact attention and the released code, prefill of a model of the 6 B class, models of every
 # kind and a language model taken to validated engines, and `hyperattention bench`.
 #   tests/gpu/verify.sh OUT [MODEL TEXT]      steps: STEPS="cuda engines ort sanitizer attention prefill kinds model bench"
-#                                             (default: all; bench needs what model built)
+#                                             (default: all)
 #                                             exports of the step model: MODELS="odd all paper prefill" (default: all)
 # UPSTREAM=DIR: a checkout of the released HyperAttention code, for the step attention. Needs python3 with torch, transformers,
 # pytest and Polygraphy, TensorRT's Python module (engines, attention, prefill, model), onnxruntime-gpu (engines, ort, attention),
@@ -73,7 +73,8 @@ wanted prefill && step prefill "$python" tests/gpu/bench_prefill.py --out "$out/
 wanted kinds && step kinds "$python" tests/gpu/kinds_run.py --out "$out/kinds"
 if wanted model; then
   [ -f "$out/exact/manifest.json" ] || step export-exact export_engine exact --preset exact --layers all
-  for name in ${MODELS:-odd all paper prefill}; do
+  models=${MODELS:-odd all paper prefill}
+  for name in $models; do
     case $name in
       odd) choice=(--layers odd) ;;
       all) choice=(--layers all) ;;
@@ -86,11 +87,13 @@ if wanted model; then
     step "export-$name" export_engine "$name" "${choice[@]}"
     step "validate-$name" validate "$name" "${against[@]}"
   done
+  [[ " $models " != *" all "* ]] || step bench-model bench bench-model "$out/all" --model "$model" --exact-engine "$out/exact/model.engine" \
+    --lengths 4096,16384,65536,131072
 fi
 if wanted bench; then
-  lengths=(--lengths 4096,16384,65536,131072)
   step bench-attention bench bench-attention --attention --preset blocks,paper --lengths 4096,16384,65536,131072,1048576
+  step bench-grouped bench bench-grouped --attention --preset blocks,paper --heads 32 --kv-heads 8 --lengths 32768,131072
+  step bench-growth bench bench-growth --attention --preset blocks,paper --head-dim 64 --rivals flash-attn-4 --lengths 131072,1048576
   step bench-profile bench bench-profile --attention --profile --preset blocks,paper --head-dim 64,128 --lengths 4096,32768,131072
-  step bench-model bench bench-model "$out/all" --model "$model" --exact-engine "$out/exact/model.engine" "${lengths[@]}"
 fi
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }
