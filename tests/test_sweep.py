@@ -28,7 +28,7 @@ from hyperattention.validate import sweep as sweep_module
 from hyperattention.validate.inputs import load_corpus, windows
 from hyperattention.validate.operators import reference_operator
 from hyperattention.validate.sweep_page import markdown, summary
-from hyperattention.validate.sweep_plan import METHODS, ORDERS, Point, check_approximates, counts, method_configs, ordered, points
+from hyperattention.validate.sweep_plan import METHODS, ORDERS, Point, check_approximates, counts, method_configs, ordered, points, urgent
 from hyperattention.validate.sweep_plot import figure
 
 LAYERS, TAIL, LENGTHS = 3, 20, (97, 150)
@@ -56,13 +56,18 @@ def test_points_and_how_many_of_them_are_models_of_their_own() -> None:
     errors = {"blocks": {0: 0.3, 1: 0.1, 2: 0.2}, "window": {0: 0.1, 1: 0.2, 2: 0.3}}
     found = points(97, ORDERS, [0, 1, 2], errors, [1, 3])
     assert [(p.method, p.order, p.layers) for p in found[:6]] == [
-        ("blocks", "last", (2,)), ("blocks", "last", (2, 1, 0)), ("blocks", "first", (0,)), ("blocks", "first", (0, 1, 2)),
-        ("blocks", "error", (1,)), ("blocks", "error", (1, 2, 0)),
+        ("blocks", "last", (2,)), ("blocks", "first", (0,)), ("blocks", "error", (1,)),
+        ("window", "last", (2,)), ("window", "first", (0,)), ("window", "error", (0,)),
     ]  # fmt: skip
     keys = {point.key for point in found}
     assert len(keys) == 7  # the window's least error is its first layer's
     with pytest.raises(UsageError, match="names 4; this model has 1 to 3"):
         counts(3, (1, 4))
+
+
+@pytest.mark.parametrize(("layers", "first"), [(1, [1]), (2, [2, 1]), (6, [6, 3]), (10, [10, 5]), (60, [60, 27])], ids=str)
+def test_all_layers_and_half_of_them_come_first(layers: int, first: list[int]) -> None:
+    assert urgent(counts(layers, ())) == first
 
 
 def test_attributes_by_method() -> None:
@@ -221,8 +226,8 @@ def test_ctrl_c_keeps_the_points_and_resume_goes_on(sweep: Sweep, tmp_path: Path
     monkeypatch.setattr(sweep_module._Length, "_numbers", interrupted)
     result = sweep("--methods", "blocks", lengths=(150,))
     found = record(tmp_path)
-    assert result.code == 130 and "interrupted: 3 points were kept; --resume goes on" in result.out
-    assert found["interrupted"] and len(found["points"]) == 3
+    assert result.code == 130 and "interrupted: 5 points were kept; --resume goes on" in result.out
+    assert found["interrupted"] and [point["replaced"] for point in found["points"]] == [2, 3, 2, 3, 3]  # all three are one model
     assert "Interrupted" in (tmp_path / "sweep" / "sweep.md").read_text() and (tmp_path / "sweep" / "sweep.png").is_file()
     assert sweep("--methods", "blocks", "--resume", lengths=(150,)).code == 0
     resumed = record(tmp_path)

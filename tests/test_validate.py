@@ -20,13 +20,13 @@ from hyperattention.validate.inputs import Corpus, load_corpus, windows
 from hyperattention.validate.metrics import (
     attention_error,
     by_position,
-    compare_functions,
     estimate,
     head_errors,
     summarise,
     tensor_error,
     token_metrics,
 )
+from hyperattention.validate.polygraphy_metrics import compare_functions
 
 # --- metrics -----------------------------------------------------------------------------------------------------------
 

@@ -25,8 +25,9 @@ from hyperattention.native import Library
 from hyperattention.selection import Geometry, Plan, make_plan
 from hyperattention.validate.configs import configs
 from hyperattention.validate.feeds import Feed, is_padded, shortened
-from hyperattention.validate.metrics import TensorError, compare_functions, tensor_error
+from hyperattention.validate.metrics import TensorError, tensor_error
 from hyperattention.validate.operators import one_thread
+from hyperattention.validate.polygraphy_metrics import compare_functions
 from hyperattention.validate.runners import ModelRunner
 
 ROWS = 2048  # queries compared in a layer that is not the first

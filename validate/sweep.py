@@ -19,7 +19,7 @@ from hyperattention.validate.inputs import windows
 from hyperattention.validate.operators import torch_threads
 from hyperattention.validate.policy.trial import Laboratory
 from hyperattention.validate.sweep_layers import Method, cost, errors, layer_row
-from hyperattention.validate.sweep_plan import Point, counts, points
+from hyperattention.validate.sweep_plan import Point, counts, points, urgent
 from hyperattention.validate.sweep_record import Record
 from hyperattention.validate.sweep_subject import Options, Subject
 
@@ -27,14 +27,22 @@ Step = Callable[[str], None]
 
 
 def sweep(subject: Subject, options: Options, record: Record, counted: Callable[[int], Step], stopped: Callable[[], bool]) -> None:
-    """Measures every point that `record` lacks and adds it there, until all are done or `stopped` says so."""
+    """Measures every point that `record` lacks and adds it there, until all are done or `stopped` says so.
+
+    Times first, then the points that say most (`urgent`) at every length, then the others: what ends a run early costs the least.
+    """
     numbers = counts(len(subject.configs), options.replaced)
     step = counted(len(options.lengths) * (1 + len(options.configs) * len(options.orders) * len(numbers)))
+    lengths: list[_Length] = []
     with torch_threads(options.threads):
         for length in options.lengths:
             if stopped():
                 return
-            _Length(subject, options, record, length, step).measure(numbers, stopped)
+            lengths.append(_Length(subject, options, record, length, step))
+        first = urgent(numbers)
+        for some in (first, [number for number in numbers if number not in first]):
+            for one in lengths:
+                one.measure(some, stopped)
 
 
 class _Length:
@@ -49,16 +57,16 @@ class _Length:
         self.methods = {name: Method.of(name, config, subject.operator, length) for name, config in options.configs.items()}
         patched = install(subject.model, subject.plan)
         self.laboratory = Laboratory(patched, subject.operator, self.windows, (), options.tail, subject.device)
+        self.rows = record.layers(length, list(self.methods))
+        self.step(f"{length:,} tokens: every layer alone{' (known)' * bool(self.rows)}")
+        if not self.rows:
+            self.rows = self._layer_rows()
+            record.add_layers(self.rows)
 
     def measure(self, numbers: Sequence[int], stopped: Callable[[], bool]) -> None:
-        """Every point, in the order of the record."""
-        rows = self.record.layers(self.length, list(self.methods))
-        self.step(f"{self.length:,} tokens: every layer alone{' (known)' * bool(rows)}")
-        if not rows:
-            rows = self._layer_rows()
-            self.record.add_layers(rows)
+        """The points of these numbers of replaced layers, each number for every method and order before the next."""
         layers = list(self.subject.configs)
-        for point in points(self.length, self.options.orders, layers, errors(rows, list(self.methods)), numbers):
+        for point in points(self.length, self.options.orders, layers, errors(self.rows, list(self.methods)), numbers):
             if stopped():
                 return
             known = self.record.known(point)
@@ -66,7 +74,7 @@ class _Length:
             self.step(what + " (known)" * known)
             if not known:
                 self.record.add_numbers(point, self._numbers(point))
-            self.record.add(point, self._cost(rows, point))
+            self.record.add(point, self._cost(self.rows, point))
 
     def _layer_rows(self) -> list[dict]:
         captured, rows = self.laboratory.captured(self.ranking), []

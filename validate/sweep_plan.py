@@ -79,6 +79,11 @@ def counts(layers: int, given: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(set(given))) or tuple(sorted({1 + round(i * (layers - 1) / max(1, steps - 1)) for i in range(steps)}))
 
 
+def urgent(numbers: Sequence[int]) -> list[int]:
+    """Of ascending numbers of replaced layers the two that say most, in this order: the last, and the one in the middle."""
+    return list(dict.fromkeys((numbers[-1], numbers[(len(numbers) - 1) // 2])))
+
+
 def ordered(order: str, layers: Sequence[int], errors: Mapping[int, float]) -> list[int]:
     """`layers` in the order in which they are replaced: from the last (the paper's), from the first, or the smallest error first.
 
@@ -92,10 +97,6 @@ def ordered(order: str, layers: Sequence[int], errors: Mapping[int, float]) -> l
 def points(
     length: int, orders: Sequence[str], layers: Sequence[int], errors: Mapping[str, Mapping[int, float]], numbers: Sequence[int]
 ) -> list[Point]:
-    """Every point of one length, method by method (the keys of `errors`) and order by order."""
-    found = []
-    for method, own in errors.items():
-        for order in orders:
-            queue = ordered(order, layers, own)
-            found += [Point(length, method, order, tuple(queue[:number])) for number in numbers]
-    return found
+    """Every point of one length, number by number, and of each number method by method (the keys of `errors`) and order by order."""
+    queues = {(method, order): ordered(order, layers, own) for method, own in errors.items() for order in orders}
+    return [Point(length, method, order, tuple(queue[:number])) for number in numbers for (method, order), queue in queues.items()]
