@@ -22,14 +22,14 @@ void check_supported(const HaParams& p) {
   check(p);
   const auto size = [](const char* name, int64_t value) {
     require(value >= kHeadStep && value <= kHeadMost && value % kHeadStep == 0, HA_UNSUPPORTED,
-            std::string(name) + " is " + std::to_string(value) + "; the CUDA kernels take multiples of " + std::to_string(kHeadStep) + " up to " +
-                std::to_string(kHeadMost) + ": pad the tensors with zeros and set scale, or use the CPU kernels");
+            std::string(name) + " is " + std::to_string(value) + "; the CUDA kernels take multiples of " + std::to_string(kHeadStep) +
+                " up to " + std::to_string(kHeadMost) + ": pad the tensors with zeros and set scale, or use the CPU kernels");
   };
   size("head_dim", p.head_dim);
   size("head_dim_v", p.head_dim_v);
   require(max64(p.seq_q, p.seq_k) <= kMostRows, HA_UNSUPPORTED,
-          "the sequence has " + std::to_string(max64(p.seq_q, p.seq_k)) + " rows; the CUDA kernels take up to " + std::to_string(kMostRows) +
-              ": split it");
+          "the sequence has " + std::to_string(max64(p.seq_q, p.seq_k)) + " rows; the CUDA kernels take up to " +
+              std::to_string(kMostRows) + ": split it");
   require(padded_head(p.head_dim, p.head_dim_v), HA_UNSUPPORTED,
           "head sizes are " + std::to_string(p.head_dim) + " and " + std::to_string(p.head_dim_v) + "; this build has CUDA kernels up to " +
               std::to_string(largest_head()) + ": build with more HYPERATTENTION_HEAD_SIZES");
@@ -37,7 +37,8 @@ void check_supported(const HaParams& p) {
 
 void require_pointer(const void* pointer, int64_t elements, const char* name) {
   require(pointer || elements == 0, HA_INVALID, std::string(name) + " is a null pointer; it takes device memory");
-  require(reinterpret_cast<uintptr_t>(pointer) % 16 == 0, HA_INVALID, std::string(name) + " is not aligned to 16 bytes; the CUDA kernels need it");
+  require(reinterpret_cast<uintptr_t>(pointer) % 16 == 0, HA_INVALID,
+          std::string(name) + " is not aligned to 16 bytes; the CUDA kernels need it");
 }
 
 void check_selectable(const Geometry& g) {
@@ -52,7 +53,8 @@ void check_selectable(const Geometry& g) {
 unsigned char* scratch(const HaParams& p, size_t bytes) {
   if (bytes == 0) return nullptr;
   require(p.workspace && p.workspace_size >= bytes, HA_INVALID,
-          "workspace has " + std::to_string(p.workspace ? p.workspace_size : 0) + " bytes; ha_cuda_workspace_size asks for " + std::to_string(bytes));
+          "workspace has " + std::to_string(p.workspace ? p.workspace_size : 0) + " bytes; ha_cuda_workspace_size asks for " +
+              std::to_string(bytes));
   require(reinterpret_cast<uintptr_t>(p.workspace) % 256 == 0, HA_INVALID, "workspace is not aligned to 256 bytes");
   return static_cast<unsigned char*>(p.workspace);
 }
@@ -168,7 +170,8 @@ extern "C" int ha_cuda_workspace_size(const HaParams* params, size_t* bytes) {
 extern "C" int ha_cuda_pool(const HaParams* params, int32_t side, int32_t rows, int8_t* values, float* scales) {
   return ha::guarded([&] {
     ha::check_supported(*params);
-    ha::require(side == HA_QUERIES || side == HA_KEYS, HA_INVALID, "side is " + std::to_string(side) + "; it takes 0 (queries) or 1 (keys)");
+    ha::require(side == HA_QUERIES || side == HA_KEYS, HA_INVALID,
+                "side is " + std::to_string(side) + "; it takes 0 (queries) or 1 (keys)");
     ha::require(rows >= 1 && rows <= 256, HA_INVALID, "rows is " + std::to_string(rows) + "; it takes an integer from 1 to 256");
     const ha::Geometry g(*params);
     const int64_t count = side == HA_QUERIES ? g.query_pools(rows).size() : g.key_pools(rows);

@@ -71,12 +71,7 @@ struct RunWorker {
         state.take_probabilities(factor);
         values = leave(j);
       }
-      release(block.queries_free(parity), thread);
-      barrier_wait(block.full(values.index), values.phase);
-      state.start_values(block.buffer(values.index));
-      product_wait<0>();
-      fence_registers(state.o);
-      release(block.free(values.index), thread);
+      drain(block, state, block.queries_free(parity), values, thread);
     } else {
       release(block.queries_free(parity), thread);
     }

@@ -130,6 +130,17 @@ struct GroupState {
   }
 };
 
+// Behind the last step that a tile has for the group: the queries are read no more, the step's values are added, their buffer is freed.
+template <class Block, class State, class Place>
+HA_DEVICE void drain(const Block& block, State& state, uint32_t queries_free, const Place& values, int thread) {
+  release(queries_free, thread);
+  barrier_wait(block.full(values.index), values.phase);
+  state.start_values(block.buffer(values.index));
+  product_wait<0>();
+  fence_registers(state.o);
+  release(block.free(values.index), thread);
+}
+
 // Four neighbouring threads each hold one word of each of four 16-byte pieces; afterwards each holds one piece, or the other way round.
 HA_DEVICE void transpose_quad(uint32_t (&words)[4], int lane) {
 #pragma unroll

@@ -67,12 +67,7 @@ struct Worker : RingReader<HopperBlock<T, P, Walk>> {
         finish_keys(state, walk, digest, parity, factor);
         values = leave(left);
       }
-      release(block.queries_free(turn), thread);
-      barrier_wait(block.full(values.index), values.phase);
-      state.start_values(block.buffer(values.index));
-      product_wait<0>();
-      fence_registers(state.o);
-      release(block.free(values.index), thread);
+      drain(block, state, block.queries_free(turn), values, thread);
     } else {
       release(block.queries_free(turn), thread);
     }
