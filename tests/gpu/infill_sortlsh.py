@@ -1,0 +1,79 @@
+"""The variants of tests/study_sortlsh.py on a model that attends in both directions: what they restore, at equal keys a query.
+
+    PYTHONPATH=. python tests/gpu/infill_sortlsh.py --out OUT.json [--seconds 30] [--length 4096] [--rows 4]
+
+The infilling model of infill_run.py, trained for so many seconds; all of its layers are replaced by each variant, by `blocks` and by a
+window with sinks. Beside them what exact attention restores: where that is little, the rest says little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import transformers
+from infill_feed import Feed
+from infill_model import Infill, Shape, exact, train
+from infill_run import SEED, TEXT, judge
+from infill_task import Batch, batch, training_text
+from study_sortlsh import CAUSAL, METHODS, Problem, logits_of
+from torch import Tensor
+
+from hyperattention.config import layer_seed
+
+CONFIG = replace(CAUSAL, causal=0, sample_size=256)
+
+
+def restored(model: Infill, given: list[Batch], name: str) -> dict:
+    """What the model says with every layer's attention replaced by one method, and the keys that a query met."""
+    keys: list[float] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        everything = torch.arange(q.shape[2], device=q.device)
+        p = Problem("infill", replace(CONFIG, seed=layer_seed(SEED, layer)), q[0].float(), k[0].float(), v[0].float(), everything)
+        weight = METHODS[name](p)[1]
+        keys.append((weight > 0).float().sum(-1).mean().item())
+        return ((logits_of(p) + weight.log()).softmax(-1) @ p.v)[None].to(q.dtype)
+
+    return {"method": name, **judge(model, given, attend), "keys": sum(keys) / len(keys)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=30.0, help="of training")
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=2**16, help="of a training step")
+    parser.add_argument("--workers", type=int, default=8, help="processes that make the batches")
+    parser.add_argument("--rows", type=int, default=4, help="of held-out text that are judged")
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--text", type=Path, default=TEXT, help="held-out")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(SEED)
+    model = Infill(Shape(options.hidden, options.layers, options.heads)).to(device)
+    sources = training_text([Path(str(package.__file__)).parent for package in (torch, transformers)], 2**24)
+    with Feed(sources, options.tokens, SEED, options.workers) as feed:
+        steps = train(model, feed.take, options.length, options.seconds, 100_000, 2e-3, lambda text: print(text, flush=True))
+    model.eval()
+    text = options.text.read_bytes()
+    given = [batch(text, options.length, 1, 10**9 + i).to(device) for i in range(options.rows)]
+    rows = [{"method": "exact", **judge(model, given, exact), "keys": options.length}]
+    for name in METHODS:
+        rows.append(restored(model, given, name))
+    for row in rows:
+        told = " | ".join(f"{row[name]:.3f}" for name in ("restored", "nats_copies", "nats_text"))
+        print(f"| {row['method']} | {row['keys']:.0f} | {told} |", flush=True)
+    options.out.write_text(json.dumps({"steps": steps, "length": options.length, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
