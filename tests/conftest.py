@@ -10,6 +10,7 @@ import os
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from emulated import build_emulated
@@ -18,6 +19,7 @@ from hyperattention.errors import EnvironmentFault
 from hyperattention.library import ort_library_path, trt_library_path
 from hyperattention.native import Library
 
+PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
 NO_SKIP = os.environ.get("HYPERATTENTION_NO_SKIP") == "1"
 LEFT_OUT = {
     "tensorrt": "make test-tensorrt runs them",
@@ -69,6 +71,17 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
         _left_out.update(marker for marker in LEFT_OUT if item.get_closest_marker(marker))
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if PARALLEL:
+        session.config.workeroutput["left_out"] = dict(_left_out)  # type: ignore[attr-defined]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Of processes that share the tests (pytest-xdist), each has left out the same ones."""
+    _left_out.update(Counter(getattr(node, "workeroutput", {}).get("left_out", {})) - _left_out)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for marker, count in _left_out.items():
         terminalreporter.write_line(f"left out: {count} tests marked {marker} ({LEFT_OUT[marker]})")
@@ -98,7 +111,8 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     compiler = shutil.which("g++")
     if not compiler:
         pytest.skip("g++ is missing")
-    return build_emulated(compiler, tmp_path_factory.mktemp("emulated"))
+    own = tmp_path_factory.getbasetemp()
+    return build_emulated(compiler, (own.parent if PARALLEL else own) / "emulated")
 
 
 @pytest.fixture(scope="session")

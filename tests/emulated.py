@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,21 @@ INCLUDES = [f"-I{ROOT / folder}" for folder in ("plugins", "plugins/cuda", "test
 
 
 def build_emulated(compiler: str, folder: Path) -> dict[int, Path]:
-    """Libraries in `folder`, by the compute capability of the emulated device. Raises CalledProcessError where they do not compile."""
+    """Libraries in `folder`, by the compute capability of the emulated device.
+
+    The first of the processes that ask for the same folder builds, the others wait for it. Raises CalledProcessError where they do not
+    compile.
+    """
+    paths = {capability: folder / str(capability) / "libhyperattention_trt.so" for capability in CAPABILITIES}
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "built").is_file():
+            _build(compiler, folder, paths)
+            (folder / "built").touch()
+    return paths
+
+
+def _build(compiler: str, folder: Path, paths: dict[int, Path]) -> None:
     emulator = ROOT / "tests/emulation/emulator.cpp"
     common = sorted({*(ROOT / "plugins/cuda").glob("*.cu"), ROOT / "plugins/config.cpp", *emulator.parent.glob("*.cpp")} - {emulator})
 
@@ -24,13 +39,11 @@ def build_emulated(compiler: str, folder: Path) -> dict[int, Path]:
         subprocess.run(command, check=True)
         return target
 
+    for path in paths.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(2) as pool:
         own = {capability: pool.submit(build, emulator, capability) for capability in CAPABILITIES}  # the one that says what device it is
         shared = list(pool.map(lambda source: build(source, CAPABILITIES[0]), common))
-    paths = {}
-    for capability, emulator_object in own.items():
-        paths[capability] = folder / str(capability) / "libhyperattention_trt.so"
-        paths[capability].parent.mkdir()
-        objects = map(str, [*shared, emulator_object.result()])
-        subprocess.run([compiler, "-shared", "-o", str(paths[capability]), *objects], check=True)
-    return paths
+    for capability, path in paths.items():
+        objects = map(str, [*shared, own[capability].result()])
+        subprocess.run([compiler, "-shared", "-o", str(path), *objects], check=True)
