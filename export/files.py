@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 MODEL, DATA, TWIN, ENGINE = "model.onnx", "model.onnx.data", "model.trt.onnx", "model.engine"
 
@@ -33,3 +35,8 @@ def sha256(path: Path) -> str:
     """The sha256 of a file, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """sha256 of JSON values; equal values have equal digests in whatever order their names stand."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -38,7 +38,7 @@ def onnx(plan: ExportPlan, weights: dict[str, str]) -> dict[str, Any]:
     """Of the stage ONNX. A range matters only where it holds one size: the graph has that size, or a free dimension."""
     data = plan.to_json()
     ranges = {"batch": data.pop("batch"), "seq": data.pop("seq"), **data.pop("dims", {})}
-    for part in ("input_ids", "preset", "keep_exact", "seed", "policy"):  # said by the layers, or of no matter to the graph
+    for part in ("input_ids", "preset", "keep_exact", "seed", "policy", "policy_notes"):  # said by the layers, or of no matter to the graph
         data.pop(part)
     layers = [{name: value for name, value in layer.items() if name != "reason"} for layer in data.pop("layers")]
     fixed = {name: low if low == high else None for name, (low, _, high) in ranges.items()}

@@ -22,6 +22,7 @@ from hyperattention.export.source import Trust
 # Far above every real model. What lies beyond is a slip of the pen, and building it, even without memory, takes minutes or fails in a
 # way that names nothing. Fields by what transformers' configurations call them: num_hidden_layers, n_layer, encoder_layers, n_embd.
 _MOST = {r"(num|n)_\w*layers?|\w*_layers|n_layer": 10_000, r"(hidden|vocab|intermediate|embedding)\w*_size|d_model|n_embd": 2**31}
+_INDEX = "model.safetensors.index.json"
 
 
 @contextmanager
@@ -158,23 +159,29 @@ def _indexed(index: Path) -> list[str]:
     )
 
 
-def _check_weights(path: Path, trust: Trust) -> None:
-    index = path / "model.safetensors.index.json"
+def weight_files(path: Path) -> list[Path]:
+    """The files that transformers loads weights from: those of the index, else all safetensors, else pickled ones. Raises UsageError."""
+    index = path / _INDEX
     if index.is_file():
-        files = [path / name for name in _indexed(index)]
-    else:
-        files = sorted(path.glob("*.safetensors"))
-        pickled = sorted(file.name for file in path.glob("pytorch_model*.bin"))
-        if not files and not pickled:
-            raise UsageError(f"{path} holds no weights; it takes model.safetensors, or its index and parts")
-        if not files and not trust.pickle:
-            raise UsageError(
-                f"{path} holds its weights as {pickled[0]}, a pickle, which can run code when it is read; save them as safetensors "
-                f"(save_pretrained does), or give --allow-pickle where you trust whoever made the file"
-            )
+        return [path / name for name in _indexed(index)]
+    return sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+
+
+def _check_weights(path: Path, trust: Trust) -> None:
+    files = weight_files(path)
+    if not files:
+        raise UsageError(f"{path} holds no weights; it takes model.safetensors, or its index and parts")
+    pickled = [file.name for file in files if file.suffix == ".bin"]
+    if pickled and not trust.pickle:
+        raise UsageError(
+            f"{path} holds its weights as {pickled[0]}, a pickle, which can run code when it is read; save them as safetensors "
+            f"(save_pretrained does), or give --allow-pickle where you trust whoever made the file"
+        )
     for file in files:
         if not file.is_file():
-            raise UsageError(f"{index.name} names {file.name}, which is missing; copy the model's directory again")
+            raise UsageError(f"{_INDEX} names {file.name}, which is missing; copy the model's directory again")
+        if file.name in pickled:
+            continue
         try:
             with safe_open(str(file), framework="pt"):
                 pass

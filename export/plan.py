@@ -43,7 +43,7 @@ class ExportPlan:
     """The whole export. seq (keys of the attention) and batch (rows) are (min, opt, max), and so is every dimension of `dims`.
 
     `inputs` and `outputs` are the graph's, in order; `dims` ranges the named dimensions of the inputs. `policy` is policy.json's content
-    where the layers were chosen by one.
+    where the layers were chosen by one, `policy_notes` how the plan uses it otherwise than it was measured.
     """
 
     task: str
@@ -59,6 +59,7 @@ class ExportPlan:
     preset: str
     keep_exact: str
     policy: dict[str, Any] | None = None
+    policy_notes: tuple[str, ...] = ()
 
     @property
     def planned(self) -> tuple[LayerPlan, ...]:
@@ -100,7 +101,8 @@ class ExportPlan:
                 raise ValueError(f"no range for {', '.join(sorted(map(str, unknown)))}")
             if data.get("policy") is not None:
                 Policy.from_json(data["policy"], "the policy in the manifest")
-            return cls(**{**data, "layers": layers, "inputs": inputs, "outputs": tuple(data["outputs"]), "dims": dims, **shapes})
+            lists = {"outputs": tuple(data["outputs"]), "policy_notes": tuple(data.get("policy_notes", ()))}
+            return cls(**{**data, "layers": layers, "inputs": inputs, "dims": dims, **lists, **shapes})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"the plan in the manifest does not fit this version ({error}); export the model again") from error
 
@@ -180,7 +182,7 @@ def named_ranges(dims: Sequence[str], batch: str | None) -> dict[str, Range]:
 
 def warnings(plan: ExportPlan, max_positions: int | None) -> list[str]:
     """What is allowed and probably not meant."""
-    found = []
+    found = list(plan.policy_notes)
     if max_positions is not None and plan.seq[2] > max_positions:
         trained = f"the model was trained for {max_positions}: beyond that only time means anything"
         found.append(f"sequences up to {plan.seq[2]} are exported, {trained}")
@@ -291,7 +293,7 @@ def make_plan(
             decided.append(LayerPlan(layer.index, layer.name, "exact", why, config.exact()))
         else:
             decided.append(LayerPlan(layer.index, layer.name, "native", f"{why}; --keep-exact onnx", None))
-    return ExportPlan(
+    plan = ExportPlan(
         task=source.task,
         dtype=choice("--dtype", dtype, DTYPES),
         layers=tuple(decided),
@@ -306,3 +308,4 @@ def make_plan(
         keep_exact=choice("--keep-exact", keep_exact, KEEP_EXACT),
         policy=policy.to_json() if policy is not None else None,
     )
+    return plan if policy is None else replace(plan, policy_notes=policy.notes(plan))

@@ -1,7 +1,8 @@
 """policy.json: which layers approximate and how, what that was measured to cost, and on which part of which text.
 
 `hyperattention policy` writes it (validate/policy), `export-model --layers auto` puts it into the plan and so into the manifest and the
-ONNX nodes. Layers are told by their number and name: the policy of another model is refused.
+ONNX nodes. What was measured holds for one model and for what was written: the policy of another model, of other weights (identity.py),
+and one that was changed since are refused. Where it is used otherwise than it was measured, `Policy.notes` says so.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from hyperattention.config import Config
 from hyperattention.errors import UsageError
-from hyperattention.export.files import write_whole
+from hyperattention.export.files import digest, write_whole
+from hyperattention.export.identity import identity
 
 if TYPE_CHECKING:
+    from hyperattention.export.plan import ExportPlan
     from hyperattention.export.source import Source
 
 FILE = "policy.json"
-SCHEMA = 1
+SCHEMA = 2
+DECIDED = ("causal", "scale", "seed")  # attributes that the model and the export decide, never a policy
+_AGAIN = "run `hyperattention policy` again"
 
 
 @dataclass(frozen=True)
@@ -47,13 +52,14 @@ class LayerPolicy:
 class Policy:
     """The choice for every layer that the operator can replace, and what it rests on.
 
-    budget: `Budget.to_json`. calibration: text (name, sha256, from, to in tokens), length, windows, dtype, device. verified: the joint
-    choice, measured by whole forward passes. pareto: joint choices by rising cost, {"keys", "predicted_kl"}. fixed: settings that
-    all layers share, as far as they were measured whole. All JSON values.
+    identity: `identity` of the model. budget: `Budget.to_json`. calibration: text (name, sha256, from, to in tokens), length, windows,
+    dtype, device. verified: the joint choice, measured by whole forward passes. pareto: joint choices by rising cost, {"keys",
+    "predicted_kl"}. fixed: settings that all layers share, as far as they were measured whole. All JSON values.
     """
 
     model: str
     architecture: str
+    identity: dict[str, str]
     budget: dict[str, Any]
     calibration: dict[str, Any]
     layers: tuple[LayerPolicy, ...]
@@ -66,33 +72,67 @@ class Policy:
     fingerprint: str
 
     def to_json(self) -> dict[str, Any]:
-        """The policy as JSON values."""
+        """The policy as JSON values, with a digest of them all."""
         found = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        return {"schema": SCHEMA, **found}
+        return {"schema": SCHEMA, **found, "digest": digest(found)}
 
     @classmethod
     def from_json(cls, data: Any, name: str = FILE) -> "Policy":
-        """The inverse of `to_json`. Raises UsageError, calling it `name`, where it was not written by this version's `to_json`."""
+        """The inverse of `to_json`. Raises UsageError, calling it `name`, where it was not written by this version's `to_json`, or was
+        changed since."""
         try:
             if data["schema"] != SCHEMA:
-                raise UsageError(f"{name} is of schema {data['schema']}, this version reads {SCHEMA}; run `hyperattention policy` again")
-            found = {key: value for key, value in data.items() if key != "schema"}
+                raise UsageError(f"{name} is of schema {data['schema']}, this version reads {SCHEMA}; {_AGAIN}")
+            found = {key: value for key, value in data.items() if key not in ("schema", "digest")}
+            written = digest(found)
             layers = tuple(LayerPolicy(**layer) for layer in found.pop("layers"))
             for layer in layers:
-                Config.from_attributes(layer.attributes or {})
+                _check_attributes(layer, name)
+            if data["digest"] != written:
+                raise UsageError(
+                    f"{name} was changed after it was measured (digest {data['digest']!r:.15}, of what it holds {written!r:.15}); its "
+                    f"losses and costs hold as it was written: take the file as it was, {_AGAIN}, or choose by hand (--layers 0-3,7)"
+                )
             return cls(**{**found, "layers": layers, "pareto": tuple(found["pareto"]), "fixed": tuple(found["fixed"])})
         except (KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"{name} is no policy of this version ({error}); run `hyperattention policy` again") from error
+            raise UsageError(f"{name} is no policy of this version ({error}); {_AGAIN}") from error
 
     def check(self, source: "Source") -> None:
-        """Raises UsageError where `source` is another model than the one that was measured."""
+        """Raises UsageError where `source` is another model than the one that was measured; reads all its weights."""
         wanted = [(layer.index, layer.name) for layer in source.layers if layer.problem is None]
         found = [(layer.index, layer.name) for layer in self.layers]
         if self.architecture != source.architecture or wanted != found:
             raise UsageError(
                 f"the policy was measured on {self.model} ({self.architecture}, {len(found)} attention layers), not on {source.name} "
-                f"({source.architecture}, {len(wanted)}); run `hyperattention policy` on this model"
+                f"({source.architecture}, {len(wanted)}); run `hyperattention policy` on this model, or leave --task as it was measured"
             )
+        here = identity(source)
+        other = [part for part in dict.fromkeys((*self.identity, *here)) if self.identity.get(part) != here.get(part)]
+        if other:
+            told = ", ".join(f"{part} {_short(self.identity.get(part))} measured, {_short(here.get(part))} here" for part in other)
+            raise UsageError(
+                f"the policy was measured on another model of this shape: {told} (sha256). It takes the very model it was measured on, "
+                f"{self.model}; give that, or run `hyperattention policy` on {source.name}"
+            )
+
+    def notes(self, plan: "ExportPlan") -> tuple[str, ...]:
+        """How `plan` uses the policy otherwise than it was measured, one sentence each; allowed, but nobody measured it."""
+        at, found = self.calibration, []
+        length, (shortest, _, longest) = at["length"], plan.seq
+        if longest > length:
+            found.append(
+                f"sequences up to {longest:,} tokens are exported and the policy was measured at {length:,}, {longest / length:.3g} times "
+                f"fewer: its error grows with the length, its figures hold at {length:,}; measure longer windows, or lower --max-seq"
+            )
+        elif longest < length:
+            found.append(
+                f"sequences of {shortest:,} to {longest:,} tokens are exported and the policy was measured at {length:,}: keys and losses "
+                f"are those at {length:,}"
+            )
+        tokens = {"bytes": "bytes", "tokenizer": "tokens"}.get(at["tokens"], at["tokens"])
+        pairs = (("--dtype", at["dtype"], plan.dtype), ("--seed", at["seed"], plan.seed), ("--input-ids", tokens, plan.input_ids))
+        found += [f"the policy was measured with {name} {was}, the export has {now}" for name, was, now in pairs if was != now]
+        return tuple(found)
 
     def places(self, source: "Source") -> frozenset[int]:
         """Places in `source.layers` of the layers that approximate."""
@@ -123,3 +163,16 @@ def write_policy(policy: Policy | Mapping[str, Any], path: Path) -> None:
     """Writes policy.json in one step. Raises OSError."""
     data = policy.to_json() if isinstance(policy, Policy) else dict(policy)
     write_whole(path, json.dumps(data, indent=1) + "\n")
+
+
+def _check_attributes(layer: LayerPolicy, name: str) -> None:
+    """Raises UsageError for attributes that no search writes."""
+    attributes = layer.attributes or {}
+    decided = [attribute for attribute in DECIDED if attribute in attributes]
+    if decided:
+        raise UsageError(f"{name}: layer {layer.index} sets {', '.join(decided)}, which the model and the export decide; {_AGAIN}")
+    Config.from_attributes(attributes)
+
+
+def _short(value: str | None) -> str:
+    return "none" if value is None else f"{value[:12]}..."

@@ -6,14 +6,13 @@ and the sha256 of every file that it wrote. A stage is taken over where all part
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Callable, Mapping
 
 from hyperattention.export.bundle import MANIFEST
-from hyperattention.export.files import link, sha256, write_whole
+from hyperattention.export.files import digest, link, sha256, write_whole
 
 RECORDS = "stages.json"
 _FORMAT = 1
@@ -124,11 +123,6 @@ def read(folder: Path) -> dict[str, Record]:
         return {name: Record.from_json(record) for name, record in data["stages"].items()} if data["format"] == _FORMAT else {}
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return {}
-
-
-def digest(value: Any) -> str:
-    """sha256 of JSON values; equal values have equal digests in whatever order their names stand."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def digests(folder: Path, names: list[str]) -> dict[str, str]:

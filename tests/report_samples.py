@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from hyperattention.config import Config
+from hyperattention.export import policy as policies
+from hyperattention.export.files import digest
 from hyperattention.export.gate_options import Limits
 from hyperattention.validate.gates import judge
 from hyperattention.validate.report import SCHEMA
@@ -146,16 +148,16 @@ def _recall(lost: float) -> dict:
 
 def policy() -> dict:
     """What --layers auto wrote: a choice in which layer 2 stays exact, beside one setting for all layers."""
-    blocks = Config.from_attributes({"causal": 1}).attributes()
+    blocks = {name: value for name, value in Config().attributes().items() if name not in policies.DECIDED}
 
     def verified(kl: float) -> dict:
         regimes = {"all_positions": _tokens(2 * kl, kl), "prefill_exact_decode": _tokens(kl, kl / 3)}
         return {**regimes, "needle": {"exact": 1.0, "all_positions": 0.9844, "prefill_exact_decode": 0.9961}}
 
-    return {
-        "schema": 1,
+    found = {
         "model": "byte-lm-4m",
         "architecture": "LlamaForCausalLM",
+        "identity": {"weights": "a" * 64, "config.json": "c" * 64},
         "budget": {"nats": 0.005, "needle": 0.98, "regime": "both"},
         "calibration": {
             **{"name": "heldout.txt", "sha256": "0123456789abcdef" * 4, "tokens": "bytes", "from": 0, "to": 196607, "seed": 0},
@@ -164,7 +166,13 @@ def policy() -> dict:
         "layers": [
             {"index": i, "name": f"model.layers.{i}.self_attn", "attributes": None, "keys": 4096.5, "predicted_kl": 0.0}
             if i == 2
-            else {"index": i, "name": f"model.layers.{i}.self_attn", "attributes": blocks, "keys": 901.5 + i, "predicted_kl": 0.00011 * i}
+            else {
+                "index": i,
+                "name": f"model.layers.{i}.self_attn",
+                "attributes": dict(blocks),
+                "keys": 901.5 + i,
+                "predicted_kl": 0.00011 * i,
+            }
             for i in range(4)
         ],
         "keys": 1700.75,
@@ -175,6 +183,7 @@ def policy() -> dict:
         "fixed": [{"attributes": blocks, "keys": 1690.25, "predicted_kl": 0.0012, "verified": verified(0.0011)}],
         "fingerprint": "f" * 64,
     }
+    return {"schema": policies.SCHEMA, **found, "digest": digest(found)}
 
 
 def _layers_of_plan() -> list[dict]:
@@ -194,7 +203,8 @@ def _layers_of_plan() -> list[dict]:
 def with_policy() -> dict:
     """The report of a language model whose layers a policy chose."""
     whole = report()
-    return {**whole, "plan": {**whole["plan"], "policy": policy()}}
+    notes = ["the policy was measured with --dtype bf16, the export has fp32"]
+    return {**whole, "plan": {**whole["plan"], "policy": policy(), "policy_notes": notes}}
 
 
 def report(kind: str = "language", limits: Limits | None = None, **changes: Any) -> dict:
@@ -232,6 +242,7 @@ def report(kind: str = "language", limits: Limits | None = None, **changes: Any)
             "preset": "blocks",
             "layers": _layers_of_plan(),
             "policy": None,
+            "policy_notes": [],
         },
         "target_dtype": "bf16",
         "plan_summary": {

@@ -180,6 +180,8 @@ def test_the_policy_is_a_figure_and_tables() -> None:
     (frontier_rows,) = [table[1:] for table in found.tables if table[0] == ["Keys a query", "Predicted KL"]]
     assert [numbers(row[0]) for row in frontier_rows] == [[point["keys"]] for point in policy["pareto"]]
     assert "nats ≤ 0.005, needle ≥ 0.98 in both regimes" in found.text
+    note = f"Not as it was measured: {report['plan']['policy_notes'][0]}."
+    assert note in found.text and note in render(report, "report.md.jinja")
 
 
 def test_a_policy_of_one_regime_shows_that_one() -> None:

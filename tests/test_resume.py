@@ -16,6 +16,7 @@ from hyperattention.export import fingerprint, stages
 from hyperattention.export.bundle import Bundle
 from hyperattention.export.cli import main
 from hyperattention.export.engine_check import EngineHost
+from hyperattention.export.files import digest
 
 ALL = ["ONNX", "side files", "engine", "validation"]
 
@@ -172,18 +173,18 @@ def test_an_engine_belongs_to_its_machine_and_packages_to_their_versions(tmp_pat
 
     class Plan:
         def to_json(self) -> dict[str, Any]:
-            idle = dict.fromkeys(("input_ids", "preset", "keep_exact", "seed", "policy"), 0)
+            idle = dict.fromkeys(("input_ids", "preset", "keep_exact", "seed", "policy", "policy_notes"), 0)
             return {"layers": [], "batch": [1, 1, 1], "seq": [1, 2, 3], **idle}
 
     plan: Any = Plan()
     seen = []
     for gpu in ("A", "B"):
         monkeypatch.setattr(EngineHost, "here", staticmethod(lambda library, gpu=gpu: EngineHost(gpu=gpu)))
-        seen.append({part: stages.digest(value) for part, value in fingerprint.engine({}, plan, library).items()})
+        seen.append({part: digest(value) for part, value in fingerprint.engine({}, plan, library).items()})
     assert {part for part in seen[0] if seen[0][part] != seen[1][part]} == {"the machine"}
-    before = stages.digest(fingerprint.onnx(plan, {})["a package's version"])
+    before = digest(fingerprint.onnx(plan, {})["a package's version"])
     monkeypatch.setattr("hyperattention.export.bundle.metadata.version", lambda name: "99")
-    assert stages.digest(fingerprint.onnx(plan, {})["a package's version"]) != before
+    assert digest(fingerprint.onnx(plan, {})["a package's version"]) != before
 
 
 def test_a_function_counts_by_its_file_and_name(tmp_path: Path) -> None:

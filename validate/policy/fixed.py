@@ -7,8 +7,7 @@ from typing import Any
 
 from hyperattention.config import PRESETS, RANGES, Config
 from hyperattention.export.choices import named_values
-
-DECIDED = ("causal", "scale", "seed")  # by the model and the export
+from hyperattention.export.policy import DECIDED
 
 
 def parse_fixed(given: Sequence[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hyperattention.export.stages import digest
+from hyperattention.export.files import digest
 
 
 class Store:

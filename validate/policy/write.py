@@ -7,8 +7,9 @@ from typing import Any
 
 from hyperattention.errors import UsageError
 from hyperattention.export.budget import REGIMES
+from hyperattention.export.files import digest
+from hyperattention.export.identity import identity
 from hyperattention.export.policy import LayerPolicy, Policy, read_policy
-from hyperattention.export.stages import digest
 from hyperattention.validate.policy.prepare import Prepared
 from hyperattention.validate.policy.search import Found, Search
 
@@ -32,6 +33,7 @@ def as_policy(prepared: Prepared, search: Search, found: Found) -> Policy:
     return Policy(
         model=source.name,
         architecture=source.architecture,
+        identity=identity(source),
         budget=prepared.options.budget.to_json(),
         calibration=prepared.describe(),
         layers=tuple(layers),
