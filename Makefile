@@ -4,8 +4,8 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(she
 BIN := .venv/bin
 NATIVE := build/dev/.installed
 PYTEST := PYTHONPATH=. $(BIN)/python -m pytest
-# One process for each core, each with one thread for PyTorch; what one has not come to yet, another that is done takes over.
-PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n auto --maxprocesses 8 --dist worksteal
+# A process for each core, each with one thread for PyTorch; a file's tests stay together, for its fixtures and their order.
+PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n auto --maxprocesses 8 --dist loadfile
 MODEL := models/byte-lm-4m
 TEXT := tests/data/heldout.txt
 PACKAGE := $(shell find hyperattention export validate -type f -not -path '*/lib/*' -not -name '*.pyc')
@@ -79,7 +79,7 @@ test-tensorrt: build/dev/headers-11.4/.built .deps/tensorrt/10.6/.installed .dep
 
 run-tensorrt-%:
 	HYPERATTENTION_NO_SKIP=1 HYPERATTENTION_TENSORRT_VERSION=$* LD_LIBRARY_PATH=$(CURDIR)/.deps/tensorrt/$*/lib \
-	  PYTHONPATH=.:$(CURDIR)/.deps/tensorrt/$*/site $(BIN)/python -m pytest -m "tensorrt and not gpu" tests/test_doctor.py tests/test_tensorrt*.py
+	  PYTHONPATH=.:$(CURDIR)/.deps/tensorrt/$*/site $(BIN)/python -m pytest -m "tensorrt and not gpu" $$(grep -l tensorrt tests/test_*.py)
 
 test-onnxruntime: $(NATIVE) $(patsubst %,.deps/onnxruntime/%/.installed,1.20 1.24 1.31)
 	$(MAKE) --no-print-directory run-onnxruntime-1.20
