@@ -3,8 +3,8 @@
     python tests/bench_hardness.py MODEL TEXT [--lengths 8192 32768] [--preset blocks] [--layers 0 4 9] [--repeats 3] [--json FILE]
 
 With the CUDA kernels and a model in bf16 where there is a GPU, else with the processor's in fp32. The exact pass is the op's own
-exact path. Both are run `repeats` times in turn after one run that is not counted; the least time of each is told. The numbers
-beside them are those of report.json: the mean and the worst over the heads of the layer.
+exact path. Both are run `repeats` times in turn after one run that is not counted; the least time of each is told, on the processor that of
+all its threads, so that other work counts less. The numbers beside them are those of report.json: the mean and the worst over the heads.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def main() -> None:
     for row in measure(options, kernels, device):
         rows.append(row)
         print(table_row(row), flush=True)
-    if options.json:
-        options.json.write_text(json.dumps({"machine": describe(device, [kernels.path])["machine"], "rows": rows}, indent=1) + "\n")
+        if options.json:
+            options.json.write_text(json.dumps({"machine": describe(device, [kernels.path])["machine"], "rows": rows}, indent=1) + "\n")
 
 
 def measure(options: argparse.Namespace, kernels: Library, device: torch.device) -> Iterator[dict]:
@@ -95,12 +95,15 @@ def layer_row(call: Captured, kernels: Library, repeats: int) -> dict:
 
 
 def seconds(job: Callable[[], object], device: torch.device) -> float:
-    """Of one run, until the device is done."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
+    """Of one run: until a GPU is done, by the wall clock; on the processor those of its threads."""
+    if device.type == "cpu":
+        start = time.process_time()
+        job()
+        return time.process_time() - start
+    torch.cuda.synchronize()
     start = time.perf_counter()
     job()
-    synchronize()
+    torch.cuda.synchronize()
     return time.perf_counter() - start
 
 

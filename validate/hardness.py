@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -21,13 +20,14 @@ from hyperattention.validate.hardness_columns import Alphas, ColumnSums, ExactLs
 from hyperattention.validate.hardness_rows import RowNumbers, row_logits, row_numbers, row_softmax
 from hyperattention.validate.hardness_sets import ExactSets, RowTile
 
-ROWS, ALL_ROWS = 1024, 512
-_TILE = {"cpu": 2**18, "cuda": 2**25}  # logits held at once
+ROWS = 512  # of a head that are looked at
+_TILE = {"cpu": 2**18, "cuda": 2**26}  # logits held at once
+_TILES = {"cpu": 8, "cuda": 4}  # that the rows make at least: each reads all keys up to its last row's
 
 
 def sampled_rows(seen: range) -> Tensor:
-    """Evenly strided rows of `seen`, int64: all of up to 512, of more an eighth, at least 512 and at most 1,024."""
-    count = len(seen) if len(seen) <= ALL_ROWS else min(ROWS, max(ALL_ROWS, len(seen) // 8))
+    """Evenly strided rows of `seen`, int64: all of up to 512, of more 512."""
+    count = min(len(seen), ROWS)
     return seen.start + (2 * torch.arange(count) + 1) * len(seen) // max(1, 2 * count)
 
 
@@ -142,8 +142,8 @@ def _scan(q: Tensor, k: Tensor, sets: ExactSets, rows: Tensor, columns: ColumnSu
     numbers = RowNumbers.empty(g.heads_kv, g.group, len(rows), device=q.device)
     for at, tile, heads in _tiles(sets, rows):
         head = slice(heads.start, heads.stop)
-        some_q = q[head.start * g.group : head.stop * g.group][:, tile.rows].to(wide).unflatten(0, (-1, g.group))
-        logits = row_logits(some_q, k[head, : tile.stop].to(wide), tile, tile.rows + g.first, g.config)
+        some_q = q[head.start * g.group : head.stop * g.group][:, tile.at].to(wide).unflatten(0, (-1, g.group))
+        logits = row_logits(some_q, k[head, : tile.stop].to(wide), tile, g.config)
         p, lse = row_softmax(logits)
         numbers.write(row_numbers(logits, lse, tile, sets, heads), head, at)
         columns.add(logits, p, tile, head)
@@ -151,19 +151,15 @@ def _scan(q: Tensor, k: Tensor, sets: ExactSets, rows: Tensor, columns: ColumnSu
 
 
 def _tiles(sets: ExactSets, rows: Tensor) -> Iterator[tuple[slice, RowTile, range]]:
-    """The sampled rows of each local block in tiles of a bounded number of logits: their place in `rows`, the tile, key heads."""
-    g, c, budget = sets.g, sets.g.config, _TILE["cuda" if rows.is_cuda else "cpu"]
-    position = [row + g.first for row in rows.tolist()]
-    start = 0
-    for block, members in groupby(position, lambda p: p // c.local_size if c.causal else 0):
-        group = list(members)
-        size = g.group * (min(sets.length, group[-1] + 1) if c.causal else sets.length)  # logits of a row and a key head
-        heads = min(g.heads_kv, max(1, budget // (size * len(group))))
-        step = max(1, budget // (size * heads))
-        for at in range(0, len(group), step):
-            some = group[at : at + step]
-            place = slice(start + at, start + at + len(some))
-            tile = RowTile(block, rows[place], min(sets.length, some[-1] + 1) if c.causal else sets.length)
-            for head in range(0, g.heads_kv, heads):
-                yield place, tile, range(head, min(head + heads, g.heads_kv))
-        start += len(group)
+    """The sampled rows in tiles of a bounded number of logits: their place in `rows`, the tile, key heads."""
+    g, host, kind = sets.g, rows.tolist(), "cuda" if rows.is_cuda else "cpu"
+    most, at = -(-len(host) // _TILES[kind]), 0
+    while at < len(host):
+        longest = min(sets.length, host[min(at + most, len(host)) - 1] + g.first + 1) if g.config.causal else sets.length
+        budget = max(1, _TILE[kind] // (g.group * longest))  # rows and key heads
+        step = min(most, budget, len(host) - at)
+        heads = min(g.heads_kv, budget // step)
+        tile = RowTile.of(g, host[at : at + step], sets.length, rows.device)
+        for head in range(0, g.heads_kv, heads):
+            yield slice(at, at + step), tile, range(head, min(head + heads, g.heads_kv))
+        at += step

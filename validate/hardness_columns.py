@@ -20,11 +20,10 @@ from hyperattention.validate.hardness_sets import RowTile
 
 FIRST = 32  # columns that the paper leaves out of alpha (section 4.3)
 COLUMNS = 256  # of a head that are computed again, beside the first 64
-NODE_COLUMNS = 64  # of each block off the diagonal
+NODE_COLUMNS = 64  # of a block off the diagonal
 NODE_ROWS = 32  # sampled rows that a block off the diagonal needs to be judged
 BAND = 128  # rows whose own keys and neighbours are near
-_TILE = {"cpu": 2**20, "cuda": 2**24}  # logits held at once
-_BANDS = {"cpu": 1, "cuda": 8}  # taken at once: more logits that are not near, but fewer launches
+_TILE = {"cpu": 2**20, "cuda": 2**26}  # logits held at once
 
 # (q [1,Hq,Sq,D], k, v, config) -> LSE [1,Hq,Sq] of exact attention
 ExactLse = Callable[[Tensor, Tensor, Tensor, Config], Tensor]
@@ -39,11 +38,14 @@ class Alphas:
     blocks: Tensor
 
 
+@dataclass(frozen=True)
 class _Node:
-    """One unmasked block of rows and keys, and its estimated column sums [Hkv, G, keys]."""
+    """One unmasked block of rows and keys, and its column sums [Hkv, G, keys] over `sampled` of the rows."""
 
-    def __init__(self, rows: range, keys: range, sums: Tensor) -> None:
-        self.rows, self.keys, self.sums = rows, keys, sums
+    rows: range
+    keys: range
+    sums: Tensor
+    sampled: int
 
 
 def _is_near(position: Tensor, key: Tensor) -> Tensor:
@@ -63,27 +65,28 @@ class ColumnSums:
         self.g, self.length, self.seen, self.share = g, length, seen, len(rows) / max(1, len(seen))
         heads = (g.heads_kv, g.group)
         self.sums = torch.zeros(*heads, length, dtype=torch.float64, device=rows.device)
-        self.nodes: dict[tuple[int, int], _Node] = {}
+        self.nodes: list[_Node] = []
         at = rows.tolist()
         tree = replace(g, config=replace(g.config, selector="sortlsh", local_overlap=0))
         for level, m in tree.nodes if g.config.causal else ():
             node = tree.node(level, m, length)
             inside = range(max(node.rows.start, seen.start), min(node.rows.stop, seen.stop))
-            if len(node.keys) and bisect_left(at, inside.stop) - bisect_left(at, inside.start) >= NODE_ROWS:
+            sampled = bisect_left(at, inside.stop) - bisect_left(at, inside.start)
+            if len(node.keys) and sampled >= NODE_ROWS:
                 room = torch.zeros(*heads, len(node.keys), dtype=torch.float64, device=rows.device)
-                self.nodes[level, m] = _Node(inside, node.keys, room)
+                self.nodes.append(_Node(inside, node.keys, room, sampled))
 
     def add(self, logits: Tensor, p: Tensor, tile: RowTile, heads: slice) -> None:
         """Adds the rows of one tile: logits and probabilities p [kv heads, G, R, tile.stop], which it spoils."""
-        start = max(0, tile.block * self.g.config.local_size // BAND - 1) * BAND  # no key before is near
+        start = max(0, (tile.rows[0] + self.g.first) // BAND - 1) * BAND  # no key before is near
         key = torch.arange(start, tile.stop, device=p.device)
-        p[..., start:].masked_fill_(_is_near(tile.rows + self.g.first, key), 0.0)
-        self.sums[heads, :, : tile.stop] += (p * p).sum(-2)
-        for level in range(tile.block.bit_length() if self.g.config.causal else 0):
-            node = self.nodes.get((level, tile.block >> level >> 1)) if tile.block >> level & 1 else None
-            if node:
-                inside = logits[..., node.keys.start : node.keys.stop].softmax(-1)
-                node.sums[heads] += (inside * inside).sum(-2)
+        p[..., start:].masked_fill_(_is_near(tile.position, key), 0.0)
+        self.sums[heads, :, : tile.stop] += p.square_().sum(-2)
+        for node in self.nodes:
+            some = slice(bisect_left(tile.rows, node.rows.start), bisect_left(tile.rows, node.rows.stop))
+            if some.start < some.stop:
+                inside = logits[:, :, some, node.keys.start : node.keys.stop].softmax(-1)
+                node.sums[heads] += inside.square_().sum(-2)
 
     def alphas(self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, exact_lse: ExactLse) -> Alphas:
         """alpha of each query head; q [1,Hq,Sq,D], k [1,Hkv,Sk,D], v [1,Hkv,Sk,Dv], lse [1,Hq,Sq] of exact attention.
@@ -102,7 +105,7 @@ class ColumnSums:
         rest = torch.where(late > -torch.inf, late * self.length, torch.nan)
         blocks = nothing
         exact = replace(g.config, causal=0).exact()
-        for node in self.nodes.values():
+        for node in self._largest_nodes():
             rows, keys = slice(node.rows.start, node.rows.stop), slice(node.keys.start, node.keys.stop)
             inside = q[:, :, rows], k[:, :, keys], v[:, :, keys]
             own = exact_lse(*inside, exact)
@@ -111,21 +114,48 @@ class ColumnSums:
             blocks = torch.fmax(blocks, found)
         return Alphas(norms.amax(-1).flatten() * self.length, rest, blocks)
 
+    def _largest_nodes(self) -> list[_Node]:
+        """Of each head the block off the diagonal whose alpha the sampled rows say is the largest."""
+        if not self.nodes:
+            return []
+        told = [node.sums.amax(-1).flatten() * (len(node.keys) * len(node.rows) / node.sampled) for node in self.nodes]
+        return [self.nodes[at] for at in sorted(set(torch.stack(told).argmax(0).tolist()))]
+
     def _near(self, q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
-        """The part of each column's sum [Hkv, G, keys] that is near, over all rows: q [Hq,Sq,D], k [Hkv,Sk,D], lse [Hq,Sq]."""
-        g, first, last = self.g, self.seen.start + self.g.first, self.seen.stop + self.g.first  # positions
-        total, size = torch.zeros_like(self.sums), BAND * _BANDS[q.device.type]
-        for start in range(first // size * size, last, size):
-            low, high = max(first, start), min(last, start + size)
-            rows, position = slice(low - g.first, high - g.first), torch.arange(low, high, device=q.device)
-            stop = start + size + (0 if g.config.causal else BAND)
-            key = torch.arange(max(0, start - BAND), min(stop, self.length), device=q.device)
-            if len(key):
-                hidden = ~_is_near(position, key)
-                if g.config.causal:
-                    hidden |= key > position[:, None]
-                each = key.expand(g.heads_kv, g.group, -1)
-                total[..., key] += self._norms(q[:, rows], k, each, lse[:, rows], hidden.__getitem__)
+        """The part of each column's sum [Hkv, G, keys] that is near, over all rows: q [Hq,Sq,D], k [Hkv,Sk,D], lse [Hq,Sq].
+
+        Bands of rows against their own keys and those beside: one product for as many bands as the tile holds.
+        """
+        g, wide, heads = self.g, torch.float64 if q.dtype == torch.float64 else torch.float32, (self.g.heads_kv, self.g.group)
+        first, last = self.seen.start + g.first, self.seen.stop + g.first  # positions
+        low, bands = first // BAND, -(-last // BAND) - first // BAND
+        beside = 2 if g.config.causal else 3  # bands of keys that a band of rows meets, from the one before it on
+        # Padded to whole bands: a row that is not there has an infinite LSE, and the sums of keys that are not there are cut off.
+        rows = torch.zeros(g.heads_q, bands * BAND, g.head_dim, dtype=wide, device=q.device)
+        sums_of = torch.full((g.heads_q, bands * BAND), torch.inf, dtype=wide, device=q.device)
+        place, seen = slice(first - low * BAND, last - low * BAND), slice(self.seen.start, self.seen.stop)
+        rows[:, place], sums_of[:, place] = q[:, seen].to(wide) * g.config.resolved_scale(g.head_dim), lse[:, seen].to(wide)
+        keys = torch.zeros(g.heads_kv, (bands + beside - 1) * BAND, g.head_dim, dtype=wide, device=q.device)
+        begin = (low - 1) * BAND  # the key that stands first in `keys`
+        there = slice(max(0, begin), max(0, min(self.length, begin + keys.shape[1])))
+        keys[:, there.start - begin : max(there.start, there.stop) - begin] = k[:, there]
+        by_band = rows.unflatten(0, heads).unflatten(2, (bands, BAND)).transpose(1, 2)  # [Hkv, bands, G, BAND, D]
+        lse_by_band = sums_of.unflatten(0, heads).unflatten(2, (bands, BAND)).transpose(1, 2)[..., None]
+        windows = keys.unfold(1, beside * BAND, BAND)  # [Hkv, bands, D, beside * BAND]
+        found = torch.zeros(*heads, bands + beside - 1, BAND, dtype=torch.float64, device=q.device)
+        inside = torch.arange(BAND, device=q.device)
+        hidden = torch.arange(beside * BAND, device=q.device) > inside[:, None] + BAND
+        step = max(1, _TILE[q.device.type] // (g.heads_q * BAND * beside * BAND))
+        for start in range(0, bands, step):
+            some = slice(start, min(start + step, bands))
+            p = (by_band[:, some].flatten(2, 3) @ windows[:, some]).unflatten(2, (g.group, BAND)).sub_(lse_by_band[:, some]).exp_()
+            if g.config.causal:
+                p.masked_fill_(hidden, 0.0)
+            columns = p.square_().sum(-2).transpose(1, 2).unflatten(-1, (beside, BAND))  # [Hkv, G, bands, beside, BAND]
+            for at in range(beside):
+                found[:, :, some.start + at : some.stop + at] += columns[..., at, :]
+        total = torch.zeros_like(self.sums)
+        total[..., there] = found.flatten(2)[..., there.start - begin : max(there.start, there.stop) - begin]
         return total
 
     @staticmethod
@@ -147,9 +177,9 @@ class ColumnSums:
         step = max(1, _TILE[q.device.type] // key.numel())
         for start in range(0, q.shape[1], step):
             rows = slice(start, start + step)
-            logits = q[:, rows].to(wide).unflatten(0, key.shape[:2]) @ columns
-            p = torch.exp(logits - lse[:, rows].to(wide).unflatten(0, key.shape[:2])[..., None])
+            p = q[:, rows].to(wide).unflatten(0, key.shape[:2]) @ columns
+            p.sub_(lse[:, rows].to(wide).unflatten(0, key.shape[:2])[..., None]).exp_()
             if hidden is not None:
                 p.masked_fill_(hidden(rows), 0.0)
-            total += (p * p).sum(-2)
+            total += p.square_().sum(-2)
         return total

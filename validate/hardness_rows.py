@@ -40,12 +40,14 @@ class RowNumbers:
             getattr(self, name)[heads, :, rows] = values
 
 
-def row_logits(q: Tensor, k: Tensor, tile: RowTile, position: Tensor, config: Config) -> Tensor:
-    """Logits [kv heads, G, R, tile.stop] of rows q [kv heads, G, R, D] at `position` [R]; -inf where a row does not see the key."""
-    logits = (q * config.resolved_scale(q.shape[-1])) @ k[:, : tile.stop].transpose(-1, -2)[:, None]
+def row_logits(q: Tensor, k: Tensor, tile: RowTile, config: Config) -> Tensor:
+    """Logits [kv heads, G, R, tile.stop] of the rows q [kv heads, G, R, D] of `tile`; -inf where a row does not see the key."""
+    scaled = q * config.resolved_scale(q.shape[-1])
+    logits = (scaled.flatten(1, 2) @ k[:, : tile.stop].transpose(-1, -2)).unflatten(1, q.shape[1:3])
     if config.causal:
-        start = tile.block * config.local_size  # every row of the tile sees all keys before
-        hidden = torch.arange(start, tile.stop, device=q.device) > position[:, None]
+        start = tile.stop - (tile.rows[-1] - tile.rows[0]) - 1  # every row of the tile sees all keys before
+        start = min(max(start, 0), tile.stop)
+        hidden = torch.arange(start, tile.stop, device=q.device) > tile.position[:, None]
         logits[..., start:].masked_fill_(hidden, -torch.inf)
     return logits
 
@@ -64,15 +66,13 @@ def row_numbers(logits: Tensor, lse: Tensor, tile: RowTile, sets: ExactSets, hea
     value, key = largest(logits, TOP)
     real = value > -torch.inf
     recall = (exactly.gather(-1, key) & real).sum(-1) / real.sum(-1)
-    far = min(sets.far(tile), tile.stop)  # every row sees all keys before; those from here on are exact
-    residual, most = _scaled(logits[..., :far], exactly[..., :far])
+    residual, most = _scaled(logits[..., : tile.reach], exactly[..., : tile.reach])
     log_residual = most + residual.sum(-1).log()
     stratified, uniform = torch.zeros_like(lse), torch.zeros_like(lse)
-    if sets.g.config.sample_size:
-        for keys in sets.candidates(tile, heads):
-            part = residual[..., keys] if isinstance(keys, slice) else _ordered(residual, keys)
-            of_draw = draw_variances(part, sets.g.config.sample_size)
-            stratified, uniform = stratified + of_draw[0], uniform + of_draw[1]
+    if sets.g.config.sample_size and tile.reach:
+        order = sets.order(tile, heads)
+        ordered = residual if order is None else residual.gather(-1, order[:, None].expand_as(residual))
+        stratified, uniform = draw_variances(ordered, *sets.draws(tile), sets.g.config.sample_size)
     share = torch.exp(2 * (most - lse))
     none_left = most == -torch.inf
     return RowNumbers(
@@ -109,24 +109,24 @@ def largest(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return value, key.gather(-1, at)
 
 
-def _ordered(residual: Tensor, keys: Tensor) -> Tensor:
-    """Columns `keys` [kv heads, N] of residual [kv heads, G, R, S]; a key past the last column is in no row's residual."""
-    inside = keys.clamp(max=residual.shape[-1] - 1)[:, None, None].expand(*residual.shape[:-1], -1)
-    return residual.gather(-1, inside).masked_fill((keys >= residual.shape[-1])[:, None, None], 0.0)
+def draw_variances(b: Tensor, first: Tensor, count: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """Variance of the estimate of a sum from `samples` draws, stratified and uniform; b [..., R, N], not negative -> [..., R].
 
-
-def draw_variances(b: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-    """Variance of the estimate of sum(b) from `samples` draws, stratified and uniform; b [..., N], not negative -> [...].
-
-    Stratified: one draw from each of min(samples, N) slices (rule 14). Uniform: with replacement (rule 15).
+    A row's draws are of b[first], ..., b[first + count - 1], int64 [R, draws]; the variances of its draws are added.
+    Stratified: one draw from each of min(samples, count) slices (rule 14). Uniform: with replacement (rule 15).
     """
-    n, m = b.shape[-1], min(samples, b.shape[-1])
-    edge = torch.arange(m + 1, device=b.device) * n // m
-    size = edge.diff()
-    running = torch.nn.functional.pad(b.cumsum(-1, dtype=torch.float64), (1, 0))
-    slices = running[..., edge].diff()
-    squares = b * b
-    weighted = squares @ size.repeat_interleave(size).to(b.dtype)
-    stratified = weighted - slices.square().sum(-1)
-    uniform = (n * squares.sum(-1) - running[..., -1].square()) / samples
-    return stratified.clamp(min=0.0), uniform.clamp(min=0.0)
+    slices = count.clamp(max=samples)[..., None]
+    place = torch.minimum(torch.arange(samples + 1, device=b.device), slices)  # slices past the last have no key
+    edge = first[..., None] + place * count[..., None] // slices.clamp(min=1)
+    sums, squares = _before(b, edge), _before(b * b, edge)
+    stratified = edge.diff() * squares.diff() - sums.diff().square()
+    total, square = (x[..., -1] - x[..., 0] for x in (sums, squares))
+    uniform = (count * square - total.square()) / samples
+    return stratified.sum(-1).clamp(min=0.0).sum(-1), uniform.clamp(min=0.0).sum(-1)
+
+
+def _before(b: Tensor, edge: Tensor) -> Tensor:
+    """Sums of b [..., R, N] before each place of `edge` [R, draws, E]: [..., R, draws, E]."""
+    running, at = b.cumsum(-1), edge.flatten(1)
+    found = running.gather(-1, (at - 1).clamp(0, b.shape[-1] - 1).expand(*b.shape[:-1], -1)).masked_fill(at == 0, 0.0)
+    return found.unflatten(-1, edge.shape[1:])

@@ -5,26 +5,54 @@ Both follow from a plan by the rules of docs/operator.md (6 to 9, 13, 19, 24 to 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hyperattention.geometry import Geometry, Node
+from hyperattention.geometry import Geometry
 from hyperattention.selection import Plan
 from hyperattention.sortlsh import live_in, taken_keys
 
 
 @dataclass(frozen=True)
 class RowTile:
-    """Some query rows of one local block (`block`; 0 where attention is not causal): they share their draws and their nodes.
+    """Some query rows of one batch row, ascending; a few launches serve all of them, whatever their local blocks.
 
-    rows: int64 [R], ascending. stop: no row sees a key from here on.
+    rows: their numbers. at, position, block: int64 [R], the same on the device, their positions, and their local blocks (0 where
+    attention is not causal). stop: no row sees a key from here on. reach: of the keys before it some may be in no local part.
     """
 
-    block: int
-    rows: Tensor
+    rows: tuple[int, ...]
+    at: Tensor
+    position: Tensor
+    block: Tensor
     stop: int
+    reach: int
+
+    @classmethod
+    def of(cls, g: Geometry, rows: Sequence[int], length: int, device: torch.device) -> "RowTile":
+        """The tile of `rows`, of which there is at least one, under `length` valid keys."""
+        at, size, last = torch.tensor(rows, device=device), g.config.local_size, rows[-1] + g.first
+        if not g.config.causal:
+            return cls(tuple(rows), at, at, torch.zeros_like(at), length, length)
+        stop = min(length, last + 1)
+        return cls(tuple(rows), at, at + g.first, (at + g.first) // size, stop, min(stop, last // size * size))
+
+
+@dataclass(frozen=True)
+class RowNodes:
+    """Of each row of a tile its node of `sortlsh` at one level, int64 [R]: the node's number, its first row, its first key, its keys.
+
+    A row that lies in no node of the level has 0 keys.
+    """
+
+    level: int
+    number: Tensor
+    row: Tensor
+    key: Tensor
+    keys: Tensor
 
 
 class ExactSets:
@@ -36,20 +64,9 @@ class ExactSets:
             rows, keys = plan.orders(g)
             self._keys = keys[batch].long()  # [Hkv, levels, Sk]
             self._place = _places(rows[batch])  # [Hq, levels, Sq]
-            self._taken: dict[tuple[int, int], Tensor] = {}
+            self._taken: dict[int, Tensor] = {}
         else:
             self._blocks = plan.selection[batch].long()  # [Hq, query blocks, num_blocks]
-
-    def nodes(self, block: int) -> list[Node]:
-        """The nodes of `sortlsh` that the rows of local block `block` lie in and that hold keys."""
-        levels = range(self.g.config.local_overlap, block.bit_length()) if self.g.config.causal else range(1)
-        met = [(level, block >> level >> 1) for level in levels if not self.g.config.causal or block >> level & 1]
-        found = (self.g.node(level, m, self.length) for level, m in met)
-        return [node for node in found if len(node.keys)]
-
-    def far(self, tile: RowTile) -> int:
-        """First key that is not far from the tile's rows (rule 9)."""
-        return min(self.g.far(tile.block * self.g.config.local_size, self.length), self.length)
 
     def mask(self, tile: RowTile, heads: range) -> Tensor:
         """True where the exact part holds the key: bool [kv heads, G, R, tile.stop]; pairs that no row sees are arbitrary.
@@ -57,57 +74,98 @@ class ExactSets:
         `heads` are key heads. A key that is only sampled is not held.
         """
         g, c = self.g, self.g.config
-        key = torch.arange(tile.stop, device=tile.rows.device)
-        heavy = [part for part in self._heavy(tile, heads) if part.shape[-1]]
-        mask = torch.zeros(len(heads), g.group, len(tile.rows), tile.stop + 1, dtype=torch.bool, device=key.device)
-        for part in heavy:
-            mask.scatter_(-1, part.clamp(max=tile.stop), True)
+        mask = torch.zeros(len(heads), g.group, len(tile.rows), tile.stop + 1, dtype=torch.bool, device=tile.at.device)
+        for part in self._heavy(tile, heads):
+            if part.shape[-1]:
+                mask.scatter_(-1, part.clamp(max=tile.stop), True)
         mask = mask[..., : tile.stop]
         mask[..., : c.sinks] = True
         if c.causal:
-            mask[..., self.far(tile) :] = True
+            low = min(g.far(tile.rows[0] + g.first, self.length), tile.stop)
+            mask[..., low:] |= torch.arange(low, tile.stop, device=mask.device) >= self._far(tile)[:, None]
         return mask
 
-    def candidates(self, tile: RowTile, heads: range) -> list[Tensor | slice]:
-        """The keys of each draw that the tile's rows share, in the order in which its slices cut them (rule 13).
+    def draws(self, tile: RowTile) -> tuple[Tensor, Tensor]:
+        """First candidate and number of candidates of each row's draws, int64 [R, draws], in the order of `order` (rule 13)."""
+        if self.g.sorts:
+            nodes = self._nodes(tile)
+            return torch.stack([node.key for node in nodes], -1), torch.stack([node.keys for node in nodes], -1)
+        sinks = torch.full_like(tile.at, self.g.config.sinks)[:, None]
+        return sinks, (self._far(tile)[:, None] - sinks).clamp(min=0)
 
-        `blocks`: one slice of the keys. `sortlsh`: int64 [kv heads, N], for each node.
+    def order(self, tile: RowTile, heads: range) -> Tensor | None:
+        """The first tile.reach (not 0) keys as the slices of the draws cut them, int64 [kv heads, R, reach]; None: as they stand.
+
+        Candidates of different levels do not overlap: a key's level is the highest bit in which its local block differs from the row's.
         """
-        g, c = self.g, self.g.config
-        if g.sorts:
-            head = slice(heads.start, heads.stop)
-            return [self._keys[head, node.level, node.keys.start : node.keys.stop] for node in self.nodes(tile.block)]
-        return [slice(c.sinks, self.far(tile))] if self.far(tile) > c.sinks else []
+        if not self.g.sorts:
+            return None
+        order = self._keys[heads.start : heads.stop]
+        if self.g.config.causal:
+            key = torch.arange(tile.reach, device=tile.at.device)
+            differ = tile.block[:, None] ^ (key // self.g.config.local_size)
+            level = (torch.frexp(differ.double()).exponent - 1).clamp(0, order.shape[1] - 1)
+            found = order[:, level, key]
+        else:
+            found = order[:, :1, : tile.reach].expand(-1, len(tile.rows), -1)
+        return found.clamp(0, tile.reach - 1)  # a place that is no candidate's may hold no key
+
+    def _far(self, tile: RowTile) -> Tensor:
+        """First key that is not far from each row, int64 [R] (rule 9)."""
+        c = self.g.config
+        if not c.causal:
+            return torch.full_like(tile.at, self.length)
+        return ((tile.block - c.local_overlap).clamp(min=0) * c.local_size).clamp(max=self.length)
 
     def _heavy(self, tile: RowTile, heads: range) -> list[Tensor]:
         """Keys of the chosen blocks, int64 [kv heads, G, R, N]; places without a key hold Sk."""
         g, size = self.g, self.g.config.block_size
         query_heads = slice(heads.start * g.group, heads.stop * g.group)
-        inside = torch.arange(size, device=tile.rows.device)
         if not g.sorts:
-            query_block = (tile.rows + g.first) // size - g.query_blocks.start
-            chosen = self._blocks[query_heads, query_block].unflatten(0, (-1, g.group))
+            inside = torch.arange(size, device=tile.at.device)
+            chosen = self._blocks[query_heads, tile.position // size - g.query_blocks.start].unflatten(0, (-1, g.group))
             key = (chosen[..., None] * size + inside).masked_fill(chosen[..., None] < 0, g.seq_k)
             return [key.flatten(-2).clamp(max=g.seq_k)]
-        found = []
-        for node in self.nodes(tile.block):
-            place = self._place[query_heads, node.level][:, tile.rows] - node.rows.start  # in the node's sorted rows
-            bounds = self._bounds(node)[place // size]  # [query heads, R, 2]
-            at = bounds[..., :1] + torch.arange(self.g.config.num_blocks * size, device=tile.rows.device)
-            order = self._keys[heads.start : heads.stop, node.level, node.keys.start : node.keys.stop].repeat_interleave(g.group, 0)
-            key = order[:, None].expand(-1, at.shape[1], -1).gather(-1, at.clamp(max=len(node.keys) - 1))
-            found.append(key.masked_fill(at >= bounds[..., 1:], g.seq_k).unflatten(0, (-1, g.group)))
+        found, inside = [], torch.arange(g.config.num_blocks * size, device=tile.at.device)
+        for node in self._nodes(tile):
+            place = (self._place[query_heads, node.level][:, tile.at] - node.row).clamp(min=0)  # in the node's sorted rows
+            table = self._taken_at(node.level)
+            bounds = table[node.number.clamp(max=len(table) - 1), (place // size).clamp(max=table.shape[1] - 1)]  # [query heads, R, 2]
+            at = bounds[..., :1] + inside
+            order = self._keys[heads.start : heads.stop, node.level].repeat_interleave(g.group, 0)[:, None].expand(-1, len(tile.rows), -1)
+            key = order.gather(-1, (node.key[:, None] + at).clamp(max=g.seq_k - 1))
+            none = (at >= bounds[..., 1:]) | (node.keys == 0)[:, None]
+            found.append(key.masked_fill(none, g.seq_k).unflatten(0, (-1, g.group)))
         return found
 
-    def _bounds(self, node: Node) -> Tensor:
-        """First place and end of the sorted keys that each query block of the node takes: int64 [query blocks, 2]."""
-        name = (node.level, node.rows.start)
-        if name not in self._taken:
-            live = live_in(node, self.g.live_rows(self.length))
-            blocks = range(-(-len(node.rows) // self.g.config.block_size))
-            taken = [taken_keys(self.g.config, block, live, len(node.keys)) for block in blocks]
-            self._taken[name] = torch.tensor([(t.start, t.stop) for t in taken], device=self._place.device)
-        return self._taken[name]
+    def _nodes(self, tile: RowTile) -> list[RowNodes]:
+        """The nodes of the rows of a tile, level by level; at least one."""
+        g, c = self.g, self.g.config
+        sinks, nothing = min(c.sinks, self.length), torch.zeros_like(tile.at)
+        if not c.causal:
+            return [RowNodes(0, nothing, nothing, nothing + sinks, nothing + (self.length - sinks))]
+        last, found = (tile.rows[-1] + g.first) // c.local_size, []
+        for level in range(c.local_overlap, max(last.bit_length(), c.local_overlap + 1)):
+            size, number = c.local_size << level, tile.block >> level >> 1
+            middle = (2 * number + 1) * size
+            first = (middle - size).clamp(min=sinks)
+            keys = (middle.clamp(max=self.length) - first).clamp(min=0) * (tile.block >> level & 1)
+            found.append(RowNodes(level, number, (middle - g.first).clamp(min=0), first, keys))
+        return found
+
+    def _taken_at(self, level: int) -> Tensor:
+        """First place and end of the sorted keys that each query block of each node of a level takes: int64 [nodes, query blocks, 2]."""
+        if level not in self._taken:
+            g, live, found = self.g, self.g.live_rows(self.length), {}
+            for m in (m for at, m in g.nodes if at == level):
+                node = g.node(level, m, self.length)
+                blocks = range(-(-len(node.rows) // g.config.block_size))
+                found[m] = [taken_keys(g.config, block, live_in(node, live), len(node.keys)) for block in blocks]
+            table = torch.zeros(1 + max(found, default=0), max(map(len, found.values()), default=0) or 1, 2, dtype=torch.long)
+            for m, taken in found.items():
+                table[m, : len(taken)] = torch.tensor([(t.start, t.stop) for t in taken]).reshape(-1, 2)
+            self._taken[level] = table.to(self._place.device)
+        return self._taken[level]
 
 
 def _places(order: Tensor) -> Tensor:

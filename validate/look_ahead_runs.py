@@ -11,13 +11,14 @@ from hyperattention.config import Config
 from hyperattention.export.patch import Patched
 from hyperattention.export.switched import Captured
 from hyperattention.validate.distributions import approximates
-from hyperattention.validate.hard_inputs import CPU, first_row
+from hyperattention.validate.hard_inputs import CPU, Bounds, first_row
 from hyperattention.validate.look_ahead import BLOCK_END, VARIANTS, name_of, places, summary, variants
 from hyperattention.validate.operators import Operator
 from hyperattention.validate.regimes import language_model
 from hyperattention.validate.workbench import Workbench
 
-MODEL_PLACES = 1  # of the whole model on the processor; on a GPU all
+GPU = Bounds(length=32768, heads=2**31)  # what a GPU is given at most
+MODEL_PLACES = {"cpu": 1, "cuda": 4}  # tokens of the whole model that are changed, one at a time
 
 
 def measure_look_ahead(bench: Workbench, captured: Sequence[Captured], ids: Tensor | None) -> dict | None:
@@ -27,8 +28,7 @@ def measure_look_ahead(bench: Workbench, captured: Sequence[Captured], ids: Tens
     layer = judged_layer(captured)
     if layer is None:
         return None
-    n = layer.k.shape[2]
-    count = None if bench.device.type == "cuda" else MODEL_PLACES
+    n, count = layer.k.shape[2], MODEL_PLACES[bench.device.type]
     return {
         "layer": layer.layer,
         "length": n,
@@ -48,10 +48,10 @@ def look_ahead_steps(whole_model: bool) -> int:
 
 def judged_layer(captured: Sequence[Captured]) -> Captured | None:
     """The first captured causal call of as many rows as keys that approximates, its first batch row without padding and not more
-    heads and tokens than the processor is given (`hard_inputs.CPU`); None where there is none."""
+    heads and tokens than its device is given (`hard_inputs.CPU`, `GPU`); None where there is none."""
     for c in captured:
         if c.config.causal and c.q.shape[2] == c.k.shape[2] and not c.is_exact:
-            c = first_row(c, CPU)
+            c = first_row(c, GPU if c.q.is_cuda else CPU)
             if not c.is_exact and approximates(c.config, c.k.shape[2]):
                 return c
     return None
