@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hyperattention.errors import AccuracyFailed, UsageError
 from hyperattention.export import child, interrupt
 from hyperattention.export.budget import BOTH, Budget, parse_budget
-from hyperattention.export.plan import AUTO, ExportPlan
+from hyperattention.export.plan import AUTO, MAX_SEQUENCE, ExportPlan
 from hyperattention.export.policy import FILE, Policy, read_policy
 
 if TYPE_CHECKING:
@@ -54,7 +54,12 @@ def request(
     layers: str, preset: str, budget: list[str], regime: str, file: Path | None, text: Path | None, length: int | None, **others: Any
 ) -> Request | None:
     """The request, None where the layers are chosen by hand. Raises UsageError for options that do not go together."""
-    options = {"--budget": bool(budget), "--budget-regime": regime != BOTH, "--policy": file is not None, "--calibration-length": length}
+    options = {
+        "--budget": bool(budget),
+        "--budget-regime": regime != BOTH,
+        "--policy": file is not None,
+        "--calibration-length": length is not None,
+    }
     given = [option for option, value in options.items() if value]
     if layers != AUTO:
         if given:
@@ -71,9 +76,18 @@ def request(
         raise UsageError(
             f"--policy holds every attribute of its layers; leave {options} out, or measure with it: --budget in place of --policy"
         )
+    if length is not None and not 2 <= length <= MAX_SEQUENCE:
+        raise UsageError(f"--calibration-length is {length}; it takes 2 to {MAX_SEQUENCE}")
     if file is None and text is None:
         raise UsageError("--layers auto measures the model on text: give --text FILE, or a finished policy with --policy FILE")
     return Request(parse_budget(budget, regime), tuple(budget), file, text, length, **others)
+
+
+def searched_dtype(dtype: str | None, device: str) -> tuple[str, ...]:
+    """What of the export's --dtype the search is told: nothing on a processor, where it computes in fp32 whatever is exported."""
+    import torch
+
+    return ("--dtype", dtype) if dtype is not None and device != "cpu" and torch.cuda.is_available() else ()
 
 
 def choose(asked: Request, source: "Source", out: Path, resume: bool, reporter: "Reporter") -> Policy:

@@ -153,7 +153,8 @@ def export_model(
     check_out(out, source.directory)
     given = {name: value for name, value in attributes.items() if value is not None}
     passed_on = ("--allow-pickle",) * allow_pickle + ("--trust-remote-code",) * trust_remote_code
-    searched = ("--input-ids", input_ids, "--device", device, "--seed", str(seed), *(("--dtype", dtype) if dtype else ()), *passed_on)
+    searched_dtype = automatic.searched_dtype(dtype, device)
+    searched = ("--input-ids", input_ids, "--device", device, "--seed", str(seed), *searched_dtype, *passed_on)
     asked = automatic.request(layers, preset, budget or [], budget_regime, policy, text, calibration_length, fixed=given, further=searched)
     decided: dict[str, Any] = dict(
         preset=preset,

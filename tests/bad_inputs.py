@@ -12,11 +12,13 @@ from mistakes import (
     TOWER,
     Argument,
     Bad,
+    Patch,
     Place,
     all_parts,
     arrays,
     at,
     broken,
+    changed_policy,
     check,
     code,
     cuda_without_a_runtime,
@@ -323,4 +325,59 @@ _BENCH = [
     tool("report-gate-without-recheck", 2, "add --recheck", "report", finished, "--gate", "kl=1"),
 ]
 
-BAD = [*_MODELS, *_OUT, *_OPTIONS, *_CHECKS, *_FOLDERS, *_VALIDATE, *_FUNCTIONS, *_FEEDS, *_BENCH]
+_TEXT = file("text.txt", b"2 + 3 = 5\n" * 2000)
+_SMALL = ("--fix", "exact_below=32", "--fix", "local_size=32", "--fix", "block_size=16", "--fix", "sinks=4", "--length", "500")
+
+
+def _policy(name: str, words: str, *options: Argument, model: Argument = whole, code: int = 2, patch: Patch | None = None) -> Bad:
+    """A row of hyperattention policy on the tiny model, whose text is text.txt."""
+    given = ("--text", _TEXT, "--input-ids", "bytes", "--out", at("p.json"), *_SMALL, *options)
+    return Bad(f"policy-{name}", code, words, "hyperattention", ("policy", model, *given), patch)
+
+
+_POLICY = [
+    _policy("length-zero", "--length is 0; it takes 2 to 16777216", "--length", "0"),
+    _policy("length-negative", "--length is -5", "--length", "-5"),
+    _policy("length-where-nothing-approximates", "no setting approximates at 33 tokens", "--length", "33"),
+    _policy("text-shorter-than-the-calibration", "calibration needs 24,048, and may have half", "--windows", "48"),
+    _policy("windows-zero", "--windows is 0; it takes 1 to 1024", "--windows", "0"),
+    _policy("tail-zero", "--tail is 0", "--tail", "0"),
+    _policy("tail-over-half", "--tail is 251; it takes 1 to 250, half of a window of 500", "--tail", "251"),
+    _policy("probes-zero", "--probes is 0; it takes 1 to 64", "--probes", "0"),
+    _policy("seed-negative", "--seed is -1", "--seed", "-1"),
+    _policy("dtype-unknown", "--dtype is 'int8'", "--dtype", "int8"),
+    _policy("dtype-of-a-gpu", "--dtype bf16: the CPU kernels compute in fp32", "--dtype", "bf16", "--device", "cpu"),
+    _policy("device-unknown", "--device is 'gpu'", "--device", "gpu"),
+    _policy("cuda-without-one", "PyTorch sees no CUDA device", "--device", "cuda", code=3, patch=no_cuda),
+    _policy("keys-out-of-reach", "--budget keys=9: the cheapest setting has", "--budget", "keys=9"),
+    _policy("budget-unknown", "--budget names 'loss'", "--budget", "loss=1"),
+    _policy("needle-too-short", "plants prompts of at least 1", "--budget", "needle=1"),
+    _policy("needle-of-tokens", "--budget needle plants a prompt of bytes", "--budget", "needle=1", "--input-ids", "tokens"),
+    _policy("fix-of-the-model", "--fix names 'causal'", "--fix", "causal=0"),
+    _policy("text-missing", "does not exist", "--text", at("nowhere.txt")),
+    _policy("text-empty", "is empty", "--text", file("empty.txt", b" ")),
+    _policy("text-a-folder", "does not exist", "--text", at("")),
+    _policy("model-of-a-function", "is chosen by the next token", model=_TOWER),
+    _policy("out-in-the-model", "lies in the directory MODEL", "--out", lambda place: place.whole / "p.json"),
+    _policy("out-in-an-export", "an output of export-model", "--out", lambda place: place.finished / "p.json"),
+    _policy("out-a-folder", "is no place for a file", "--out", at("")),
+    _policy("out-nowhere", "a folder that exists", "--out", at("nowhere/p.json")),
+    _policy("out-read-only", "cannot be written", "--out", "/proc/p.json"),
+    _policy("out-name-too-long", "too long", "--out", at("x" * 252)),
+    _policy("out-another-file", "that `hyperattention policy` did not write", "--out", file("notes", b"{}")),
+    _policy("out-beside-another-file", "writes notes.jsonl", "--out", lambda place: file("notes.jsonl")(place).with_name("notes")),
+    _policy("out-the-text", "which is the --text", "--out", at("text.txt")),
+    _policy("text-where-it-measures", "which is the --text", "--out", at("data"), "--text", file("data.jsonl", b"2 + 3 = 5\n" * 999)),
+    export(
+        "policy-calibration-length-zero", 2, "--calibration-length is 0", "--layers", "auto", "--text", _TEXT, "--calibration-length", "0"
+    ),
+    export("policy-length-by-hand", 2, "--calibration-length: the layers are chosen by", "--calibration-length", "0"),
+    export("policy-truncated", 2, "is no JSON", "--layers", "auto", "--policy", file("p.json", b'{"schema": 2, "layers": [')),
+    export("policy-of-a-list", 2, "is no policy of this version", "--layers", "auto", "--policy", file("p.json", b"[1]")),
+    export("policy-newer", 2, "is of schema 99", "--layers", "auto", "--policy", file("p.json", b'{"schema": 99}')),
+    export("policy-not-text", 2, "is no JSON", "--layers", "auto", "--policy", file("p.json", b"\xff\xfe\x00")),
+    export("policy-a-folder", 2, "cannot be read", "--layers", "auto", "--policy", at("")),
+    export("policy-changed-by-hand", 2, "changed after it was measured", "--layers", "auto", "--policy", changed_policy),
+]
+
+BAD = [*_MODELS, *_OUT, *_OPTIONS, *_CHECKS, *_FOLDERS, *_VALIDATE, *_FUNCTIONS, *_FEEDS, *_BENCH, *_POLICY]

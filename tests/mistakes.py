@@ -14,6 +14,7 @@ import commands
 import numpy as np
 import onnxruntime
 import pytest
+import report_samples as samples
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
@@ -149,6 +150,11 @@ def file(name: str, content: bytes = b"mine") -> Callable[[Place], Path]:
         return place.scratch / name
 
     return prepare
+
+
+def changed_policy(place: Place) -> Path:
+    """A policy with another loss than was measured."""
+    return file("changed.json", json.dumps({**samples.policy(), "predicted_kl": 0.0}).encode())(place)
 
 
 def at(name: str) -> Callable[[Place], Path]:

@@ -17,11 +17,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hyperattention.errors import UsageError
+from hyperattention.export.budget import Budget
 from hyperattention.export.files import digest
 from hyperattention.export.identity import identity
 from hyperattention.export.load import inspect_source
 from hyperattention.export.plan import ExportPlan, make_plan, warnings
 from hyperattention.export.policy import Policy, read_policy
+from hyperattention.validate.policy.interpolate import with_interpolation
+from hyperattention.validate.policy.prepare import Options, prepare
+from hyperattention.validate.policy.store import Store, is_store
 
 WEIGHTS = "model.safetensors"
 
@@ -122,6 +126,58 @@ def test_the_same_weights_otherwise_stored_are_the_same_model(change: Callable[[
     copy = Path(shutil.copytree(model, tmp_path / "renamed"))
     change(copy)
     policy_of(model).check(inspect_source(copy))
+
+
+# --- what was measured, taken over ----------------------------------------------------------------------------------------
+
+
+def changed_value(line: str) -> str:
+    data = json.loads(line)
+    return json.dumps({**data, "found": 0.0})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        changed_value,
+        lambda line: line[:-9],
+        lambda line: "[1, 2]",
+        lambda line: "\x00\xff",
+        lambda line: '{"key": 3}',
+        lambda line: "[" * 9999,
+    ],
+    ids=["changed", "truncated", "list", "bytes", "half", "deep"],
+)
+def test_a_measurement_that_is_not_as_it_was_written_is_made_anew(change: Callable[[str], str], tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    first = Store(file, {"model": "a"})
+    for number in range(3):
+        first.get("op", number, lambda number=number: 0.1 * number)
+    lines = file.read_text().splitlines()
+    file.write_bytes("\n".join([lines[0], change(lines[1]), lines[2]]).encode("latin-1"))
+    again = Store(file, {"model": "a"}, resume=True)
+    assert is_store(file)
+    assert [again.get("op", number, lambda number=number: 10.0 + number) for number in range(3)] == [0.0, 11.0, 0.2]
+    assert (again.made, again.reused) == (1, 2)
+    assert Store(file, {"model": "a"}, resume=True).get("op", 1, lambda: 0.0) == 11.0
+
+
+def test_a_search_says_how_much_it_measures_before_it_begins(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_bytes(b"2 + 3 = 5\n" * 3000)
+    fixed = dict(exact_below=32, local_size=32, block_size=16, sinks=4)
+    prepared = prepare(Options(str(model), text, Budget(nats=0.1), length=700, input_ids="bytes", fixed=fixed))
+    asked: list[int] = []
+
+    def measure(numbers: list[int]) -> list[float]:
+        asked.extend(numbers)
+        return [1.0] * len(numbers)
+
+    with_interpolation(prepared.candidates, measure)
+    settings = len(prepared.candidates) - 1
+    assert f"in each layer {settings} settings of the op: the error of {len(asked) - 1} is measured" in prepared.lines()[2]
+    assert 0 < len(asked) - 1 < settings and prepared.tail == 350 == prepared.describe()["tail"]
+    assert [w for w in prepared.warnings() if "trained for 512" in w and "700" in w]
 
 
 # --- as it was measured ---------------------------------------------------------------------------------------------------

@@ -30,7 +30,10 @@ def command(
         typer.Option(help="Tokens of a window, 2 to 16777216. (default: the model's own, at most 32768 with CUDA, 8192 without)"),
     ] = None,
     windows: Annotated[int, typer.Option(help="Windows that the joint choice is run on, 1 to 1024.")] = 2,
-    tail: Annotated[int, typer.Option(help="Positions that attend exactly after an approximate prefill, 1 to 1048576.")] = 512,
+    tail: Annotated[
+        Optional[int],
+        typer.Option(help="Positions that attend exactly after an approximate prefill, 1 to half of --length. (default: at most 512)"),
+    ] = None,
     probes: Annotated[int, typer.Option(help="Settings that each layer alone is run through the whole model with, 1 to 64.")] = 2,
     fix: Annotated[
         Optional[list[str]], typer.Option(metavar="NAME=VALUE", help="An attribute of the op that is not searched, repeatable.")
@@ -39,7 +42,10 @@ def command(
         str, typer.Option("--input-ids", autocompletion=one_of(*INPUT_IDS), help="tokens, or bytes for a model that reads bytes.")
     ] = "tokens",
     dtype: Annotated[
-        Optional[str], typer.Option(autocompletion=one_of(*DTYPES), help="With CUDA: fp32, fp16 or bf16. (default: the model's half type)")
+        Optional[str],
+        typer.Option(
+            autocompletion=one_of(*DTYPES), help="fp32, fp16 or bf16; without CUDA fp32. (default: with CUDA the model's half type)"
+        ),
     ] = None,
     device: Annotated[str, typer.Option(autocompletion=one_of(*DEVICES), help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Base seed of the export that will follow, 0 to 2146435071.")] = 0,
@@ -56,17 +62,18 @@ def command(
     from hyperattention.export.policy import write_policy
     from hyperattention.export.source import Trust
     from hyperattention.validate.policy.fixed import parse_fixed
+    from hyperattention.validate.policy.place import check_out, measurements
     from hyperattention.validate.policy.prepare import Options, prepare
     from hyperattention.validate.policy.store import Store
-    from hyperattention.validate.policy.write import as_policy, check_out, finished, lines
+    from hyperattention.validate.policy.write import as_policy, finished, lines
 
     reporter = Reporter(quiet, as_json)
-    check_out(out, text)
+    check_out(out, text, model)
     options = Options(
         model=model,
         text=text,
         budget=budgets.parse_budget(budget or [], budget_regime),
-        length=length or 0,
+        length=length,
         windows=windows,
         tail=tail,
         probes=probes,
@@ -81,6 +88,8 @@ def command(
     planned = {"budget": options.budget.to_json(), "calibration": prepared.describe(), "settings": len(prepared.candidates)}
     for line in prepared.lines():
         reporter.say(escape(line))
+    for warning in prepared.warnings():
+        reporter.warn(warning)
     if dry_run:
         reporter.answer(planned)
         return
@@ -88,7 +97,7 @@ def command(
         reporter.say(f"{escape(str(out))}: taken over, nothing that it was measured on changed")
         reporter.answer({**planned, "policy": found.to_json(), "measured": 0, "taken_over": 1})
         return
-    measured = out.with_name(out.name + ".jsonl")
+    measured = measurements(out)
     store = Store(measured, prepared.fingerprint(), resume)
     kept = f"what was measured is kept in {measured}; --resume goes on from there"
     with reporter.stage("policy"), interrupt.undoing(lambda: kept if store.made else None):

@@ -13,17 +13,18 @@ from hyperattention.config import INT32_MAX
 from hyperattention.errors import UnsupportedModel, UsageError
 from hyperattention.export import fingerprint
 from hyperattention.export.budget import Budget
-from hyperattention.export.choices import DEVICES, check_device, choice
+from hyperattention.export.choices import DEVICES, DTYPES, check_device, choice
 from hyperattention.export.gate_options import LANGUAGE, kind_of
 from hyperattention.export.patch import Patched
-from hyperattention.export.plan import ExportPlan, make_plan
+from hyperattention.export.plan import MAX_SEQUENCE, ExportPlan, make_plan
 from hyperattention.export.source import AttentionLayer, Source, Trust, default_dtype, open_source
 from hyperattention.library import ort_library_path, trt_library_path
 from hyperattention.native import Library
-from hyperattention.validate.inputs import DEPTHS, Corpus, Window, load_corpus, needle, windows
+from hyperattention.validate.inputs import DEPTHS, Corpus, Window, load_corpus, needle, needle_room, windows
 from hyperattention.validate.operators import native_operator
 from hyperattention.validate.policy.calibration import calibration_part, describe_part
 from hyperattention.validate.policy.candidates import Candidate, candidates
+from hyperattention.validate.policy.interpolate import with_interpolation
 from hyperattention.validate.policy.search import Search
 from hyperattention.validate.policy.store import Store
 from hyperattention.validate.policy.trial import Laboratory
@@ -35,14 +36,18 @@ NEEDLE_SEED = 2**20  # prompts of a seed that no validation uses by default
 
 @dataclass(frozen=True)
 class Options:
-    """What to search; paths are read, never written into the policy. `length` 0: as long as the model and the device allow."""
+    """What to search; paths are read, never written into the policy.
+
+    `length` None: as long as the model and the device allow. `tail` None: TAIL, at most half of the length. Raises UsageError for a
+    value out of range.
+    """
 
     model: str
     text: Path
     budget: Budget
-    length: int = 0
+    length: int | None = None
     windows: int = WINDOWS
-    tail: int = TAIL
+    tail: int | None = None
     probes: int = PROBES
     input_ids: str = "tokens"
     dtype: str | None = None
@@ -53,9 +58,11 @@ class Options:
 
     def __post_init__(self) -> None:
         choice("--device", self.device, DEVICES)
-        limits = (("--length", self.length or 2, 2, 2**24), ("--windows", self.windows, 1, 1024), ("--tail", self.tail, 1, 2**20))
-        for name, value, low, high in (*limits, ("--probes", self.probes, 1, 64), ("--seed", self.seed, 0, INT32_MAX - NEEDLE_SEED)):
-            if not low <= value <= high:
+        if self.dtype is not None:
+            choice("--dtype", self.dtype, DTYPES)
+        sizes = (("--length", self.length, 2, MAX_SEQUENCE), ("--windows", self.windows, 1, 1024), ("--tail", self.tail, 1, 2**20))
+        for name, value, low, high in (*sizes, ("--probes", self.probes, 1, 64), ("--seed", self.seed, 0, INT32_MAX - NEEDLE_SEED)):
+            if value is not None and not low <= value <= high:
                 raise UsageError(f"{name} is {value}; it takes {low} to {high}")
 
 
@@ -88,12 +95,20 @@ class Prepared:
     def lines(self) -> list[str]:
         """What will be measured, for people."""
         o, layers = self.options, len(self.plan.planned)
-        settings, part = len(self.candidates) - 1, self.part
+        settings, part, asked = len(self.candidates) - 1, self.part, _asked(self.candidates)
         return [
             f"{self.source.architecture}, {layers} layers, {self.plan.dtype} on {self.device.type}; budget: {o.budget}",
             f"calibration: tokens 0 to {len(part.ids):,} of {part.name}, {o.windows} windows of {self.length:,}",
-            f"{settings} settings in each layer, half of them measured; {layers * o.probes} models with one layer approximate; joint ones",
+            f"in each layer {settings} settings of the op: the error of {asked} is measured, of the others it lies between; then the "
+            f"whole model with one layer approximate, at least {layers * o.probes} times, and with joint choices",
         ]
+
+    def warnings(self) -> list[str]:
+        """What is allowed and probably not meant."""
+        trained = self.source.max_positions
+        if trained is None or self.length <= trained:
+            return []
+        return [f"windows of {self.length:,} tokens: the model was trained for {trained:,}, and what is lost beyond that means little"]
 
     @property
     def library(self) -> Path:
@@ -138,11 +153,16 @@ def prepare(options: Options, say: Callable[[str], None] = lambda text: None) ->
     source = open_source(options.model, trust=options.trust, say=say)
     if kind_of(source.task) != LANGUAGE:
         raise UnsupportedModel(
-            f"a policy is chosen by the next token, and {source.name} ({source.architecture}) has none: choose its layers yourself "
-            f"(--layers 0-3,7) and judge them with `hyperattention validate`"
+            f"a policy is chosen by the next token, and {source.name} ({source.architecture}) has none; give export-model its layers "
+            f"(--layers 0-3,7), and judge them by its validation"
         )
     length = options.length or min(source.max_positions or LONGEST[device.type], LONGEST[device.type])
-    dtype = "fp32" if device.type == "cpu" else options.dtype or default_dtype(source)
+    tail = min(TAIL, length // 2) if options.tail is None else options.tail
+    if tail > length // 2:
+        raise UsageError(f"--tail is {tail}; it takes 1 to {length // 2}, half of a window of {length} (--length)")
+    dtype = options.dtype or ("fp32" if device.type == "cpu" else default_dtype(source))
+    if device.type == "cpu" and dtype != "fp32":
+        raise UsageError(f"--dtype {dtype}: the CPU kernels compute in fp32; give --dtype fp32, or run it on a GPU")
     plan = make_plan(
         source, layers="none", dtype=dtype, seq=(1, length, length), input_ids=options.input_ids, seed=options.seed, keep_exact="op"
     )
@@ -156,6 +176,33 @@ def prepare(options: Options, say: Callable[[str], None] = lambda text: None) ->
     settings = candidates(length, bool(causal.pop()), options.fixed)
     if options.budget.needle is not None and options.input_ids != "bytes":
         raise UsageError("--budget needle plants a prompt of bytes; it needs a model that reads them (--input-ids bytes)")
+    if options.budget.needle is not None and length < needle_room(1):
+        raise UsageError(f"--budget needle plants prompts of at least {needle_room(1)} bytes; --length is {length}: give a longer one")
+    _check_keys(options.budget, settings, plan, length)
     needed = options.windows * (length + 1)
     corpus = load_corpus(options.text, options.input_ids, Path(source.model), source.vocab_size, options.seed, length)
-    return Prepared(options, source, plan, length, device, calibration_part(corpus, needed), settings, min(options.tail, length // 2))
+    return Prepared(options, source, plan, length, device, calibration_part(corpus, needed), settings, tail)
+
+
+def _check_keys(budget: Budget, settings: list[Candidate], plan: ExportPlan, length: int) -> None:
+    """Raises UsageError where not even the cheapest setting has as few keys as the budget wants; all layers share mask and length."""
+    layer = plan.planned[0].config
+    assert layer is not None
+    least = min(setting.keys(layer, length) for setting in settings)
+    if budget.keys is not None and least > budget.keys:
+        raise UsageError(
+            f"--budget keys={budget.keys:g}: the cheapest setting has {least:,.0f} keys a query at {length:,} tokens; allow as many, or "
+            f"fix cheaper attributes (--fix)"
+        )
+
+
+def _asked(settings: list[Candidate]) -> int:
+    """Of how many settings the error of the op is measured; nothing is."""
+    asked: list[int] = []
+
+    def count(numbers: list[int]) -> list[float]:
+        asked.extend(number for number in numbers if settings[number].attributes is not None)
+        return [1.0] * len(numbers)
+
+    with_interpolation(settings, count)
+    return len(asked)

@@ -1,8 +1,8 @@
 """Measurements that were made, one JSON object a line, so that an interrupted search goes on where it stopped.
 
 A line is found again by the digest of everything that its measurement reads: the model's files, the calibration text, the code and
-the machine's kind (`base`), and what was measured. Nothing else is trusted; a line that was cut off when its writer was killed
-is left out.
+the machine's kind (`base`), and what was measured. Nothing else is trusted: a line that was cut off when its writer was killed, or was
+changed since, is left out, and so is measured anew.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from hyperattention.export.files import digest
+
+_BEGIN = b'{"key": "'  # of every line
 
 
 class Store:
@@ -38,7 +40,8 @@ class Store:
         self.made += 1
         self.found[key] = work()
         if self.path is not None:
-            _append(self.path, json.dumps({"key": key, "kind": kind, "what": what, "found": self.found[key]}))
+            line = {"key": key, "kind": kind, "what": what, "found": self.found[key], "digest": digest([key, self.found[key]])}
+            _append(self.path, json.dumps(line))
         return self.found[key]
 
     def has(self, kind: str, what: Any) -> bool:
@@ -51,17 +54,25 @@ def _append(path: Path, line: str) -> None:
         file.write(line + "\n")
 
 
+def is_store(path: Path) -> bool:
+    """Whether a file was begun by a Store, or is empty."""
+    with path.open("rb") as file:
+        start = file.read(len(_BEGIN))
+    return _BEGIN.startswith(start)
+
+
 def _lines(path: Path) -> list[tuple[str, Any]]:
-    """Key and finding of every whole line."""
+    """Key and finding of every line that is as it was written."""
     found = []
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return []
     for line in text.splitlines():
         try:
             data = json.loads(line)
-            found.append((data["key"], data["found"]))
-        except (ValueError, KeyError, TypeError):
+            if data["digest"] == digest([data["key"], data["found"]]):
+                found.append((data["key"], data["found"]))
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return found

@@ -14,14 +14,6 @@ from hyperattention.validate.policy.prepare import Prepared
 from hyperattention.validate.policy.search import Found, Search
 
 
-def check_out(out: Path, text: Path) -> None:
-    """Before any work. Raises UsageError where `out` cannot be written or is the text itself."""
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise UsageError(f"--out {out} is no place for a file; give a name in a folder that exists")
-    if out.exists() and text.exists() and out.samefile(text):
-        raise UsageError(f"--out {out} is the --text, which would be lost; give another name")
-
-
 def as_policy(prepared: Prepared, search: Search, found: Found) -> Policy:
     """The policy of a search that ran."""
     source, chosen = prepared.source, found.trial.choice
