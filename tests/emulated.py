@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import re
 import subprocess
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,8 +32,10 @@ def build_emulated(compiler: str, folder: Path) -> dict[int, Path]:
 
 
 def _build(compiler: str, folder: Path, paths: dict[int, Path]) -> None:
+    for path in paths.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
     emulator = ROOT / "tests/emulation/emulator.cpp"
-    common = sorted({*(ROOT / "plugins/cuda").glob("*.cu"), ROOT / "plugins/config.cpp", *emulator.parent.glob("*.cpp")} - {emulator})
+    common = {*_kernels(folder), ROOT / "plugins/config.cpp", *emulator.parent.glob("*.cpp")} - {emulator}
 
     def build(source: Path, capability: int) -> Path:
         target = folder / f"{source.stem}_{capability}.o"
@@ -39,11 +43,23 @@ def _build(compiler: str, folder: Path, paths: dict[int, Path]) -> None:
         subprocess.run(command, check=True)
         return target
 
-    for path in paths.values():
-        path.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(2) as pool:
         own = {capability: pool.submit(build, emulator, capability) for capability in CAPABILITIES}  # the one that says what device it is
-        shared = list(pool.map(lambda source: build(source, CAPABILITIES[0]), common))
+        shared = list(pool.map(lambda source: build(source, CAPABILITIES[0]), sorted(common)))
     for capability, path in paths.items():
         objects = map(str, [*shared, own[capability].result()])
         subprocess.run([compiler, "-shared", "-o", str(path), *objects], check=True)
+
+
+def _kernels(folder: Path) -> list[Path]:
+    """The CUDA sources; instances of one template (attend_bf16_64.cu and so on) as one source for each dtype, read once."""
+    sources, groups = [], defaultdict(list)
+    for source in sorted((ROOT / "plugins/cuda").glob("*.cu")):
+        if match := re.fullmatch(r"((?:sm90_)?attend_\w+)_\d+", source.stem):
+            groups[match[1]].append(source)
+        else:
+            sources.append(source)
+    for name, instances in groups.items():
+        sources.append(folder / f"{name}.cu")
+        sources[-1].write_text("".join(f'#include "{instance}"\n' for instance in instances))
+    return sources
