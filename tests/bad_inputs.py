@@ -214,10 +214,10 @@ _FOLDERS = [
     tool("manifest-outside-its-folder", 2, "is broken", "inspect", spoilt(edit(MANIFEST, files={"../x": {"sha256": ""}}))),
     tool("manifest-does-not-match", 3, "config.json; run export-model again", "inspect", spoilt(write("config.json", "{}"))),
     tool("report-missing", 2, "cannot be read", "report", finished),
-    tool("report-damaged", 2, "is not a report", "report", spoilt(write(REPORT, '{"schema": 3'))),
+    tool("report-damaged", 2, "is not a report", "report", spoilt(write(REPORT, '{"schema": 4'))),
     tool("report-newer", 2, "has report schema 99", "report", spoilt(write(REPORT, '{"schema": 99}'))),
-    tool("report-older", 2, "has report schema 2", "report", spoilt(write(REPORT, '{"schema": 2}'))),
-    tool("report-incomplete", 2, "is incomplete: it lacks", "report", spoilt(write(REPORT, '{"schema": 3}'))),
+    tool("report-older", 2, "has report schema 3", "report", spoilt(write(REPORT, '{"schema": 3}'))),
+    tool("report-incomplete", 2, "is incomplete: it lacks", "report", spoilt(write(REPORT, '{"schema": 4}'))),
     tool("command-unknown", 2, "No such command 'valdate'. Did you mean 'validate'?", "valdate"),
     tool("doctor-with-an-argument", 2, "unexpected extra argument", "doctor", "now"),
 ]

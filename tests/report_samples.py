@@ -37,10 +37,16 @@ def _language_row(i: int, length: int) -> dict:
         "starts": [0, 7],
         "all_positions": _tokens(0.00123 * (i + 1), 0.00097),
         "all_positions_backend": "ONNX Runtime, CPU",
-        "by_position": [
-            {"from": 0, "to": half, "delta_nats": -0.0001, "kl": 1e-9},
-            {"from": half, "to": length, "delta_nats": 0.0031, "kl": 0.002},
-        ],
+        "by_position": {
+            "all_positions": [
+                {"from": 0, "to": half, "delta_nats": -0.0001, "kl": 1e-9, "top1": 1.0},
+                {"from": half, "to": length, "delta_nats": 0.0031, "kl": 0.002, "top1": 0.9714},
+            ],
+            "prefill_exact_decode": [
+                {"from": length - 512, "to": length - 256, "delta_nats": 0.0007, "kl": 0.0004, "top1": 0.9921},
+                {"from": length - 256, "to": length, "delta_nats": -0.0002, "kl": 0.0003, "top1": 0.9882},
+            ],
+        },
         "prefill_exact_decode": _tokens(0.00031 * (i + 1), 0.00017 * (i + 1)),
         "prefill_backend": "PyTorch, op by native CPU kernels",
         "exact_twin": None,

@@ -226,3 +226,16 @@ def test_the_first_screen_says_where_the_break_even_lies(times: list[float], say
     rows = [{**row, "ours_s": row["exact_s"] * ours / 2} for row, ours in zip(samples.report()["time"], times)]
     above = render(samples.report(time=rows), "report.html.jinja").split("<h2>")[0]
     assert says in above
+
+
+# --- by position -------------------------------------------------------------------------------------------------------
+
+
+def test_the_tables_by_position_have_both_regimes() -> None:
+    report = samples.report("language")
+    tables = [t for t in page(report).tables if t[0] == ["From position", "To", "Delta nats", "KL", "Top-1"]]
+    last = report["approximation"][-1]["by_position"]
+    for table, regime in zip(tables, ("prefill_exact_decode", "all_positions"), strict=True):
+        for row, bucket in zip(table[1:], last[regime], strict=True):
+            for cell, key in zip(row, ("from", "to", "delta_nats", "kl", "top1"), strict=True):
+                assert numbers(cell) == pytest.approx([bucket[key]], rel=0.01), key

@@ -48,7 +48,7 @@ def test_the_page_is_well_formed_and_fetches_nothing(kind: str) -> None:
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     assert ("meta", {"http-equiv": "Content-Security-Policy", "content": policy}) in found.tags
     figures = [svg for svg in found.svgs if svg.get("class") != "swatch"]
-    assert len(figures) == sum(chart is not None for chart in charts(samples.report(kind)).values()) == (12 if kind == "language" else 9)
+    assert len(figures) == sum(chart is not None for chart in charts(samples.report(kind)).values()) == (13 if kind == "language" else 9)
     for svg in figures:
         title, description = svg.find("title"), svg.find("desc")
         assert svg.get("role") == "img" and title is not None and svg.get("aria-label") == title.text

@@ -64,7 +64,25 @@ def test_by_position_finds_the_bad_place() -> None:
     ours[120:130, 0] = 3
     rows = by_position([token_metrics(exact, ours, torch.zeros(160, dtype=torch.long))])
     assert len(rows) == 16 and rows[0]["from"] == 0 and rows[-1]["to"] == 160
-    assert max(rows, key=lambda row: row["kl"])["from"] == 120
+    bad = max(rows, key=lambda row: row["kl"])
+    assert bad["from"] == 120 and bad["delta_nats"] == min(row["delta_nats"] for row in rows) < 0
+
+
+@pytest.mark.parametrize(("tokens", "sizes"), [(1, [1]), (7, [1] * 7), (16, [1] * 16), (35, [3] * 11 + [2])], ids=str)
+def test_buckets_of_position_are_means_of_their_tokens(tokens: int, sizes: list[int]) -> None:
+    exact, ours = torch.randn(2, 2, tokens, 5, generator=torch.Generator().manual_seed(tokens))
+    targets = torch.arange(tokens) % 5
+    windows = [token_metrics(a, b, targets) for a, b in zip(exact, ours, strict=True)]
+    rows = by_position(windows, first=100)
+    assert [row["to"] - row["from"] for row in rows] == sizes and rows[0]["from"] == 100 and rows[-1]["to"] == 100 + tokens
+    assert all(a["to"] == b["from"] for a, b in zip(rows, rows[1:]))
+    p, r = (x.double().log_softmax(-1) for x in (exact, ours))
+    for row in rows:
+        part = slice(row["from"] - 100, row["to"] - 100)
+        same = (exact.argmax(-1) == ours.argmax(-1)).double()[:, part].mean()
+        kl = (p.exp() * (p - r)).sum(-1)[:, part].mean()
+        loss = (p - r).gather(-1, targets.expand(2, -1)[..., None])[..., 0][:, part].mean()
+        assert [row["top1"], row["kl"], row["delta_nats"]] == pytest.approx([float(same), float(kl), float(loss)], abs=1e-12)
 
 
 def test_tensor_error_tells_size_from_direction() -> None:

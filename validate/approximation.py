@@ -107,7 +107,7 @@ def measure_length(bench: Workbench, corpus: Corpus, length: int, count: int, ha
         "starts": [w.start for w in chosen],
         "all_positions": summarise(everywhere, ALL_BLOCK),
         "all_positions_backend": scorer.backend,
-        "by_position": by_position(everywhere),
+        "by_position": {"all_positions": by_position(everywhere), "prefill_exact_decode": by_position(tails, length - bench.tail)},
         "prefill_exact_decode": summarise(tails, TAIL_BLOCK),
         "prefill_backend": prefill_backend(bench),
         "exact_twin": exact_twin,

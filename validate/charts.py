@@ -119,12 +119,15 @@ def _error_band(values: list[dict]) -> list[tuple[float, float]]:
     return [(v["mean"] - v["se"], v["mean"] + v["se"]) for v in values]
 
 
+_REGIMES = (("prefill_exact_decode", "prefill, exact decode"), ("all_positions", "all positions"))
+
+
 def _token_charts(report: dict) -> dict[str, Chart | None]:
     rows, limits = report["approximation"], report["limits"]
 
     def series(key: str) -> list[Series]:
         lines = []
-        for regime, name, colour in (("prefill_exact_decode", "prefill, exact decode", 1), ("all_positions", "all positions", 2)):
+        for colour, (regime, name) in enumerate(_REGIMES, 1):
             found = [(row["length"], row[regime][key]) for row in rows if row[regime]]
             points = [(n, value["mean"]) for n, value in found]
             lines.append(Series(name, points, colour, _error_band([value for _, value in found]), regime == "all_positions"))
@@ -134,15 +137,18 @@ def _token_charts(report: dict) -> dict[str, Chart | None]:
         return lines
 
     longest = rows[-1]
-    bars = [(short(b["from"]) if i == 0 else short(b["to"]), b["delta_nats"]) for i, b in enumerate(longest["by_position"])]
     return {
         "nats": line_chart("Loss added against exact attention by length", series("delta_nats"), "nats", limit=limits["delta_nats"]),
         "kl": line_chart("KL divergence from exact attention by length", series("kl"), "KL, nats", True, limits["kl"]),
         **{f"needle {kind}": needle_chart(report, kind) for kind in ("single", "multi-key")},
-        "position": bar_chart(
-            f"Loss added by position, all positions, {longest['length']:,} tokens", bars, "nats", "position in the window"
-        ),
+        **{f"position {regime}": position_chart(longest, regime, name) for regime, name in _REGIMES},
     }
+
+
+def position_chart(row: dict, regime: str, name: str) -> Chart | None:
+    """Loss added by place in the window, at one length and in one regime."""
+    bars = [(short(b["from"]) if i == 0 else short(b["to"]), b["delta_nats"]) for i, b in enumerate(row["by_position"][regime])]
+    return bar_chart(f"Loss added by position, {name}, {row['length']:,} tokens", bars, "nats", "position in the window")
 
 
 def needle_chart(report: dict, kind: str) -> Chart | None:

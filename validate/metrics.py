@@ -90,21 +90,16 @@ def summarise(windows: list[TokenMetrics], block: int) -> dict:
     }
 
 
-def by_position(windows: list[TokenMetrics]) -> list[dict]:
-    """Mean delta nats and KL in up to 16 equal buckets of position, first to last."""
+def by_position(windows: list[TokenMetrics], first: int = 0) -> list[dict]:
+    """Mean delta nats, KL and top-1 in up to 16 equal buckets of position; the first token of each window stands at `first`."""
     length = windows[0].kl.numel()
     size = -(-length // min(POSITION_BUCKETS, length))
+    numbers = {"delta_nats": [w.delta for w in windows], "kl": [w.kl for w in windows], "top1": [w.top1 for w in windows]}
     rows = []
     for start in range(0, length, size):
         part = slice(start, min(start + size, length))
-        rows.append(
-            {
-                "from": start,
-                "to": part.stop,
-                "delta_nats": float(torch.stack([w.delta[part].mean() for w in windows]).mean()),
-                "kl": float(torch.stack([w.kl[part].mean() for w in windows]).mean()),
-            }
-        )
+        means = {name: float(torch.stack([values[part].mean() for values in found]).mean()) for name, found in numbers.items()}
+        rows.append({"from": first + start, "to": first + part.stop, **means})
     return rows
 
 

@@ -17,7 +17,7 @@ from hyperattention.validate.charts import bin_text, charts, hardest_heads, row_
 from hyperattention.validate.cost_charts import judged_regime, policy_rows, setting_text
 from hyperattention.validate.report_format import FILTERS
 
-SCHEMA = 3
+SCHEMA = 4
 # What judging or rendering a report of the right schema raises where its inner parts are missing or of another type.
 INCOMPLETE = (KeyError, TypeError, AttributeError, IndexError, ValueError, UndefinedError)
 _PARTS = {
