@@ -47,16 +47,26 @@ class Request:
         fixed = [part for name, value in self.fixed.items() for part in ("--fix", f"{name}={value}")]
         length = [] if self.length is None else ["--length", str(self.length)]
         text = ["--text", str(self.text), "--out", str(out), "--budget-regime", self.budget.regime]
+        text += ["--budget-cost", self.budget.cost]
         return [model, *text, *budget, *length, *fixed, *self.further]
 
 
 def request(
-    layers: str, preset: str, budget: list[str], regime: str, file: Path | None, text: Path | None, length: int | None, **others: Any
+    layers: str,
+    preset: str,
+    budget: list[str],
+    regime: str,
+    cost: str,
+    file: Path | None,
+    text: Path | None,
+    length: int | None,
+    **others: Any,
 ) -> Request | None:
     """The request, None where the layers are chosen by hand. Raises UsageError for options that do not go together."""
     options = {
         "--budget": bool(budget),
         "--budget-regime": regime != BOTH,
+        "--budget-cost": cost != "auto",
         "--policy": file is not None,
         "--calibration-length": length is not None,
     }
@@ -80,7 +90,7 @@ def request(
         raise UsageError(f"--calibration-length is {length}; it takes 2 to {MAX_SEQUENCE}")
     if file is None and text is None:
         raise UsageError("--layers auto measures the model on text: give --text FILE, or a finished policy with --policy FILE")
-    return Request(parse_budget(budget, regime), tuple(budget), file, text, length, **others)
+    return Request(parse_budget(budget, regime, cost), tuple(budget), file, text, length, **others)
 
 
 def searched_dtype(dtype: str | None, device: str) -> tuple[str, ...]:

@@ -96,6 +96,14 @@ def export_model(
         str,
         typer.Option(autocompletion=entry.one_of(*budgets.JUDGED), help="Where it holds: " + ", ".join(budgets.JUDGED) + ".", **_AUTO),
     ] = budgets.BOTH,
+    budget_cost: Annotated[
+        str,
+        typer.Option(
+            autocompletion=entry.one_of(*budgets.COSTS),
+            help="What is saved: keys, time of the op here, or auto (time with speedup=).",
+            **_AUTO,
+        ),
+    ] = "auto",
     policy: Annotated[
         Optional[Path], typer.Option(metavar="FILE", help="A policy that `hyperattention policy` wrote; nothing is measured.", **_AUTO)
     ] = None,
@@ -155,7 +163,9 @@ def export_model(
     passed_on = ("--allow-pickle",) * allow_pickle + ("--trust-remote-code",) * trust_remote_code
     searched_dtype = automatic.searched_dtype(dtype, device)
     searched = ("--input-ids", input_ids, "--device", device, "--seed", str(seed), *searched_dtype, *passed_on)
-    asked = automatic.request(layers, preset, budget or [], budget_regime, policy, text, calibration_length, fixed=given, further=searched)
+    asked = automatic.request(
+        layers, preset, budget or [], budget_regime, budget_cost, policy, text, calibration_length, fixed=given, further=searched
+    )
     decided: dict[str, Any] = dict(
         preset=preset,
         attributes=given,

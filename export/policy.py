@@ -32,7 +32,8 @@ _AGAIN = "run `hyperattention policy` again"
 class LayerPolicy:
     """One attention layer: attributes on top of its own mask, scale and seed (None: exact), and why.
 
-    keys: keys per query at the calibration length. predicted_kl: what this layer alone adds, nats a token at all positions.
+    keys: keys per query at the calibration length. predicted_kl: what this layer alone adds, nats a token, in the first regime that
+    the budget limits.
     """
 
     index: int
@@ -54,7 +55,8 @@ class Policy:
 
     identity: `identity` of the model. budget: `Budget.to_json`. calibration: text (name, sha256, from, to in tokens), length, windows,
     dtype, device. verified: the joint choice, measured by whole forward passes. pareto: joint choices by rising cost, {"keys",
-    "predicted_kl"}. fixed: settings that all layers share, as far as they were measured whole. All JSON values.
+    "predicted_kl"}. fixed: settings that all layers share, as far as they were measured whole. rounding: as verified, of exact attention
+    by other kernels; None in fp32. times: {"exact_ms", "ms"} of all layers' attention where time was the cost. All JSON values.
     """
 
     model: str
@@ -70,6 +72,8 @@ class Policy:
     pareto: tuple[dict[str, Any], ...]
     fixed: tuple[dict[str, Any], ...]
     fingerprint: str
+    rounding: dict[str, Any] | None = None
+    times: dict[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The policy as JSON values, with a digest of them all."""

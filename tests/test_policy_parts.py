@@ -13,7 +13,7 @@ import torch
 
 from hyperattention.config import Config
 from hyperattention.errors import UsageError
-from hyperattention.export.budget import BOTH, DEFAULT, REGIMES, Budget, budget_from_json, parse_budget
+from hyperattention.export.budget import DEFAULT, REGIMES, Budget, budget_from_json, parse_budget
 from hyperattention.export.load import inspect_source
 from hyperattention.export.patch import Patched
 from hyperattention.export.plan import make_plan
@@ -51,13 +51,14 @@ class Refused:
         (("nats=0.01, keys=2400", "needle=0.98"), Budget(nats=0.01, keys=2400, needle=0.98)),
         (("speedup=3.5",), Budget(speedup=3.5)),
         (("kl=0",), Budget(kl=0.0)),
+        (("keys=2400,prefill.kl=0.0004", "all.nats=0.003"), Budget(keys=2400, named={"prefill.kl": 0.0004, "all.nats": 0.003})),
     ],
     ids=str,
 )
 def test_a_budget_is_read_and_survives_json(given: tuple[str, ...], expected: Budget) -> None:
     found = parse_budget(given)
     assert found == expected and budget_from_json(json.loads(json.dumps(found.to_json()))) == expected
-    assert found.regimes == REGIMES and parse_budget(given, REGIMES[0]).regimes == REGIMES[:1]
+    assert found.regimes == REGIMES and (found.named or parse_budget(given, REGIMES[0]).regimes == REGIMES[:1])
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,11 @@ def test_a_budget_is_read_and_survives_json(given: tuple[str, ...], expected: Bu
         Refused("nats=nan", "at least 0"),
         Refused("top1=1.1", "0 to 1"),
         Refused("speedup=0.5", "at least 1"),
+        Refused("speedup=2,keys=300", "a cost in time do not go together"),
+        Refused("prefill.keys=300", "names 'prefill.keys'"),
+        Refused("tail.kl=1", "names 'tail.kl'"),
+        Refused("prefill.top1=2", "prefill.top1 is 2"),
+        Refused("all.kl=1,all.kl=1", "given twice"),
         Refused("nats=1,nats=2", "given twice"),
         Refused("", "names"),
     ],
@@ -82,10 +88,28 @@ def test_a_wrong_budget_is_named(case: Refused) -> None:
         parse_budget([DEFAULT], "tail")
 
 
-def test_the_cap_is_the_tighter_of_keys_and_speedup() -> None:
-    assert Budget(keys=300).cap(1000) == 300 and Budget(speedup=4).cap(1000) == 250
-    assert Budget(speedup=4, keys=200).cap(1000) == 200 and math.isinf(Budget(nats=1).cap(1000))
-    assert not Budget(keys=300).limits_accuracy and Budget(needle=1, regime=BOTH).limits_accuracy
+def test_the_cap_is_in_the_unit_of_the_cost() -> None:
+    assert (Budget(keys=300).cap(1000), Budget(keys=300).unit) == (300, "keys")
+    assert (Budget(speedup=4).cap(1000), Budget(speedup=4).unit) == (250, "time")
+    assert math.isinf(Budget(nats=1).cap(1000)) and Budget(nats=1).unit == "keys" and Budget(nats=1, cost="time").unit == "time"
+    for wrong in (dict(keys=300, cost="time"), dict(speedup=2, cost="keys")):
+        with pytest.raises(UsageError, match="do not go together"):
+            Budget(**wrong)
+
+
+def test_a_limit_of_one_regime_takes_the_place_of_the_general_one() -> None:
+    both = Budget(kl=0.01, needle=0.9, named={"prefill.kl": 0.001})
+    assert [both.limit("kl", regime) for regime in REGIMES] == [0.01, 0.001] and both.limit("nats", REGIMES[0]) is None
+    assert (
+        both.regimes == REGIMES
+        and both.plants
+        and str(both) == "kl <= 0.01, needle >= 0.9 in both regimes, kl <= 0.001 in prefill, exact decode"
+    )
+    one = Budget(keys=300, named={"prefill.top1": 0.99})
+    assert one.regimes == REGIMES[1:] and not one.plants and one.limit("top1", REGIMES[0]) is None
+    assert Budget(keys=300).regimes == REGIMES and Budget(nats=1, regime=REGIMES[1]).limit("nats", REGIMES[0]) is None
+    assert Budget(nats=1, regime=REGIMES[1], named={"all.nats": 2}).regimes == REGIMES
+    assert not Budget(nats=1).plants and Budget(named={"all.needle": 1}).plants
 
 
 # --- settings ----------------------------------------------------------------------------------------------------------

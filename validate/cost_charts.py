@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hyperattention.export.budget import REGIMES
+from hyperattention.export.budget import REGIMES, budget_from_json
 from hyperattention.validate.plot_scatter import Group, Point, scatter_chart
 from hyperattention.validate.plots import Chart
 
@@ -38,9 +38,8 @@ def _policy_row(name: str, of: dict[str, Any], run: dict[str, Any]) -> dict[str,
 
 
 def judged_regime(policy: dict[str, Any]) -> str:
-    """The regime that the prediction is about, and the whole model was run in for the frontier."""
-    regime = policy["budget"]["regime"]
-    return regime if regime in REGIMES else REGIMES[0]
+    """The regime that the prediction is about, the first that the budget limits."""
+    return budget_from_json(policy["budget"]).regimes[0]
 
 
 def policy_chart(report: dict) -> Chart | None:

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
 from hyperattention.errors import UsageError
-from hyperattention.export.budget import Budget
+from hyperattention.export.budget import budget_from_json
 from hyperattention.export.console import jsonable
 from hyperattention.export.gate_options import FEATURES, LANGUAGE
 from hyperattention.validate.charts import bin_text, charts, hardest_heads, row_histogram
@@ -76,7 +76,7 @@ def render(report: dict, template: str) -> str:
     parts |= {"histogram": row_histogram(report), "bin_text": bin_text}
     policy = report["plan"].get("policy")
     if policy:
-        parts |= {"policy_rows": policy_rows(report), "regime": judged_regime(policy), "budget": str(Budget(**policy["budget"]))}
+        parts |= {"policy_rows": policy_rows(report), "regime": judged_regime(policy), "budget": str(budget_from_json(policy["budget"]))}
     return templates(html).get_template(template).render(r=report, **parts)
 
 

@@ -25,6 +25,10 @@ def command(
     budget_regime: Annotated[
         str, typer.Option(autocompletion=one_of(*budgets.JUDGED), help="Where it holds: both, all_positions or prefill_exact_decode.")
     ] = budgets.BOTH,
+    budget_cost: Annotated[
+        str,
+        typer.Option(autocompletion=one_of(*budgets.COSTS), help="What is saved: keys, time of the op here, or auto (time with speedup=)."),
+    ] = "auto",
     length: Annotated[
         Optional[int],
         typer.Option(help="Tokens of a window, 2 to 16777216. (default: the model's own, at most 32768 with CUDA, 8192 without)"),
@@ -72,7 +76,7 @@ def command(
     options = Options(
         model=model,
         text=text,
-        budget=budgets.parse_budget(budget or [], budget_regime),
+        budget=budgets.parse_budget(budget or [], budget_regime, budget_cost),
         length=length,
         windows=windows,
         tail=tail,

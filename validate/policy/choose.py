@@ -106,6 +106,19 @@ def fill(choice: Choice, layers: Sequence[Sequence[Option]], cap: float) -> Choi
         choice = choice.replaced(-layer, option)
 
 
+def neighbours(choice: Choice, layers: Sequence[Sequence[Option]], cap: float, count: int) -> list[Choice]:
+    """The `count` choices of least loss under `cap` that differ from `choice` in one layer or in two; fewer where there are no more."""
+    hulls = [hull(options) for options in layers] if count else []
+    found: dict[tuple[int, ...], Choice] = {}
+    for one, options in enumerate(hulls):
+        for option in options:
+            moved = choice.replaced(one, option)
+            each = [moved, *(moved.replaced(two, other) for two in range(one + 1, len(hulls)) for other in hulls[two])]
+            found |= {new.candidates: new for new in each if new.cost <= cap}
+    found.pop(choice.candidates, None)
+    return sorted(found.values(), key=lambda new: (new.loss, new.candidates))[:count]
+
+
 def within(points: Sequence[Choice], cap: float) -> Choice | None:
     """The most accurate point of a `frontier` whose cost is at most `cap`; None where even the cheapest costs more."""
     return next((point for point in reversed(points) if point.cost <= cap), None)

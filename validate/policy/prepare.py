@@ -86,7 +86,7 @@ class Prepared:
             "length": self.length,
             "windows": self.options.windows,
             "tail": self.tail,
-            "needle_prompts": len(DEPTHS) * PROMPTS if self.options.budget.needle is not None else 0,
+            "needle_prompts": len(DEPTHS) * PROMPTS if self.options.budget.plants else 0,
             "dtype": self.plan.dtype,
             "device": self.device.type,
             "seed": self.options.seed,
@@ -130,7 +130,7 @@ class Prepared:
         return Search(lab, self.options.budget, self.candidates, self.options.probes, self._weights(), store, step)
 
     def _needles(self) -> list[Window]:
-        if self.options.budget.needle is None:
+        if not self.options.budget.plants:
             return []
         seeds = [NEEDLE_SEED + self.options.seed + number for number in range(PROMPTS)]
         return [needle(self.part, self.length, depth, seed) for depth in DEPTHS for seed in seeds]
@@ -174,7 +174,7 @@ def prepare(options: Options, say: Callable[[str], None] = lambda text: None) ->
     if len(causal) > 1:
         raise UnsupportedModel(f"{source.name} has causal and other layers; choose its layers yourself (--layers 0-3,7)")
     settings = candidates(length, bool(causal.pop()), options.fixed)
-    if options.budget.needle is not None and options.input_ids != "bytes":
+    if options.budget.plants and options.input_ids != "bytes":
         raise UsageError("--budget needle plants a prompt of bytes; it needs a model that reads them (--input-ids bytes)")
     if options.budget.needle is not None and length < needle_room(1):
         raise UsageError(f"--budget needle plants prompts of at least {needle_room(1)} bytes; --length is {length}: give a longer one")

@@ -1,4 +1,4 @@
-"""The search for a policy: errors of the op, what they do to the model, a joint choice, and its proof by whole forward passes."""
+"""The search for a policy: a joint choice under the budget, weighed in every regime that it limits, proved by whole forward passes."""
 
 from __future__ import annotations
 
@@ -8,34 +8,49 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from hyperattention.config import Config
 from hyperattention.errors import AccuracyFailed, UsageError
-from hyperattention.export.budget import Budget
-from hyperattention.export.switched import Captured
+from hyperattention.export.budget import REGIMES, Budget
 from hyperattention.validate.configs import configs
-from hyperattention.validate.inputs import NEEDLE_DIGITS, Window
 from hyperattention.validate.policy.candidates import Candidate
-from hyperattention.validate.policy.choose import Choice, Option, fill, frontier, within
-from hyperattention.validate.policy.errors import layer_errors
-from hyperattention.validate.policy.interpolate import with_interpolation
-from hyperattention.validate.policy.sensitivity import Probe, options, probed
+from hyperattention.validate.policy.choose import Choice, Option, fill, frontier, neighbours, within
+from hyperattention.validate.policy.options import PLANTED, TEXT, Measurements
 from hyperattention.validate.policy.store import Store
 from hyperattention.validate.policy.trial import Laboratory
-from hyperattention.validate.policy.verify import MOST_TRIALS, Trial, cheapest_that_holds, excess, loss
+from hyperattention.validate.policy.verify import MOST_TRIALS, Trial, cheapest_that_holds, excess, most_accurate
+from hyperattention.validate.policy.weigh import scales, weighed
 
 FIXED_RIVALS = 2  # settings that all layers share, measured beside the choice
 # With a budget for planted keys: what the KL of their digits weighs beside the text's, tried one after the other until enough are recalled.
 NEEDLE_WEIGHTS = (0.0, 0.001, 0.01, 0.1, 1.0)
-QUESTION_ROWS = 5 * NEEDLE_DIGITS  # of a prompt's end: the question and its answer
+
+
+@dataclass(frozen=True)
+class Effort:
+    """`rounds`: how often the settings of a choice are probed and the choice made anew. `moves`: choices beside it that are run whole."""
+
+    rounds: int
+    moves: int
+
+
+EFFORT = {"cuda": Effort(3, 6), "cpu": Effort(0, 0)}
 
 
 @dataclass(frozen=True)
 class Found:
-    """The chosen trial, the predicted frontier, the settings that all layers share as far as they were measured, options by layer."""
+    """The chosen trial, the predicted frontier, the settings that all layers share as far as they were measured.
+
+    `rounding` is what exact attention by our kernels loses in the model's half type (`Laboratory.rounding`), None in fp32. `times` are
+    milliseconds of all layers' attention, exact and as chosen, None where the cost is in keys.
+    """
 
     trial: Trial
     points: list[Choice]
     fixed: list[tuple[int, Trial]]
+    rounding: dict[str, Any] | None
+    times: dict[str, float] | None
 
 
 @dataclass
@@ -66,56 +81,131 @@ class Search:
         """Keys of a mean query row of exact attention."""
         return self.candidates[-1].keys(self.layers[0][1], self.length)
 
+    @cached_property
+    def layer_keys(self) -> list[list[float]]:
+        """Keys of a mean query row of each layer under each candidate."""
+        return [[candidate.keys(layer, self.length) for candidate in self.candidates] for _, layer in self.layers]
+
+    @cached_property
+    def _keys(self) -> list[list[float]]:
+        """The same as shares of the model's mean."""
+        return [[weight * k for k in row] for weight, row in zip(self.weights, self.layer_keys, strict=True)]
+
+    def keys(self, choice: Choice) -> float:
+        """Keys of a mean query row of the whole model."""
+        return sum(row[candidate] for row, candidate in zip(self._keys, choice.candidates, strict=True))
+
+    @cached_property
+    def measurements(self) -> Measurements:
+        """Of every layer, made as they are asked for."""
+        return Measurements(
+            self.lab, self.budget.regimes, self.layers, self.candidates, self._keys, self.probes, self.store, lambda text: self.step(text)
+        )
+
+    @cached_property
+    def _costs(self) -> list[list[float]]:
+        """Each layer's cost under each candidate in the budget's unit."""
+        return self._keys if self.budget.unit == "keys" else self.measurements.times
+
     def run(self) -> Found:
         """The cheapest choice that holds the budget; where the budget caps the cost, the most accurate one under the cap that holds it.
 
         Raises AccuracyFailed, saying the best that was found, where no choice does, UsageError where every setting is over the cap.
         """
-        numbers = range(len(self.layers))
-        text = [self._text_options(number) for number in numbers]
-        planted = [self._needle_options(number) for number in numbers] if self.budget.needle is not None else []
-        for name in ("_captured", "_captured_needles"):
-            self.__dict__.pop(name, None)  # Q, K and V of every layer
-        points, cap = frontier(text), self.budget.cap(self.exact_keys)
-        if points[0].cost > cap:
+        self.measurements.read((TEXT, PLANTED) if self.budget.plants else (TEXT,), self.budget.unit == "time")
+        cap = self.budget.cap(sum(row[-1] for row in self._costs))
+        least = sum(min(row) for row in self._costs)
+        if least > cap:
+            unit = "keys a query" if self.budget.unit == "keys" else "ms of attention"
             raise UsageError(
-                f"--budget {self.budget}: the cheapest setting has {points[0].cost:,.0f} keys a query at {self.length:,} tokens, over the "
-                f"{cap:,.0f} allowed; allow more, or measure at a longer --length"
+                f"--budget {self.budget}: the cheapest setting has {least:,.4g} {unit} at {self.length:,} tokens, over the "
+                f"{cap:,.4g} allowed; allow more, or measure at a longer --length"
             )
+        layers = self._weighed(cap)
+        rounding = self._rounding()
         if math.isinf(cap):
-            weighed = frontier(_weighed(text, planted, NEEDLE_WEIGHTS[2] if planted else 0.0))
-            held = self._that_holds([point.of(text) for point in weighed])
-            fixed = self._rivals(text, held.choice.cost)
-            holding = [trial for _, trial in fixed if self._holds(trial)]
-            return Found(min((held, *holding), key=lambda trial: trial.choice.cost), points, fixed)
-        fixed = self._rivals(text, cap)
-        trials = [*self._under(cap, text, planted), *(trial for _, trial in fixed)]
-        holding = [trial for trial in trials if self._holds(trial)]
-        if not holding:
-            raise self._unreached(trials)
-        return Found(min(holding, key=lambda trial: loss(trial.measured, self.budget.regimes)), points, fixed)
+            planted = self._with_planted(layers, NEEDLE_WEIGHTS[2]) if self.budget.plants else layers
+            held = self._that_holds(frontier(planted), self._scale(cap))
+            fixed = self._rivals(layers, held.choice.cost)
+            trials = [held, *(trial for _, trial in fixed if self._holds(trial) and trial.choice.cost < held.choice.cost)]
+            trial = min(trials, key=lambda trial: trial.choice.cost)
+        else:
+            fixed = self._rivals(layers, cap)
+            trials = [*self._under(cap, layers), *(trial for _, trial in fixed)]
+            holding = [trial for trial in trials if self._holds(trial)]
+            if not holding:
+                raise self._unreached(trials)
+            trial = most_accurate(holding, self.budget.regimes)
+        return self._found(trial, fixed, rounding)
 
-    def _under(self, cap: float, text: Sequence[Sequence[Option]], planted: Sequence[Sequence[Option]]) -> Iterator[Trial]:
-        """The most accurate choice under the cap, then those that give planted keys more weight, until enough are recalled."""
+    def _found(self, trial: Trial, fixed: list[tuple[int, Trial]], rounding: dict[str, Any] | None) -> Found:
+        """In keys, and with the losses predicted for the first of the regimes, which a reader is told."""
+        told = self.measurements.options(TEXT, self._keys)[self.budget.regimes[0]]
+        times = None if self.budget.unit == "keys" else {"exact_ms": sum(row[-1] for row in self._costs), "ms": trial.choice.cost}
+        said = [(c, replace(rival, choice=rival.choice.of(told))) for c, rival in fixed]
+        return Found(replace(trial, choice=trial.choice.of(told)), frontier(told), said, rounding, times)
+
+    # --- the choice --------------------------------------------------------------------------------------------------
+
+    def _text(self) -> dict[str, list[list[Option]]]:
+        return self.measurements.options(TEXT, self._costs)
+
+    def _scale(self, cap: float) -> dict[str, float]:
+        """Of each regime, the KL that is allowed there as far as it can be predicted; nats that are added are about as many."""
+        limits = {}
+        for regime in self.budget.regimes:
+            given = [limit for name in ("nats", "kl") if (limit := self.budget.limit(name, regime)) is not None]
+            limits[regime] = min(given, default=None)
+        return scales(self._text(), limits, cap)
+
+    def _weighed(self, cap: float) -> list[list[Option]]:
+        """The options with one loss for all regimes, once what the best choice takes was probed."""
+        layers = weighed(self._text(), self._scale(cap), cap)
+        for _ in range(self._effort.rounds):
+            chosen = self._best(layers, cap)
+            if not self.measurements.probe(TEXT, enumerate(chosen.candidates)):
+                break
+            layers = weighed(self._text(), self._scale(cap), cap)
+        return layers
+
+    def _best(self, layers: Sequence[Sequence[Option]], cap: float) -> Choice:
+        points = frontier(layers)
+        if math.isinf(cap):
+            wanted = min(self._scale(cap).values())
+            return next((point for point in points if point.loss <= wanted), points[-1])
+        base = within(points, cap)
+        assert base is not None, "the cheapest settings are under the cap"
+        return fill(base, layers, cap)
+
+    def _with_planted(self, layers: Sequence[Sequence[Option]], weight: float) -> list[list[Option]]:
+        """The options with `weight` times the loss of planted keys, mean of the regimes, on top."""
+        each = list(self.measurements.options(PLANTED, self._costs).values())
+        planted = [[sum(o.loss for o in options) / len(each) for options in zip(*rows, strict=True)] for rows in zip(*each, strict=True)]
+        return [
+            [replace(option, loss=option.loss + weight * lost) for option, lost in zip(options, losses, strict=True)]
+            for options, losses in zip(layers, planted, strict=True)
+        ]
+
+    def _under(self, cap: float, layers: Sequence[Sequence[Option]]) -> Iterator[Trial]:
+        """The best choice under the cap and those beside it, then those that give planted keys more weight, until enough are recalled."""
         tried: set[tuple[int, ...]] = set()
-        for weight in NEEDLE_WEIGHTS if planted else NEEDLE_WEIGHTS[:1]:
-            layers = _weighed(text, planted, weight)
-            base = within(frontier(layers), cap)
-            assert base is not None, "the cheapest option of a layer is the same under every weight"
-            chosen = fill(base, layers, cap)
-            if chosen.candidates not in tried:
-                tried.add(chosen.candidates)
-                trial = self._trial_of(chosen.of(text))
-                yield trial
-                if self._holds(trial):
-                    return
+        for weight in NEEDLE_WEIGHTS if self.budget.plants else NEEDLE_WEIGHTS[:1]:
+            given = self._with_planted(layers, weight) if weight else layers
+            best, held = self._best(given, cap), False
+            for choice in (best, *neighbours(best, given, cap, self._effort.moves)):
+                if choice.candidates not in tried:
+                    tried.add(choice.candidates)
+                    trial = self._trial_of(choice)
+                    held |= self._holds(trial)
+                    yield trial
+            if held:
+                return
 
     def _holds(self, trial: Trial) -> bool:
         return excess(self.budget, trial.measured) <= 1
 
-    def _that_holds(self, points: list[Choice]) -> Trial:
-        limits = [limit for limit in (self.budget.nats, self.budget.kl) if limit is not None]
-        wanted = min(limits, default=points[len(points) // 2].loss)
+    def _that_holds(self, points: list[Choice], scale: Mapping[str, float]) -> Trial:
+        wanted = min(scale.values())
         first = next((i for i, point in enumerate(points) if point.loss <= wanted), len(points) - 1)
         held, trials = cheapest_that_holds(points, self.budget, first, self.measured)
         if held is None:
@@ -123,95 +213,53 @@ class Search:
         return held
 
     def _unreached(self, trials: Sequence[Trial]) -> AccuracyFailed:
-        """Says what the trial that comes nearest to the budget gave."""
+        """Says what the trial that comes nearest to the budget gave, and what of it rounding alone would."""
         best = min(trials, key=lambda trial: excess(self.budget, trial.measured))
-        rows = []
-        for regime in self.budget.regimes:
-            nats, kl, top1 = (best.measured[regime][name]["mean"] for name in ("delta_nats", "kl", "top1"))
-            rows.append(f"{regime.replace('_', ' ')}: {nats:+.5f} nats, KL {kl:.5f}, top-1 {top1:.4f}")
+        rows = [_said(regime, best.measured[regime]) for regime in self.budget.regimes]
         needle = best.measured["needle"]
         rows += [f"needle {min(needle[r] for r in self.budget.regimes):.3f} (exact attention {needle['exact']:.3f})"] if needle else []
+        rounding = self._rounding()
+        floor = [_said(regime, rounding[regime]) for regime in self.budget.regimes] if rounding else []
         message = (
-            f"the budget {self.budget} is not reached: the best found has {best.choice.cost:,.0f} keys a query and gives "
-            f"{'; '.join(rows)}. Allow more loss or more keys"
+            f"the budget {self.budget} is not reached: the best found has {self.keys(best.choice):,.0f} keys a query and gives "
+            f"{'; '.join(rows)}. "
+            + (
+                f"Exact attention by another kernel gives {'; '.join(floor)}: less than that no policy has in this --dtype. "
+                if floor
+                else ""
+            )
+            + "Allow more loss or more keys"
         )
-        return AccuracyFailed(message, {"best": best.measured, "keys": best.choice.cost})
+        return AccuracyFailed(message, {"best": best.measured, "keys": self.keys(best.choice), "rounding": rounding})
 
-    # --- what is measured --------------------------------------------------------------------------------------------
+    # --- whole models ------------------------------------------------------------------------------------------------
 
-    def _text_options(self, number: int) -> list[Option]:
-        """The candidates of one layer with their share of the mean cost, and the KL that is predicted for the text."""
-        regime = self.budget.regimes[0]
-        errors = self._errors(number, "text", lambda index, wanted: layer_errors(self.lab.operator, self._captured[index], wanted))
-        return self._options(number, errors, lambda chosen: self._trial(chosen, [regime], self.lab.windows[:1], ())[regime]["kl"]["mean"])
+    @property
+    def _effort(self) -> Effort:
+        return EFFORT[self.lab.device.type]
 
-    def _needle_options(self, number: int) -> list[Option]:
-        """The same with the KL that is predicted for the digits of planted keys; errors are those of the rows that look them up."""
-        regime = self.budget.regimes[0]
-
-        def errors(index: int, wanted: list[Config]) -> list[float]:
-            calls = self._captured_needles[index]
-            each = [layer_errors(self.lab.operator, call, wanted, QUESTION_ROWS) for call in calls]
-            return [sum(row) / len(each) for row in zip(*each, strict=True)]
-
-        found = self._errors(number, "needle", errors)
-        return self._options(number, found, lambda chosen: self._trial(chosen, [regime], (), self.lab.needles)["needle_kl"][regime])
-
-    def _options(self, number: int, errors: list[float], lost: Callable[[Mapping[int, Config]], float]) -> list[Option]:
-        index, layer = self.layers[number]
-        keys = [candidate.keys(layer, self.length) for candidate in self.candidates]
-        costs = [self.weights[number] * k for k in keys]
-        probes = []
-        kinds = [candidate.samples for candidate in self.candidates]
-        for candidate in probed(keys, errors, kinds, self.probes):
-            chosen = self.candidates[candidate]
-            self.step(f"layer {index} alone: {chosen}")
-            probes.append(Probe(candidate, costs[candidate], errors[candidate], max(0.0, lost({index: chosen.config(layer)}))))
-        return options(costs, errors, kinds, probes)
-
-    def _errors(self, number: int, what: str, measure: Callable[[int, list[Config]], list[float]]) -> list[float]:
-        index, layer = self.layers[number]
-
-        def errors(numbers: list[int]) -> list[float]:
-            wanted = [self.candidates[n].config(layer) for n in numbers]
-            self.step(f"layer {index}, {what}: error of the op under {len(wanted)} settings")
-            told = {"layer": index, "on": what, "configs": [config.attributes() for config in wanted]}
-            return self.store.get("op", told, lambda: measure(index, wanted))
-
-        return with_interpolation(self.candidates, errors)
-
-    @cached_property
-    def _captured(self) -> dict[int, Captured]:
-        return {call.layer: call for call in self.lab.captured(self.lab.windows[0])}
-
-    @cached_property
-    def _captured_needles(self) -> dict[int, list[Captured]]:
-        """Of the first prompt of the first and of a middle depth."""
-        chosen = [self.lab.needles[0], self.lab.needles[len(self.lab.needles) // 2]]
-        captured = [{call.layer: call for call in self.lab.captured(window)} for window in chosen]
-        return {index: [calls[index] for calls in captured] for index, _ in self.layers}
+    def _rounding(self) -> dict[str, Any] | None:
+        """What rounding alone loses; in fp32, where nothing of it shows, None."""
+        if next(self.lab.patched.model.parameters()).dtype == torch.float32:
+            return None
+        told = {"windows": [str(window) for window in self.lab.windows]}
+        return self.store.get("rounding", told, lambda: self.lab.rounding(REGIMES))
 
     def _trial_of(self, choice: Choice) -> Trial:
         return Trial(choice, self.measured(choice))
 
     def measured(self, choice: Choice) -> dict[str, Any]:
-        """A joint choice, run through the whole model on every window."""
-        self.step(f"the whole model at {choice.cost:,.0f} keys a query")
+        """A joint choice, run through the whole model on every window, in both regimes whichever the budget limits."""
+        self.step(f"the whole model at {self.keys(choice):,.0f} keys a query")
         chosen = zip(self.layers, choice.candidates, strict=True)
         configs = {index: self.candidates[c].config(layer) for (index, layer), c in chosen}
-        needles = () if self.budget.needle is None else self.lab.needles
-        return self._trial(configs, self.budget.regimes, self.lab.windows, needles)
-
-    def _trial(
-        self, chosen: Mapping[int, Config], regimes: Sequence[str], windows: Sequence[Window], needles: Sequence[Window]
-    ) -> dict[str, Any]:
+        needles = self.lab.needles if self.budget.plants else ()
         what = {
-            "configs": {str(index): config.attributes() for index, config in sorted(chosen.items())},
-            "regimes": list(regimes),
-            "windows": [str(window) for window in windows],
+            "configs": {str(index): config.attributes() for index, config in sorted(configs.items())},
+            "windows": [str(window) for window in self.lab.windows],
             "needles": len(needles),
         }
-        return self.store.get("model", what, lambda: self.lab.measure(chosen, regimes, windows, needles))
+        return self.store.get("model", what, lambda: self.lab.measure(configs, REGIMES, self.lab.windows, needles))
 
     def _rivals(self, layers: Sequence[Sequence[Option]], cap: float) -> list[tuple[int, Trial]]:
         """The settings that all layers share, of at most `cap`, with the least predicted loss, run through the whole model."""
@@ -221,15 +269,10 @@ class Search:
 
     def count_steps(self) -> int:
         """About how many steps `run` reports."""
-        sources = 1 if self.budget.needle is None else 2
-        return sources * len(self.layers) * (2 + self.probes) + MOST_TRIALS + FIXED_RIVALS
+        sources, layers = 1 + self.budget.plants, len(self.layers)
+        return sources * layers * (2 + self.probes) + self._effort.rounds * layers // 2 + MOST_TRIALS + FIXED_RIVALS
 
 
-def _weighed(text: Sequence[Sequence[Option]], planted: Sequence[Sequence[Option]], weight: float) -> list[list[Option]]:
-    """The options of the text with `weight` times the loss of planted keys on top."""
-    if not planted:
-        return [list(options) for options in text]
-    return [
-        [replace(a, loss=a.loss + weight * b.loss) for a, b in zip(one, other, strict=True)]
-        for one, other in zip(text, planted, strict=True)
-    ]
+def _said(regime: str, row: Mapping[str, Any]) -> str:
+    nats, kl, top1 = (row[name]["mean"] for name in ("delta_nats", "kl", "top1"))
+    return f"{regime.replace('_', ' ')}: {nats:+.5f} nats, KL {kl:.5f}, top-1 {top1:.4f}"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperattention.config import Config
+from hyperattention.config import INT32_MAX, Config
 from hyperattention.errors import UsageError
 from hyperattention.export.budget import REGIMES
 from hyperattention.export.patch import Patched, install
@@ -38,11 +38,12 @@ class Laboratory:
     needles: Sequence[Window]
     tail: int
     device: torch.device
-    kept: dict[int, tuple[Window, Tensor]] = field(default_factory=dict)  # by the id of a window that is held, so that no other has it
+    # By the id of a window that is held, so that no other has it, and the type of the weights.
+    kept: dict[tuple[int, torch.dtype], tuple[Window, Tensor]] = field(default_factory=dict)
 
     def exact_logits(self, window: Window) -> Tensor:
         """Logits [S, vocabulary] of exact attention. Raises UsageError where they are not finite."""
-        at = id(window)
+        at = id(window), next(self.patched.model.parameters()).dtype
         if at in self.kept:
             return self.kept[at][1]
         with torch.inference_mode(), self.patched.mode("exact"):
@@ -85,6 +86,13 @@ class Laboratory:
             regime: summarise(rows, ALL_BLOCK if regime == ALL else TAIL_BLOCK) for regime, rows in found.items() if rows
         }
         return {**answer, **(self._needle(regimes, needles, step) if needles else {"needle": None, "needle_kl": None})}
+
+    def rounding(self, regimes: Sequence[str]) -> dict[str, Any]:
+        """Exact attention by the operator's own kernels in every layer, on all windows: what rounding alone makes of `measure`."""
+        exact = {
+            layer.index: replace(layer.config.exact(), exact_below=INT32_MAX - 1) for layer in self.patched.plan.planned if layer.config
+        }
+        return self.measure(exact, regimes, self.windows)
 
     def configure(self, configs: Mapping[int, Config]) -> None:
         """From now on the plan has `configs` by layer index, and leaves all other layers exact.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hyperattention.export.budget import Budget
+from hyperattention.export.budget import ACCURACY, Budget
 from hyperattention.validate.policy.choose import Choice
 
 MOST_TRIALS = 8
@@ -32,11 +32,14 @@ def excess(budget: Budget, measured: dict[str, Any]) -> float:
     """
     uses = [0.0]
     for regime in budget.regimes:
-        row = measured[regime]
-        for value, limit in ((row["delta_nats"]["mean"], budget.nats), (row["kl"]["mean"], budget.kl)):
-            uses += [_over(value, limit)] if limit is not None else []
-        uses += [_over(1 - row["top1"]["mean"], 1 - budget.top1)] if budget.top1 is not None else []
-        uses += [_over(1 - measured["needle"][regime], 1 - budget.needle)] if budget.needle is not None else []
+        row, limits = measured[regime], {name: budget.limit(name, regime) for name in ACCURACY}
+        values = {"nats": row["delta_nats"]["mean"], "kl": row["kl"]["mean"], "top1": 1 - row["top1"]["mean"]}
+        if limits["needle"] is not None:
+            values["needle"] = 1 - measured["needle"][regime]
+        for name, value in values.items():
+            limit = limits[name]
+            if limit is not None:
+                uses.append(_over(value, limit if name in ("nats", "kl") else 1 - limit))
     return max(uses)
 
 
@@ -48,9 +51,10 @@ def _over(value: float, limit: float) -> float:
     return value / limit if limit > 0 else math.inf
 
 
-def loss(measured: dict[str, Any], regimes: Sequence[str]) -> float:
-    """What choices of equal cost are compared by: KL, mean of the regimes, nats a token."""
-    return sum(measured[regime]["kl"]["mean"] for regime in regimes) / len(regimes)
+def most_accurate(trials: Sequence[Trial], regimes: Sequence[str]) -> Trial:
+    """Of some trials that may cost the same, the one whose worst regime is nearest, by the ratio of KL, to the best any has there."""
+    least = {regime: max(min(trial.measured[regime]["kl"]["mean"] for trial in trials), 1e-12) for regime in regimes}
+    return min(trials, key=lambda trial: max(trial.measured[regime]["kl"]["mean"] / least[regime] for regime in regimes))
 
 
 def cheapest_that_holds(

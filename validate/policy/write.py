@@ -19,9 +19,9 @@ def as_policy(prepared: Prepared, search: Search, found: Found) -> Policy:
     source, chosen = prepared.source, found.trial.choice
     names = {layer.index: layer.name for layer in prepared.plan.planned}
     layers = []
-    for (index, config), option, weight in zip(search.layers, chosen.options, search.weights, strict=True):
-        candidate = search.candidates[option.candidate]
-        layers.append(LayerPolicy(index, names[index], candidate.attributes, option.cost / weight, option.loss))
+    for (index, _), option, keys in zip(search.layers, chosen.options, search.layer_keys, strict=True):
+        candidate = option.candidate
+        layers.append(LayerPolicy(index, names[index], search.candidates[candidate].attributes, keys[candidate], option.loss))
     return Policy(
         model=source.name,
         architecture=source.architecture,
@@ -29,21 +29,23 @@ def as_policy(prepared: Prepared, search: Search, found: Found) -> Policy:
         budget=prepared.options.budget.to_json(),
         calibration=prepared.describe(),
         layers=tuple(layers),
-        keys=chosen.cost,
+        keys=search.keys(chosen),
         exact_keys=search.exact_keys,
         predicted_kl=chosen.loss,
         verified=found.trial.measured,
-        pareto=tuple({"keys": point.cost, "predicted_kl": point.loss} for point in found.points),
+        pareto=tuple({"keys": search.keys(point), "predicted_kl": point.loss} for point in found.points),
         fixed=tuple(
             {
                 "attributes": search.candidates[c].attributes,
-                "keys": trial.choice.cost,
+                "keys": search.keys(trial.choice),
                 "predicted_kl": trial.choice.loss,
                 "verified": trial.measured,
             }
             for c, trial in found.fixed
         ),
         fingerprint=_fingerprint(prepared),
+        rounding=found.rounding,
+        times=found.times,
     )
 
 
@@ -63,6 +65,11 @@ def finished(prepared: Prepared, file: Path) -> Policy | None:
 def lines(policy: Policy) -> list[str]:
     """What a console shows of a policy: its sum, then a line for each regime, then the settings it was compared with."""
     found = [policy.summary(), *_regimes("this policy", policy.verified)]
+    if policy.times is not None:
+        exact, ours = policy.times["exact_ms"], policy.times["ms"]
+        found.append(f"  attention of all layers: {ours:.3g} ms, exact {exact:.3g} ms ({exact / ours:.2f}x)")
+    if policy.rounding is not None:
+        found += _regimes(f"exact attention by other kernels, the rounding of {policy.calibration['dtype']}", policy.rounding)
     for rival in policy.fixed:
         shown = ", ".join(
             f"{name} {rival['attributes'][name]}" for name in ("selector", "local_size", "num_blocks", "sample_size", "pool_size")
