@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from hyperattention.config import Config
+from hyperattention.export.budget import REGIMES
 from hyperattention.export.switched import Captured
 from hyperattention.validate.inputs import NEEDLE_DIGITS
 from hyperattention.validate.policy.candidates import Candidate
@@ -22,7 +24,7 @@ from hyperattention.validate.policy.trial import Laboratory
 
 QUESTION_ROWS = 5 * NEEDLE_DIGITS  # of a prompt's end: the question and its answer
 TEXT, PLANTED = "text", "needle"
-TAILS = {"cuda": 8, "cpu": 1}  # of the first window, that a probe judges after a prefill
+TAILS = {"cuda": 4, "cpu": 1}  # of the first window, that a probe judges after a prefill
 
 
 @dataclass
@@ -68,9 +70,12 @@ class Measurements:
         return [Option(o.candidate, cost, o.loss) for o, cost in zip(priced, costs, strict=True)]
 
     def probe(self, what: str, wanted: Iterable[tuple[int, int]]) -> int:
-        """Runs the model with one layer approximated for each (number of a layer, candidate) that was not; how many those were."""
+        """Runs the model with one layer approximated for each (number of a layer, candidate) that was not; how many those were.
+
+        On text in fp32 (probe.py); planted keys, whose digits an approximation gets right or wrong, in the model's own type.
+        """
         made = 0
-        with in_fp32(self.lab.patched.model):
+        with in_fp32(self.lab.patched.model) if what == TEXT else nullcontext():
             for number, candidate in wanted:
                 found = self.probes.setdefault((what, number), {})
                 if candidate in found or not self.errors[what][number][candidate]:
@@ -82,12 +87,11 @@ class Measurements:
         return made
 
     def _probe(self, what: str, configs: Mapping[int, Config]) -> dict[str, float]:
-        tails, window = TAILS[self.lab.device.type], self.lab.windows[0]
-        told = {"configs": {str(index): config.attributes() for index, config in configs.items()}, "regimes": list(self.regimes)}
+        told = {"configs": {str(index): config.attributes() for index, config in configs.items()}}
         if what == TEXT:
-            told |= {"window": str(window), "tails": tails}
-            return self.store.get("probe", told, lambda: probe(self.lab, configs, self.regimes, window, tails))
-        told |= {"needles": len(self.lab.needles)}
+            tails, window = TAILS[self.lab.device.type], self.lab.windows[0]
+            return self.store.get("probe", {**told, "tails": tails}, lambda: probe(self.lab, configs, REGIMES, window, tails))
+        told["regimes"] = list(self.regimes)
         return self.store.get("planted", told, lambda: self.lab.measure(configs, self.regimes, (), self.lab.needles)["needle_kl"])
 
     # --- the op alone ------------------------------------------------------------------------------------------------

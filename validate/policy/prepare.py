@@ -176,7 +176,7 @@ def prepare(options: Options, say: Callable[[str], None] = lambda text: None) ->
     settings = candidates(length, bool(causal.pop()), options.fixed)
     if options.budget.plants and options.input_ids != "bytes":
         raise UsageError("--budget needle plants a prompt of bytes; it needs a model that reads them (--input-ids bytes)")
-    if options.budget.needle is not None and length < needle_room(1):
+    if options.budget.plants and length < needle_room(1):
         raise UsageError(f"--budget needle plants prompts of at least {needle_room(1)} bytes; --length is {length}: give a longer one")
     _check_keys(options.budget, settings, plan, length)
     needed = options.windows * (length + 1)
