@@ -71,9 +71,9 @@ class Policy:
     verified: dict[str, Any]
     pareto: tuple[dict[str, Any], ...]
     fixed: tuple[dict[str, Any], ...]
+    rounding: dict[str, Any] | None
+    times: dict[str, float] | None
     fingerprint: str
-    rounding: dict[str, Any] | None = None
-    times: dict[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The policy as JSON values, with a digest of them all."""

@@ -187,6 +187,8 @@ def policy() -> dict:
         "verified": verified(0.00039),
         "pareto": [{"keys": 700.0 + 300 * i, "predicted_kl": 0.0093 / 4**i} for i in range(12)],
         "fixed": [{"attributes": blocks, "keys": 1690.25, "predicted_kl": 0.0012, "verified": verified(0.0011)}],
+        "rounding": {**verified(0.00002), "needle": None},
+        "times": {"exact_ms": 96.0, "ms": 31.5},
         "fingerprint": "f" * 64,
     }
     return {"schema": policies.SCHEMA, **found, "digest": digest(found)}

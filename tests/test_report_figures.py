@@ -171,6 +171,9 @@ def test_the_policy_is_a_figure_and_tables() -> None:
     told = [line.strip("| ").split(" | ") for line in render(report, "report.md.jinja").splitlines() if "this policy" in line]
     assert [[row[0], *row[3:7]] for row in told] == [[row[0], *row[3:7]] for row in rows[:2]]
     del rows[1]
+    floor, kl = rows.pop(), policy["rounding"]["prefill_exact_decode"]["kl"]["mean"]
+    assert floor[0].endswith(": rounding") and numbers(floor[5])[0] == pytest.approx(kl, rel=0.05)
+    assert "Attention of all layers took 31.5 ms there, exact 96.0 ms" in found.text
     for row, of in zip(rows, [policy, *policy["fixed"]], strict=True):
         tail = of["verified"]["prefill_exact_decode"]
         values = [of["keys"], of["predicted_kl"], of["verified"]["all_positions"]["kl"]["mean"], tail["kl"]["mean"], 0.9844]

@@ -11,6 +11,7 @@ from hyperattention.validate.plots import Chart
 # What a policy searches, in the words of a reader.
 SETTINGS = {"local_size": "local", "num_blocks": "blocks", "sample_size": "samples", "pool_size": "pool"}
 CHOSEN, UNSEEN = "this policy", "this policy, on the text of this report"
+ROUNDING = "exact attention by other kernels: rounding"
 _SMALLEST = 1e-3  # of the chosen KL; predictions below it are as good as exact, and would flatten the figure
 
 
@@ -22,13 +23,16 @@ def setting_text(attributes: dict[str, Any] | None) -> str:
 
 
 def policy_rows(report: dict) -> list[dict[str, Any]]:
-    """The report's policy, what it gives on the text of the report where that was read at the same length, and the settings that all
-    layers share, as far as they were run whole: {"name", "keys", "predicted_kl", by regime the tokens' numbers or None, "needle"}."""
+    """The report's policy, what it gives on the text of the report where that was read at the same length, the settings that all layers
+    share, as far as they were run whole, and what rounding alone makes of exact attention: {"name", "keys", "predicted_kl", by regime
+    the tokens' numbers or None, "needle"}."""
     policy = report["plan"]["policy"]
     rivals = [(f"all layers: {setting_text(fixed['attributes'])}", fixed) for fixed in policy["fixed"]]
     chosen, *others = [_policy_row(name, of, of["verified"]) for name, of in ((CHOSEN, policy), *rivals)]
     unseen = [row for row in report["approximation"] if row["length"] == policy["calibration"]["length"]]
-    return [chosen, *(_policy_row(UNSEEN, policy, row) for row in unseen), *others]
+    floor = {"keys": policy["exact_keys"], "predicted_kl": 0.0}
+    rounding = [_policy_row(ROUNDING, floor, policy["rounding"])] if policy["rounding"] else []
+    return [chosen, *(_policy_row(UNSEEN, policy, row) for row in unseen), *others, *rounding]
 
 
 def _policy_row(name: str, of: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
@@ -50,7 +54,7 @@ def policy_chart(report: dict) -> Chart | None:
     regime = judged_regime(policy)
     by_name: dict[str, list[Point]] = {CHOSEN: [], UNSEEN: []}
     rivals: list[Point] = []
-    for row in policy_rows(report):
+    for row in (row for row in policy_rows(report) if row["name"] != ROUNDING):
         by_name.get(row["name"], rivals).append(_point(f"{row['name']}, whole model", row["keys"], row[regime]["kl"]["mean"]))
     (chosen,) = by_name[CHOSEN]
     least = _SMALLEST * chosen.y
