@@ -56,7 +56,8 @@ class Policy:
     identity: `identity` of the model. budget: `Budget.to_json`. calibration: text (name, sha256, from, to in tokens), length, windows,
     dtype, device. verified: the joint choice, measured by whole forward passes. pareto: joint choices by rising cost, {"keys",
     "predicted_kl"}. fixed: settings that all layers share, as far as they were measured whole. rounding: as verified, of exact attention
-    by other kernels; None in fp32. times: {"exact_ms", "ms"} of all layers' attention where time was the cost. All JSON values.
+    by other kernels; None in fp32. times: {"exact_ms", "ms"} of all layers' attention where time was the cost. rivals: settings of
+    equal keys beside the policy on text that the search has not read (validate/policy/rivals.py). All JSON values.
     """
 
     model: str
@@ -73,6 +74,7 @@ class Policy:
     fixed: tuple[dict[str, Any], ...]
     rounding: dict[str, Any] | None
     times: dict[str, float] | None
+    rivals: dict[str, Any] | None
     fingerprint: str
 
     def to_json(self) -> dict[str, Any]:

@@ -190,6 +190,29 @@ def policy() -> dict:
         "rounding": {**verified(0.00002), "needle": None},
         "times": {"exact_ms": 96.0, "ms": 31.5},
         "fingerprint": "f" * 64,
+        "rivals": {
+            "text": {"name": "heldout.txt", "sha256": "0123456789abcdef" * 4, "tokens": "bytes", "from": 196607, "to": 786432},
+            **{"windows": 2, "needle_prompts": 4, "settings": {"all layers": 17, "all but its exact layers": 21}},
+            "policy": verified(0.00041),
+            "rows": [
+                {
+                    "name": "all layers",
+                    "attributes": blocks,
+                    "exact": [],
+                    "keys": 1695.5,
+                    "predicted_kl": 0.0012,
+                    "verified": verified(0.0013),
+                },
+                {
+                    "name": "window + sinks",
+                    "attributes": blocks,
+                    "exact": [2],
+                    "keys": 1699.5,
+                    "predicted_kl": None,
+                    "verified": verified(0.01),
+                },
+            ],
+        },
     }
     return {"schema": policies.SCHEMA, **found, "digest": digest(found)}
 

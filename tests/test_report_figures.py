@@ -168,7 +168,7 @@ def test_the_policy_is_a_figure_and_tables() -> None:
     close = {key: report["approximation"][0][key]["kl"]["mean"] for key in ("all_positions", "prefill_exact_decode")}
     assert [numbers(rows[1][i])[0] for i in (3, 5)] == pytest.approx(list(close.values()), rel=0.05) and rows[1][7] == "–"
     assert rows[2][0].startswith("all layers: blocks, local ")
-    told = [line.strip("| ").split(" | ") for line in render(report, "report.md.jinja").splitlines() if "this policy" in line]
+    told = [line.strip("| ").split(" | ") for line in render(report, "report.md.jinja").splitlines() if line.startswith("| this policy")]
     assert [[row[0], *row[3:7]] for row in told] == [[row[0], *row[3:7]] for row in rows[:2]]
     del rows[1]
     floor, kl = rows.pop(), policy["rounding"]["prefill_exact_decode"]["kl"]["mean"]
@@ -183,6 +183,14 @@ def test_the_policy_is_a_figure_and_tables() -> None:
     (frontier_rows,) = [table[1:] for table in found.tables if table[0] == ["Keys a query", "Predicted KL"]]
     assert [numbers(row[0]) for row in frontier_rows] == [[point["keys"]] for point in policy["pareto"]]
     assert "nats ≤ 0.005, needle ≥ 0.98 in both regimes" in found.text
+    (equal,) = [table[1:] for table in found.tables if table[0][0] == "At equal keys"]
+    judged = policy["rivals"]
+    for row, of in zip(equal, [{**policy, "verified": judged["policy"]}, *judged["rows"]], strict=True):
+        regimes = [of["verified"][regime]["kl"]["mean"] for regime in ("all_positions", "prefill_exact_decode")]
+        assert [numbers(row[i])[0] for i in (1, 3, 5, 7)] == pytest.approx([of["keys"], *regimes, 0.9844], rel=0.05)
+        assert any(tip.startswith(row[0]) for tip in at)
+    assert equal[0][0].startswith("on text that the search has not read") and equal[2][2] == "–"
+    assert "196,607 to 786,432" in found.text and "196,607 to 786,432" in render(report, "report.md.jinja")
     note = f"Not as it was measured: {report['plan']['policy_notes'][0]}."
     assert note in found.text and note in render(report, "report.md.jinja")
 
@@ -191,6 +199,7 @@ def test_a_policy_of_one_regime_shows_that_one() -> None:
     report = samples.with_policy()
     policy = report["plan"]["policy"]
     policy["budget"] = {"nats": 0.005, "regime": "prefill_exact_decode"}
+    policy["rivals"] = None
     for of in (policy, *policy["fixed"]):
         del of["verified"]["all_positions"]
         of["verified"]["needle"] = None

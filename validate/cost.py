@@ -113,7 +113,12 @@ def _sortlsh(g: Geometry, length: int) -> tuple[int, int, int]:
 
 @lru_cache(maxsize=128)
 def window_baseline(config: Config, length: int) -> Config:
-    """Window and sinks at the keys per query of `config`: the widest window, then as many sinks, that do not exceed them.
+    """Window and sinks at the keys per query of `config`, as `window_within` has it."""
+    return window_within(config, keys_per_query(config, length), length)
+
+
+def window_within(config: Config, budget: float, length: int) -> Config:
+    """Window and sinks with the mask, scale and seed of `config`: the widest window, then as many sinks, of at most `budget` keys a query.
 
     Causal: the operator itself without heavy blocks and samples, its local part overlapping. Non-causal the operator has no local
     part; there `local_size` is the tile of validate/window.py, whose rows meet their own tile and the two beside it. Sizes
@@ -125,7 +130,7 @@ def window_baseline(config: Config, length: int) -> Config:
     low = -(-RANGES["local_size"][0] // step) * step
     shape = dict(block_size=base.block_size, pool_size=base.pool_size, local_size=low)
     plain = replace(config, selector="blocks", num_blocks=0, sample_size=0, local_overlap=1, **shape)
-    budget, sinks = keys_per_query(config, length), config.sinks or STREAMING_SINKS
+    sinks = config.sinks or STREAMING_SINKS
     sizes = range(low, RANGES["local_size"][1] + 1, step)
     fitting = [size for size in sizes if window_keys(replace(plain, local_size=size, sinks=sinks), length) <= budget]
     narrow = replace(plain, local_size=fitting[0] if fitting else low, sinks=sinks)

@@ -12,6 +12,7 @@ from hyperattention.validate.plots import Chart
 SETTINGS = {"local_size": "local", "num_blocks": "blocks", "sample_size": "samples", "pool_size": "pool"}
 CHOSEN, UNSEEN = "this policy", "this policy, on the text of this report"
 ROUNDING = "exact attention by other kernels: rounding"
+NOT_READ = "on text that the search has not read"
 _SMALLEST = 1e-3  # of the chosen KL; predictions below it are as good as exact, and would flatten the figure
 
 
@@ -33,6 +34,17 @@ def policy_rows(report: dict) -> list[dict[str, Any]]:
     floor = {"keys": policy["exact_keys"], "predicted_kl": 0.0}
     rounding = [_policy_row(ROUNDING, floor, policy["rounding"])] if policy["rounding"] else []
     return [chosen, *(_policy_row(UNSEEN, policy, row) for row in unseen), *others, *rounding]
+
+
+def rival_rows(report: dict) -> list[dict[str, Any]]:
+    """Rows as `policy_rows` has them, of text that the search had not read: the policy first, then settings of equal keys, where these
+    were run (`hyperattention policy --rivals`)."""
+    policy = report["plan"]["policy"]
+    judged = policy.get("rivals")
+    if judged is None:
+        return []
+    rivals = [_policy_row(f"{row['name']}: {setting_text(row['attributes'])}", row, row["verified"]) for row in judged["rows"]]
+    return [_policy_row(f"{NOT_READ}, {CHOSEN}", policy, judged["policy"]), *rivals]
 
 
 def _policy_row(name: str, of: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
@@ -57,13 +69,14 @@ def policy_chart(report: dict) -> Chart | None:
     for row in (row for row in policy_rows(report) if row["name"] != ROUNDING):
         by_name.get(row["name"], rivals).append(_point(f"{row['name']}, whole model", row["keys"], row[regime]["kl"]["mean"]))
     (chosen,) = by_name[CHOSEN]
+    own, *beaten = [_point(f"{row['name']}, whole model", row["keys"], row[regime]["kl"]["mean"]) for row in rival_rows(report)] or [None]
     least = _SMALLEST * chosen.y
     predicted = [_point("predicted", at["keys"], at["predicted_kl"]) for at in policy["pareto"] if at["predicted_kl"] >= least]
     groups = [
         Group("predicted frontier", predicted, 1, joined=True, dashed=True),
-        Group("one setting for all layers", rivals, 3),
+        Group("one setting for all layers", [*rivals, *(point for point in beaten if point is not None)], 3),
         Group("chosen", [chosen], 2, ring=True),
-        Group("on this report's text", by_name[UNSEEN], 4),
+        Group("on text it was not chosen on", [*by_name[UNSEEN], *([own] if own is not None else [])], 4),
     ]
     return scatter_chart(
         "KL against keys a query", groups, "keys a query", "KL, nats a token", upright=(policy["exact_keys"], "exact: KL 0")

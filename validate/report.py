@@ -14,7 +14,7 @@ from hyperattention.export.budget import budget_from_json
 from hyperattention.export.console import jsonable
 from hyperattention.export.gate_options import FEATURES, LANGUAGE
 from hyperattention.validate.charts import bin_text, charts, hardest_heads, row_histogram
-from hyperattention.validate.cost_charts import judged_regime, policy_rows, setting_text
+from hyperattention.validate.cost_charts import judged_regime, policy_rows, rival_rows, setting_text
 from hyperattention.validate.report_format import FILTERS
 
 SCHEMA = 4
@@ -76,7 +76,12 @@ def render(report: dict, template: str) -> str:
     parts |= {"histogram": row_histogram(report), "bin_text": bin_text}
     policy = report["plan"].get("policy")
     if policy:
-        parts |= {"policy_rows": policy_rows(report), "regime": judged_regime(policy), "budget": str(budget_from_json(policy["budget"]))}
+        parts |= {
+            "policy_rows": policy_rows(report),
+            "rival_rows": rival_rows(report),
+            "regime": judged_regime(policy),
+            "budget": str(budget_from_json(policy["budget"])),
+        }
     return templates(html).get_template(template).render(r=report, **parts)
 
 

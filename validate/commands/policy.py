@@ -39,6 +39,12 @@ def command(
         typer.Option(help="Positions that attend exactly after an approximate prefill, 1 to half of --length. (default: at most 512)"),
     ] = None,
     probes: Annotated[int, typer.Option(help="Settings that each layer alone is run through the whole model with, 1 to 64.")] = 2,
+    rivals: Annotated[
+        int,
+        typer.Option(
+            help="Settings of equal keys that are run beside the policy on text it was not chosen on: as many of a family, 0 to 64."
+        ),
+    ] = 0,
     fix: Annotated[
         Optional[list[str]], typer.Option(metavar="NAME=VALUE", help="An attribute of the op that is not searched, repeatable.")
     ] = None,
@@ -86,6 +92,7 @@ def command(
         device=device,
         seed=seed,
         fixed=parse_fixed(fix or []),
+        rivals=rivals,
         trust=Trust(pickle=allow_pickle, code=trust_remote_code),
     )
     prepared = prepare(options, lambda text: reporter.say(escape(text)))
@@ -106,7 +113,7 @@ def command(
     kept = f"what was measured is kept in {measured}; --resume goes on from there"
     with reporter.stage("policy"), interrupt.undoing(lambda: kept if store.made else None):
         search = prepared.search(store, reporter.step)
-        search.step = reporter.counted(search.count_steps())
+        search.step = reporter.counted(search.count_steps() + prepared.count_rivals())
         policy = as_policy(prepared, search, search.run())
     write_policy(policy, out)
     for line in lines(policy):

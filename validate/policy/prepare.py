@@ -22,10 +22,11 @@ from hyperattention.library import ort_library_path, trt_library_path
 from hyperattention.native import Library
 from hyperattention.validate.inputs import DEPTHS, Corpus, Window, load_corpus, needle, needle_room, windows
 from hyperattention.validate.operators import native_operator
-from hyperattention.validate.policy.calibration import calibration_part, describe_part
+from hyperattention.validate.policy.calibration import calibration_part, describe_part, unseen_part
 from hyperattention.validate.policy.candidates import Candidate, candidates
 from hyperattention.validate.policy.interpolate import with_interpolation
-from hyperattention.validate.policy.search import Search
+from hyperattention.validate.policy.rivals import FAMILIES, Field, judged
+from hyperattention.validate.policy.search import Found, Search
 from hyperattention.validate.policy.store import Store
 from hyperattention.validate.policy.trial import Laboratory
 
@@ -54,13 +55,19 @@ class Options:
     device: str = "auto"
     seed: int = 0
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    rivals: int = 0  # settings of each family that are run beside the policy on the rest of the text
     trust: Trust = Trust()
 
     def __post_init__(self) -> None:
         choice("--device", self.device, DEVICES)
         if self.dtype is not None:
             choice("--dtype", self.dtype, DTYPES)
-        sizes = (("--length", self.length, 2, MAX_SEQUENCE), ("--windows", self.windows, 1, 1024), ("--tail", self.tail, 1, 2**20))
+        sizes = (
+            ("--rivals", self.rivals, 0, 64),
+            ("--length", self.length, 2, MAX_SEQUENCE),
+            ("--windows", self.windows, 1, 1024),
+            ("--tail", self.tail, 1, 2**20),
+        )
         for name, value, low, high in (*sizes, ("--probes", self.probes, 1, 64), ("--seed", self.seed, 0, INT32_MAX - NEEDLE_SEED)):
             if value is not None and not low <= value <= high:
                 raise UsageError(f"{name} is {value}; it takes {low} to {high}")
@@ -76,6 +83,7 @@ class Prepared:
     length: int
     device: torch.device
     part: Corpus
+    rest: Corpus  # of the same text, behind `part`
     candidates: list[Candidate]
     tail: int
 
@@ -101,6 +109,7 @@ class Prepared:
             f"calibration: tokens 0 to {len(part.ids):,} of {part.name}, {o.windows} windows of {self.length:,}",
             f"in each layer {settings} settings of the op: the error of {asked} is measured, of the others it lies between; then the "
             f"whole model with one layer approximate, at least {layers * o.probes} times, and with joint choices",
+            *([f"then the policy and rivals of equal keys, {o.rivals} of a family, on text behind that"] if o.rivals else []),
         ]
 
     def warnings(self) -> list[str]:
@@ -128,6 +137,21 @@ class Prepared:
         chosen = windows(self.part, self.length, self.options.windows)
         lab = Laboratory(patched, operator, chosen, self._needles(), self.tail, self.device)
         return Search(lab, self.options.budget, self.candidates, self.options.probes, self._weights(), store, step)
+
+    def judged(self, search: Search, found: Found) -> dict[str, Any] | None:
+        """The policy beside rivals of equal cost on text that the search did not read (rivals.py); None where none were asked for."""
+        count, first = self.options.rivals, len(self.part.ids)
+        if not count:
+            return None
+        told = {**describe_part(self.part), "from": first, "to": first + len(self.rest.ids)}
+        prompts = self.options.input_ids == "bytes" and self.length >= needle_room(1)
+        seed = NEEDLE_SEED + self.options.seed + PROMPTS
+        needles = [needle(self.rest, self.length, depth, seed) for depth in DEPTHS] if prompts else []
+        return judged(Field(search, found, self.options.fixed), count, windows(self.rest, self.length, self.options.windows), needles, told)
+
+    def count_rivals(self) -> int:
+        """About how many steps `judged` reports."""
+        return len(FAMILIES) * (self.options.rivals + 1) + 2 if self.options.rivals else 0
 
     def _needles(self) -> list[Window]:
         if not self.options.budget.plants:
@@ -181,7 +205,9 @@ def prepare(options: Options, say: Callable[[str], None] = lambda text: None) ->
     _check_keys(options.budget, settings, plan, length)
     needed = options.windows * (length + 1)
     corpus = load_corpus(options.text, options.input_ids, Path(source.model), source.vocab_size, options.seed, length)
-    return Prepared(options, source, plan, length, device, calibration_part(corpus, needed), settings, tail)
+    part = calibration_part(corpus, needed)
+    rest = unseen_part(corpus, {"calibration": describe_part(part)}, length)
+    return Prepared(options, source, plan, length, device, part, rest, settings, tail)
 
 
 def _check_keys(budget: Budget, settings: list[Candidate], plan: ExportPlan, length: int) -> None:

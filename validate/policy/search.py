@@ -43,7 +43,7 @@ class Found:
     """The chosen trial, the predicted frontier, the settings that all layers share as far as they were measured.
 
     `rounding` is what exact attention by our kernels loses in the model's half type (`Laboratory.rounding`), None in fp32. `times` are
-    milliseconds of all layers' attention, exact and as chosen, None where the cost is in keys.
+    milliseconds of all layers' attention, exact and as chosen, None where the cost is in keys. `options`: of each layer, by candidate.
     """
 
     trial: Trial
@@ -51,6 +51,7 @@ class Found:
     fixed: list[tuple[int, Trial]]
     rounding: dict[str, Any] | None
     times: dict[str, float] | None
+    options: list[list[Option]]
 
 
 @dataclass
@@ -143,7 +144,7 @@ class Search:
         told = self.measurements.options(TEXT, self._keys)[self.budget.regimes[0]]
         times = None if self.budget.unit == "keys" else {"exact_ms": sum(row[-1] for row in self._costs), "ms": trial.choice.cost}
         said = [(c, replace(rival, choice=rival.choice.of(told))) for c, rival in fixed]
-        return Found(replace(trial, choice=trial.choice.of(told)), frontier(told), said, rounding, times)
+        return Found(replace(trial, choice=trial.choice.of(told)), frontier(told), said, rounding, times, told)
 
     # --- the choice --------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hyperattention.validate.policy.search import Found, Search
 
 
 def as_policy(prepared: Prepared, search: Search, found: Found) -> Policy:
-    """The policy of a search that ran."""
+    """The policy of a search that ran, beside its rivals where they were asked for, which are run now."""
     source, chosen = prepared.source, found.trial.choice
     names = {layer.index: layer.name for layer in prepared.plan.planned}
     layers = []
@@ -46,11 +47,13 @@ def as_policy(prepared: Prepared, search: Search, found: Found) -> Policy:
         fingerprint=_fingerprint(prepared),
         rounding=found.rounding,
         times=found.times,
+        rivals=prepared.judged(search, found),
     )
 
 
 def _fingerprint(prepared: Prepared) -> str:
-    return digest([prepared.fingerprint(), prepared.options.budget.to_json(), dict(prepared.options.fixed)])
+    options = prepared.options
+    return digest([prepared.fingerprint(), options.budget.to_json(), dict(options.fixed), options.rivals])
 
 
 def finished(prepared: Prepared, file: Path) -> Policy | None:
@@ -71,11 +74,29 @@ def lines(policy: Policy) -> list[str]:
     if policy.rounding is not None:
         found += _regimes(f"exact attention by other kernels, the rounding of {policy.calibration['dtype']}", policy.rounding)
     for rival in policy.fixed:
-        shown = ", ".join(
-            f"{name} {rival['attributes'][name]}" for name in ("selector", "local_size", "num_blocks", "sample_size", "pool_size")
-        )
-        found += _regimes(f"all layers {shown}: {rival['keys']:,.0f} keys", rival["verified"])
+        found += _regimes(f"all layers {_shown(rival['attributes'])}: {rival['keys']:,.0f} keys", rival["verified"])
+    return [*found, *(_rivals(policy.rivals) if policy.rivals is not None else [])]
+
+
+def _rivals(judged: dict[str, Any]) -> list[str]:
+    """The policy and its rivals on text that the search has not read, and whether it beats them."""
+    text = judged["text"]
+    ranked = ", ".join(f"{count} for {family}" for family, count in judged["settings"].items())
+    found = [f"on tokens {text['from']:,} to {text['to']:,}, which the search has not read; of settings of as many keys ranked: {ranked}"]
+    found += _regimes("this policy", judged["policy"])
+    for row in judged["rows"]:
+        found += _regimes(f"{row['name']}, {_shown(row['attributes'])}: {row['keys']:,.0f} keys", row["verified"])
+    for regime in REGIMES:
+        ours = judged["policy"][regime]["kl"]["mean"]
+        best = min((row["verified"][regime]["kl"]["mean"] for row in judged["rows"]), default=math.nan)
+        beaten = sum(row["verified"][regime]["kl"]["mean"] > ours for row in judged["rows"])
+        said = f"KL {ours:.5f}, the best rival's {best:.5f}"
+        found.append(f"  {regime.replace('_', ' ')}: it beats {beaten} of {len(judged['rows'])} rivals in KL ({said})")
     return found
+
+
+def _shown(attributes: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {attributes[name]}" for name in ("selector", "local_size", "num_blocks", "sample_size", "pool_size"))
 
 
 def _regimes(name: str, measured: dict[str, Any]) -> list[str]:
