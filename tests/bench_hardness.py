@@ -24,7 +24,8 @@ from hyperattention.export.switched import Captured
 from hyperattention.library import load_cpu, load_cuda
 from hyperattention.native import Library
 from hyperattention.validate.environment import describe
-from hyperattention.validate.head_metrics import head_rows, layer_hardness
+from hyperattention.validate.hardness_layers import groups, layers_hardness
+from hyperattention.validate.head_metrics import head_rows
 from hyperattention.validate.inputs import load_corpus, windows
 from hyperattention.validate.layers import seeds_of
 from hyperattention.validate.metrics import head_errors
@@ -55,8 +56,8 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     kernels, device = (load_cuda(), torch.device("cuda")) if cuda else (load_cpu(), torch.device("cpu"))
     rows = []
-    print("| length | layer | exact, s | heads, s | ratio | " + " | ".join(SHOWN) + " |")
-    print("|---" * (5 + len(SHOWN)) + "|", flush=True)
+    print("| length | layer | layers at once | exact, s | heads, s | ratio | " + " | ".join(SHOWN) + " |")
+    print("|---" * (6 + len(SHOWN)) + "|", flush=True)
     for row in measure(options, kernels, device):
         rows.append(row)
         print(table_row(row), flush=True)
@@ -75,23 +76,26 @@ def measure(options: argparse.Namespace, kernels: Library, device: torch.device)
         wanted = frozenset(options.layers) if options.layers else None
         with model.capture(wanted) as captured, model.mode("exact"), torch.inference_mode():
             model.forward(ids)
-        for call in captured:
-            yield {"length": length, "preset": options.preset, **layer_row(call, kernels, options.repeats)}
+        for group in groups(captured):
+            for row in group_rows([captured[at] for at in group], kernels, options.repeats):
+                yield {"length": length, "preset": options.preset, **row}
 
 
-def layer_row(call: Captured, kernels: Library, repeats: int) -> dict:
-    """One captured layer."""
-    problem = call.q, call.k, call.v
-    exact = kernels.forward(*problem, call.config.exact())
-    hard = layer_hardness(call, kernels, exact[1])
+def group_rows(calls: list[Captured], kernels: Library, repeats: int) -> Iterator[dict]:
+    """Captured layers that are measured together: each has an equal share of the time."""
+    exact = [kernels.forward(c.q, c.k, c.v, c.config.exact()) for c in calls]
+    lses = [lse for _, lse in exact]
+    hardness = layers_hardness(calls, kernels, lses)
     jobs = {
-        "exact_s": lambda: kernels.forward(*problem, call.config.exact()),
-        "hardness_s": lambda: layer_hardness(call, kernels, exact[1]),
+        "exact_s": lambda: [kernels.forward(c.q, c.k, c.v, c.config.exact()) for c in calls],
+        "hardness_s": lambda: layers_hardness(calls, kernels, lses),
     }
-    runs = [{name: seconds(job, call.q.device) for name, job in jobs.items()} for _ in range(repeats)]
-    ours = [kernels.forward(*problem, config) for config in seeds_of(call.config)]
-    heads = head_rows(head_errors(ours[0][0], exact[0]), hard, exact[1], [lse for _, lse in ours])
-    return {"layer": call.layer, **{name: min(run[name] for run in runs) for name in jobs}, "heads": heads}
+    runs = [{name: seconds(job, calls[0].q.device) / len(calls) for name, job in jobs.items()} for _ in range(repeats)]
+    times = {name: min(run[name] for run in runs) for name in jobs}
+    for call, (o, lse), hard in zip(calls, exact, hardness, strict=True):
+        ours = [kernels.forward(call.q, call.k, call.v, config) for config in seeds_of(call.config)]
+        heads = head_rows(head_errors(ours[0][0], o), hard, lse, [found for _, found in ours])
+        yield {"layer": call.layer, "together": len(calls), **times, "heads": heads}
 
 
 def seconds(job: Callable[[], object], device: torch.device) -> float:
@@ -109,7 +113,7 @@ def seconds(job: Callable[[], object], device: torch.device) -> float:
 
 def table_row(row: dict) -> str:
     """A row in Markdown."""
-    cells = [f"{row['length']:,}", str(row["layer"]), f"{row['exact_s']:.4f}", f"{row['hardness_s']:.4f}"]
+    cells = [f"{row['length']:,}", str(row["layer"]), str(row["together"]), f"{row['exact_s']:.4f}", f"{row['hardness_s']:.4f}"]
     cells.append(f"{row['hardness_s'] / row['exact_s']:.2f}x")
     for name, worst in SHOWN.items():
         values = [head[name] for head in row["heads"]]

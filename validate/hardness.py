@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,14 +20,15 @@ from hyperattention.validate.hardness_columns import Alphas, ColumnSums, ExactLs
 from hyperattention.validate.hardness_rows import RowNumbers, row_logits, row_numbers, row_softmax
 from hyperattention.validate.hardness_sets import ExactSets, RowTile
 
-ROWS = 512  # of a head that are looked at
-_TILE = {"cpu": 2**18, "cuda": 2**26}  # logits held at once
-_TILES = {"cpu": 8, "cuda": 4}  # that the rows make at least: each reads all keys up to its last row's
+ALL_ROWS, FEWEST, MOST = 512, 256, 512  # of a head that are looked at
+_TILE = {"cpu": 2**18, "cuda": 2**27}  # logits held at once
+_TILES = {"cpu": 8, "cuda": 2}  # that the rows make at least: each reads all keys up to its last row's
+_GPU_SHARE = 128  # bytes of free memory that a logit needs, with what is made of it
 
 
 def sampled_rows(seen: range) -> Tensor:
-    """Evenly strided rows of `seen`, int64: all of up to 512, of more 512."""
-    count = min(len(seen), ROWS)
+    """Evenly strided rows of `seen`, int64: all of up to 512, of more one in 64, at least 256 and at most 512."""
+    count = len(seen) if len(seen) <= ALL_ROWS else min(MOST, max(FEWEST, len(seen) // 64))
     return seen.start + (2 * torch.arange(count) + 1) * len(seen) // max(1, 2 * count)
 
 
@@ -64,6 +65,11 @@ class Hardness:
             "cv_predicted": spread["stratified" if self.config.stratified else "uniform"],
         }
 
+    def heads(self, some: slice) -> "Hardness":
+        """That of some of the query heads."""
+        numbers = tuple(RowNumbers(*(x[some] for x in vars(found).values())) for found in self.numbers)
+        return replace(self, numbers=numbers, alphas=tuple(Alphas(*(x[some] for x in vars(found).values())) for found in self.alphas))
+
     def at_rows(self, values: Tensor, head: int) -> Tensor:
         """Of values [B, Hq, Sq] those of one head at the sampled rows, float64 [rows of all batch rows], on the CPU."""
         return torch.cat([values[b, head, rows.to(values.device)].double().cpu() for b, rows in enumerate(self.rows)])
@@ -99,6 +105,7 @@ def _root_mean(squares: Tensor) -> float:
     return math.sqrt(_mean(squares)) if squares.numel() else math.nan
 
 
+@torch.inference_mode()
 def measure_hardness(
     q: Tensor,
     k: Tensor,
@@ -153,10 +160,11 @@ def _scan(q: Tensor, k: Tensor, sets: ExactSets, rows: Tensor, columns: ColumnSu
 def _tiles(sets: ExactSets, rows: Tensor) -> Iterator[tuple[slice, RowTile, range]]:
     """The sampled rows in tiles of a bounded number of logits: their place in `rows`, the tile, key heads."""
     g, host, kind = sets.g, rows.tolist(), "cuda" if rows.is_cuda else "cpu"
+    logits = min(_TILE[kind], torch.cuda.mem_get_info(rows.device)[0] // _GPU_SHARE) if rows.is_cuda else _TILE[kind]
     most, at = -(-len(host) // _TILES[kind]), 0
     while at < len(host):
         longest = min(sets.length, host[min(at + most, len(host)) - 1] + g.first + 1) if g.config.causal else sets.length
-        budget = max(1, _TILE[kind] // (g.group * longest))  # rows and key heads
+        budget = max(1, logits // (g.group * longest))  # rows and key heads
         step = min(most, budget, len(host) - at)
         heads = min(g.heads_kv, budget // step)
         tile = RowTile.of(g, host[at : at + step], sets.length, rows.device)

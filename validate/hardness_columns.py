@@ -103,23 +103,26 @@ class ColumnSums:
         norms = self._norms(q[0, :, seen], k[0], key, lse[0, :, seen], hidden)
         late = norms.masked_fill(key < FIRST, -torch.inf).amax(-1).flatten()
         rest = torch.where(late > -torch.inf, late * self.length, torch.nan)
-        blocks = nothing
+        blocks = nothing.unflatten(0, (g.heads_kv, g.group)).clone()
         exact = replace(g.config, causal=0).exact()
-        for node in self._largest_nodes():
+        for node, heads in self._largest_nodes():
             rows, keys = slice(node.rows.start, node.rows.stop), slice(node.keys.start, node.keys.stop)
-            inside = q[:, :, rows], k[:, :, keys], v[:, :, keys]
-            own = exact_lse(*inside, exact)
-            key = self._largest(node.sums, NODE_COLUMNS)
-            found = self._norms(inside[0][0], inside[1][0], key, own[0], None).amax(-1).flatten() * len(node.keys)
-            blocks = torch.fmax(blocks, found)
-        return Alphas(norms.amax(-1).flatten() * self.length, rest, blocks)
+            some_q = q.unflatten(1, (g.heads_kv, g.group))[:, heads, :, rows].flatten(1, 2)
+            some_k = k[:, heads, keys]
+            own = exact_lse(some_q, some_k, v[:, heads, keys], exact)
+            key = self._largest(node.sums[heads], NODE_COLUMNS)
+            found = self._norms(some_q[0], some_k[0], key, own[0], None).amax(-1) * len(node.keys)
+            blocks[heads] = torch.fmax(blocks[heads], found)
+        return Alphas(norms.amax(-1).flatten() * self.length, rest, blocks.flatten())
 
-    def _largest_nodes(self) -> list[_Node]:
-        """Of each head the block off the diagonal whose alpha the sampled rows say is the largest."""
+    def _largest_nodes(self) -> list[tuple[_Node, list[int]]]:
+        """The block off the diagonal of each head whose alpha the sampled rows say is the largest: blocks with their key heads."""
         if not self.nodes:
             return []
-        told = [node.sums.amax(-1).flatten() * (len(node.keys) * len(node.rows) / node.sampled) for node in self.nodes]
-        return [self.nodes[at] for at in sorted(set(torch.stack(told).argmax(0).tolist()))]
+        told = [node.sums.amax(-1) * (len(node.keys) * len(node.rows) / node.sampled) for node in self.nodes]
+        best = torch.stack(told).argmax(0).tolist()  # [Hkv][G]
+        chosen = {at: [head for head, group in enumerate(best) if at in group] for at in range(len(self.nodes))}
+        return [(self.nodes[at], heads) for at, heads in chosen.items() if heads]
 
     def _near(self, q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
         """The part of each column's sum [Hkv, G, keys] that is near, over all rows: q [Hq,Sq,D], k [Hkv,Sk,D], lse [Hq,Sq].
@@ -171,7 +174,7 @@ class ColumnSums:
         `hidden`: of some of the rows the pairs that do not count, bool [..., rows, C]; None: all do.
         """
         g, wide = self.g, torch.float64 if q.dtype == torch.float64 else torch.float32
-        head = torch.arange(g.heads_kv, device=q.device)[:, None, None]
+        head = torch.arange(len(k), device=q.device)[:, None, None]
         columns = k[head, key].to(wide).transpose(-1, -2) * g.config.resolved_scale(g.head_dim)
         total = torch.zeros(key.shape, dtype=torch.float64, device=q.device)
         step = max(1, _TILE[q.device.type] // key.numel())

@@ -43,12 +43,11 @@ class RowTile:
 
 @dataclass(frozen=True)
 class RowNodes:
-    """Of each row of a tile its node of `sortlsh` at one level, int64 [R]: the node's number, its first row, its first key, its keys.
-
-    A row that lies in no node of the level has 0 keys.
+    """Of each row of a tile its node of `sortlsh` at each level from `first` on, int64 [levels, R]: the node's number, its first row, its
+    first key, its keys. A row that lies in no node of a level has 0 keys there.
     """
 
-    level: int
+    first: int
     number: Tensor
     row: Tensor
     key: Tensor
@@ -64,7 +63,7 @@ class ExactSets:
             rows, keys = plan.orders(g)
             self._keys = keys[batch].long()  # [Hkv, levels, Sk]
             self._place = _places(rows[batch])  # [Hq, levels, Sq]
-            self._taken: dict[int, Tensor] = {}
+            self._taken, self._base, self._blocks_of = self._taken_keys()
         else:
             self._blocks = plan.selection[batch].long()  # [Hq, query blocks, num_blocks]
 
@@ -75,9 +74,9 @@ class ExactSets:
         """
         g, c = self.g, self.g.config
         mask = torch.zeros(len(heads), g.group, len(tile.rows), tile.stop + 1, dtype=torch.bool, device=tile.at.device)
-        for part in self._heavy(tile, heads):
-            if part.shape[-1]:
-                mask.scatter_(-1, part.clamp(max=tile.stop), True)
+        heavy = self._heavy(tile, heads)
+        if heavy.shape[-1]:
+            mask.scatter_(-1, heavy.clamp(max=tile.stop), True)
         mask = mask[..., : tile.stop]
         mask[..., : c.sinks] = True
         if c.causal:
@@ -89,7 +88,7 @@ class ExactSets:
         """First candidate and number of candidates of each row's draws, int64 [R, draws], in the order of `order` (rule 13)."""
         if self.g.sorts:
             nodes = self._nodes(tile)
-            return torch.stack([node.key for node in nodes], -1), torch.stack([node.keys for node in nodes], -1)
+            return nodes.key.T, nodes.keys.T
         sinks = torch.full_like(tile.at, self.g.config.sinks)[:, None]
         return sinks, (self._far(tile)[:, None] - sinks).clamp(min=0)
 
@@ -117,7 +116,7 @@ class ExactSets:
             return torch.full_like(tile.at, self.length)
         return ((tile.block - c.local_overlap).clamp(min=0) * c.local_size).clamp(max=self.length)
 
-    def _heavy(self, tile: RowTile, heads: range) -> list[Tensor]:
+    def _heavy(self, tile: RowTile, heads: range) -> Tensor:
         """Keys of the chosen blocks, int64 [kv heads, G, R, N]; places without a key hold Sk."""
         g, size = self.g, self.g.config.block_size
         query_heads = slice(heads.start * g.group, heads.stop * g.group)
@@ -125,47 +124,49 @@ class ExactSets:
             inside = torch.arange(size, device=tile.at.device)
             chosen = self._blocks[query_heads, tile.position // size - g.query_blocks.start].unflatten(0, (-1, g.group))
             key = (chosen[..., None] * size + inside).masked_fill(chosen[..., None] < 0, g.seq_k)
-            return [key.flatten(-2).clamp(max=g.seq_k)]
-        found, inside = [], torch.arange(g.config.num_blocks * size, device=tile.at.device)
-        for node in self._nodes(tile):
-            place = (self._place[query_heads, node.level][:, tile.at] - node.row).clamp(min=0)  # in the node's sorted rows
-            table = self._taken_at(node.level)
-            bounds = table[node.number.clamp(max=len(table) - 1), (place // size).clamp(max=table.shape[1] - 1)]  # [query heads, R, 2]
-            at = bounds[..., :1] + inside
-            order = self._keys[heads.start : heads.stop, node.level].repeat_interleave(g.group, 0)[:, None].expand(-1, len(tile.rows), -1)
-            key = order.gather(-1, (node.key[:, None] + at).clamp(max=g.seq_k - 1))
-            none = (at >= bounds[..., 1:]) | (node.keys == 0)[:, None]
-            found.append(key.masked_fill(none, g.seq_k).unflatten(0, (-1, g.group)))
-        return found
+            return key.flatten(-2).clamp(max=g.seq_k)
+        nodes, inside = self._nodes(tile), torch.arange(g.config.num_blocks * size, device=tile.at.device)
+        levels = slice(nodes.first, nodes.first + len(nodes.number))
+        place = (self._place[query_heads, levels][..., tile.at] - nodes.row).clamp(min=0)  # [query heads, levels, R], in the node's rows
+        entry = self._base[levels, None] + nodes.number * self._blocks_of[levels, None] + place // size
+        bounds = self._taken[entry.clamp(max=len(self._taken) - 1)]  # [query heads, levels, R, 2]
+        at = bounds[..., :1] + inside
+        order = self._keys[heads.start : heads.stop, levels].repeat_interleave(g.group, 0)[:, :, None].expand(-1, -1, len(tile.rows), -1)
+        key = order.gather(-1, (nodes.key[..., None] + at).clamp(max=g.seq_k - 1))
+        none = (at >= bounds[..., 1:]) | (nodes.keys == 0)[..., None]
+        return key.masked_fill(none, g.seq_k).transpose(1, 2).flatten(-2).unflatten(0, (-1, g.group))
 
-    def _nodes(self, tile: RowTile) -> list[RowNodes]:
-        """The nodes of the rows of a tile, level by level; at least one."""
+    def _nodes(self, tile: RowTile) -> RowNodes:
+        """The nodes of the rows of a tile; at least one level."""
         g, c = self.g, self.g.config
-        sinks, nothing = min(c.sinks, self.length), torch.zeros_like(tile.at)
+        sinks = min(c.sinks, self.length)
         if not c.causal:
-            return [RowNodes(0, nothing, nothing, nothing + sinks, nothing + (self.length - sinks))]
-        last, found = (tile.rows[-1] + g.first) // c.local_size, []
-        for level in range(c.local_overlap, max(last.bit_length(), c.local_overlap + 1)):
-            size, number = c.local_size << level, tile.block >> level >> 1
-            middle = (2 * number + 1) * size
-            first = (middle - size).clamp(min=sinks)
-            keys = (middle.clamp(max=self.length) - first).clamp(min=0) * (tile.block >> level & 1)
-            found.append(RowNodes(level, number, (middle - g.first).clamp(min=0), first, keys))
-        return found
+            nothing = torch.zeros_like(tile.at)[None]
+            return RowNodes(0, nothing, nothing, nothing + sinks, nothing + (self.length - sinks))
+        last = (tile.rows[-1] + g.first) // c.local_size
+        level = torch.arange(c.local_overlap, max(last.bit_length(), c.local_overlap + 1), device=tile.at.device)[:, None]
+        number, size = tile.block >> level >> 1, c.local_size << level
+        middle = (2 * number + 1) * size
+        first = (middle - size).clamp(min=sinks)
+        keys = (middle.clamp(max=self.length) - first).clamp(min=0) * (tile.block >> level & 1)
+        return RowNodes(c.local_overlap, number, (middle - g.first).clamp(min=0), first, keys)
 
-    def _taken_at(self, level: int) -> Tensor:
-        """First place and end of the sorted keys that each query block of each node of a level takes: int64 [nodes, query blocks, 2]."""
-        if level not in self._taken:
-            g, live, found = self.g, self.g.live_rows(self.length), {}
-            for m in (m for at, m in g.nodes if at == level):
+    def _taken_keys(self) -> tuple[Tensor, Tensor, Tensor]:
+        """First place and end of the sorted keys that each query block of each node takes, int64 [entries, 2], and of each level the
+        entry of its first node and the entries of a node, int64 [levels]."""
+        g, live, found, base, each = self.g, self.g.live_rows(self.length), [], [], []
+        for level in range(g.levels):
+            rows = g.config.local_size << level if g.config.causal else g.seq_q
+            base.append(len(found))
+            each.append(-(-rows // g.config.block_size))
+            numbers = [m for at, m in g.nodes if at == level]
+            for m in range(max(numbers, default=-1) + 1):
                 node = g.node(level, m, self.length)
-                blocks = range(-(-len(node.rows) // g.config.block_size))
-                found[m] = [taken_keys(g.config, block, live_in(node, live), len(node.keys)) for block in blocks]
-            table = torch.zeros(1 + max(found, default=0), max(map(len, found.values()), default=0) or 1, 2, dtype=torch.long)
-            for m, taken in found.items():
-                table[m, : len(taken)] = torch.tensor([(t.start, t.stop) for t in taken]).reshape(-1, 2)
-            self._taken[level] = table.to(self._place.device)
-        return self._taken[level]
+                blocks = range(-(-len(node.rows) // g.config.block_size) if m in numbers else 0)
+                taken = [taken_keys(g.config, block, live_in(node, live), len(node.keys)) for block in blocks]
+                found += [(t.start, t.stop) for t in taken] + [(0, 0)] * (each[-1] - len(taken))
+        device = self._place.device
+        return torch.tensor(found or [(0, 0)], device=device), torch.tensor(base, device=device), torch.tensor(each, device=device)
 
 
 def _places(order: Tensor) -> Tensor:

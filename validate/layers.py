@@ -12,9 +12,10 @@ from torch import Tensor
 from hyperattention.config import Config
 from hyperattention.export.switched import Captured
 from hyperattention.native import Library
-from hyperattention.validate.head_metrics import head_rows, layer_hardness
+from hyperattention.validate.hardness_layers import layers_hardness
+from hyperattention.validate.head_metrics import head_rows
 from hyperattention.validate.implementation import check_plan
-from hyperattention.validate.metrics import attention_error, head_errors, row_errors, tensor_error
+from hyperattention.validate.metrics import TensorError, attention_error, head_errors, row_errors, tensor_error
 from hyperattention.validate.operators import Operator
 from hyperattention.validate.window import window_operator
 
@@ -47,10 +48,9 @@ def layer_rows(
     outputs under the layer's own seed and the next four; `row_errors` counts the relative L2 error of every row of every head;
     `window_relative_l2` is the error of window + sinks at equal keys per query; `heads` has a row of head_metrics.py for each head.
     """
-    rows, window = [], window_operator(operator)
-    for c in captured:
-        if c.is_exact:
-            continue
+    rows, window, calls = [], window_operator(operator), [c for c in captured if not c.is_exact]
+    told: list[tuple[list[TensorError], Tensor, list[Tensor]]] = []  # of each layer: errors of its heads, LSE, exact and ours
+    for c in calls:
         step(f"{length:,} tokens, layer {c.layer} alone")
         differences = check_plan(c, kernels) if kernels and not rows else None
         own, *others = seeds_of(c.config)
@@ -71,6 +71,9 @@ def layer_rows(
         _, kept = operator(c.q, c.k, c.v, replace(c.config, sample_size=0))
         mass = torch.exp((kept.double() - exact_lse.double()).clamp(max=0.0))
         row["mass"], row["mass_worst_head"] = float(mass.mean()), float(mass.mean(dim=(0, 2)).min())
-        row["heads"] = head_rows(errors, layer_hardness(c, kernels, exact_lse), exact_lse, lses)
+        told.append((errors, exact_lse, lses))
         rows.append(row)
+    hardness = layers_hardness(calls, kernels, [exact_lse for _, exact_lse, _ in told])
+    for row, hard, (errors, exact_lse, lses) in zip(rows, hardness, told, strict=True):
+        row["heads"] = head_rows(errors, hard, exact_lse, lses)
     return rows
