@@ -10,7 +10,7 @@ MODEL := models/byte-lm-4m
 TEXT := tests/data/heldout.txt
 PACKAGE := $(shell find hyperattention export validate -type f -not -path '*/lib/*' -not -name '*.pyc')
 
-.PHONY: demo test test-tensorrt test-onnxruntime test-gpu test-package verify-status lint native clean help
+.PHONY: demo test test-tensorrt test-onnxruntime test-gpu test-package verify-status lint native fetch clean help
 
 help:
 	@sed -n 1p Makefile
@@ -69,10 +69,16 @@ build/dev/headers-11.4/.built: $(NATIVE)
 	$(BIN)/cmake --build build/dev
 	@touch $@
 
-test-tensorrt: build/dev/headers-11.4/.built .deps/tensorrt/10.6/.installed .deps/tensorrt/11.2/.installed
+TENSORRT := $(patsubst %,.deps/tensorrt/%/.installed,10.6 11.2)
+ONNXRUNTIME := $(patsubst %,.deps/onnxruntime/%/.installed,1.20 1.24 1.31)
+# What test-tensorrt and test-onnxruntime need besides: 2 GB to fetch while something else compiles.
+fetch: $(TENSORRT) $(ONNXRUNTIME)
+
+test-tensorrt: build/dev/headers-11.4/.built $(TENSORRT)
 	$(MAKE) --no-print-directory run-tensorrt-10.6
 	$(MAKE) --no-print-directory run-tensorrt-11.2
 
+.deps/tensorrt/11.2/.installed: | .deps/tensorrt/10.6/.installed # one after the other: Maven's folder takes one writer
 .deps/tensorrt/%/.installed: .ci/fetch_tensorrt | .venv/.installed
 	.ci/fetch_tensorrt $* .deps/tensorrt/$* $(BIN)/python
 	@touch $@
@@ -81,7 +87,7 @@ run-tensorrt-%:
 	HYPERATTENTION_NO_SKIP=1 HYPERATTENTION_TENSORRT_VERSION=$* LD_LIBRARY_PATH=$(CURDIR)/.deps/tensorrt/$*/lib \
 	  PYTHONPATH=.:$(CURDIR)/.deps/tensorrt/$*/site $(BIN)/python -m pytest -m "tensorrt and not gpu" $$(grep -l tensorrt tests/test_*.py)
 
-test-onnxruntime: $(NATIVE) $(patsubst %,.deps/onnxruntime/%/.installed,1.20 1.24 1.31)
+test-onnxruntime: $(NATIVE) $(ONNXRUNTIME)
 	$(MAKE) --no-print-directory run-onnxruntime-1.20
 	$(MAKE) --no-print-directory run-onnxruntime-1.24
 	$(MAKE) --no-print-directory run-onnxruntime-1.31
