@@ -75,12 +75,6 @@ HA_KERNEL(select_threads(D), 1) select_kernel(const HA_CONSTANT SelectArgs args)
 
   const Shared shared(c, D);
   if (thread_index() < c.blocks) shared.blocks[thread_index()] = find_block(g, c, block0 + thread_index(), g.length(args.p.lengths, batch));
-  for (int i = warp; i < c.blocks; i += warps) {
-    load_queries<D>(shared.queries + i * c.fine * D, shared.fine + i * c.fine / 2, q, c.fine, 32, lane,
-                    [&](int column) { return column < per_block ? first + i * per_block + column : -1; });
-  }
-  copy_commit();
-
   const int round = c.blocks / c.rounds;
   for (int i0 = 0; i0 < c.blocks; i0 += round) {
     if (c.supers) {
@@ -94,10 +88,15 @@ HA_KERNEL(select_threads(D), 1) select_kernel(const HA_CONSTANT SelectArgs args)
       SuperScores<D>{c, shared, i0, round, {}}.run(k_coarse, warp, warps, lane);
     }
     sync_block();
-    for (int i = warp; i < round; i += warps) keep_units(c, shared, i0 + i, shared.area + i * c.stride, lane);
+    for (int i = warp; i < round; i += warps) keep_units(c, shared, i0 + i, shared.supers + i * c.stride, lane);
     sync_block();
   }
 
+  for (int i = warp; i < c.blocks; i += warps) {
+    load_queries<D>(shared.queries + i * c.fine * D, shared.fine + i * c.fine / 2, q, c.fine, 32, lane,
+                    [&](int column) { return column < per_block ? first + i * per_block + column : -1; });
+  }
+  copy_commit();
   for (int i = thread_index(); i < c.blocks * c.row; i += c.threads) shared.area[i] = 0;
   if (thread_index() == 0) *shared.next = 0;
   copy_wait<0>();

@@ -41,8 +41,8 @@ struct SelectConfig {
   int64_t columns;            // coarse query pools of a round, with what fills up the last four query blocks
   int64_t stride, window;     // words from one query block's superblocks to the next: odd, so that lanes meet different banks
   int64_t words, carried;     // words of 32 units; best blocks that are carried from one pass to the next
-  int64_t row, area;          // scores of key blocks of one query block, and words for either level's scores
-  int64_t bytes;
+  int64_t row;                // scores of key blocks of one query block
+  int64_t level, bytes;       // for the query pools and scores of either level, which take each other's place; in all
   bool fits() const { return bytes <= kSelectMostShared; }
 };
 
@@ -66,21 +66,24 @@ inline SelectConfig select_config(const Geometry& g, int64_t shared = kSelectSha
   c.words = ceil_div(units, 32) | 1;
   // Query blocks with fewer candidates score all of them, at most kKeptMin superblocks.
   const int64_t ranks = c.supers ? c.kept : units;
+  int64_t first = 0, second = 0;  // bytes of either level
   const auto measure = [&](int64_t limit) {
     c.window = ceil_div(ranks, c.passes);
     c.carried = c.passes > 1 ? g.a.num_blocks : 0;
     c.row = c.carried + (c.window << c.shift);
-    c.area = max64(c.blocks / c.rounds * c.stride, c.blocks * c.row);
     c.columns = ceil_div(c.blocks / c.rounds, 4) * 4 * c.spread;
-    const int64_t pools = (c.blocks * c.fine + c.columns) * (pool_stride(g.head_dim) + 8);
+    const int64_t pool = pool_stride(g.head_dim) + 8;
+    first = c.columns * pool + c.blocks / c.rounds * c.stride * 4;
+    second = c.blocks * (c.fine * pool + c.row * 4);
+    c.level = max64(first, second);
     const int64_t block = (c.words + c.carried) * 4 + (c.supers ? c.kept + c.words : 0) * 2 + int64_t{sizeof(SelectBlock)};
-    c.bytes = pools + c.area * 4 + c.blocks * block + 4;
+    c.bytes = c.level + c.blocks * block + 4;
     return c.bytes <= limit;
   };
   // Fewer query blocks at a time for each level before fewer in all, which would read key pools more often.
   const auto fit = [&](int64_t limit) {
     for (c.rounds = c.passes = 1; !measure(limit);) {
-      const bool first_level = c.blocks / c.rounds * c.stride > c.blocks * c.row;
+      const bool first_level = first > second;
       if (first_level && c.blocks / c.rounds >= 8 && c.rounds < kSelectRounds) c.rounds *= 2;
       else if (!first_level && c.passes < kSelectRounds) c.passes *= 2;
       else return false;
@@ -96,7 +99,7 @@ inline SelectConfig select_config(const Geometry& g, int64_t shared = kSelectSha
   const auto more = [&] { return (threads / c.threads + 1) * c.bytes <= shared; };  // another block of threads fits beside
   while (c.threads / 2 >= kSelectLeastThreads && c.threads > c.blocks * 16 && more()) c.threads /= 2;
   // Two blocks of half the threads beside each other, one of which scores while the other searches, where that takes no more passes.
-  if (c.threads == select_threads(64) && c.blocks == kSelectMostBlocks) {
+  if (c.threads == threads && c.blocks == kSelectMostBlocks) {
     const SelectConfig alone = c;
     if (fit((shared - 1024) / 2) && c.passes == alone.passes) c.threads /= 2;
     else c = alone;

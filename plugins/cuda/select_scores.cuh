@@ -39,7 +39,7 @@ struct SuperScores {
       const SelectBlock* const block = shared.blocks + block0 + min(i, blocks - 1);
       float value = fmaxf(keys.template score<kCareful>(best, kCareful ? block->pools : 0), -INFINITY);
       if (!kCareful) value = doubled_below_zero(value);
-      if (lane % Keys::kLanes < 4 && i < blocks && at < block->scored) shared.area[i * c.stride + at] = ordered(value);
+      if (lane % Keys::kLanes < 4 && i < blocks && at < block->scored) shared.supers[i * c.stride + at] = ordered(value);
     }
   }
 
@@ -103,12 +103,27 @@ struct UnitScores {
     }
   }
 
+  // From the first to behind the last unit of query block `lane` whose rank lies in this pass.
+  struct Span {
+    int start, stop;
+  };
+  HA_DEVICE Span span(int rank0, int lane) const {
+    const SelectBlock block = lane < c.blocks ? shared.blocks[lane] : SelectBlock{};
+    const int stop = min(rank0 + int(c.window), block.kept ? block.kept : block.units);
+    if (rank0 >= stop) return {INT32_MAX / 2, 0};  // tickets are added to it
+    if (!block.kept) return {rank0, stop};
+    const uint16_t* const kept = shared.kept + lane * c.kept;
+    return {kept[rank0], kept[stop - 1] + 1};
+  }
+
   // Units of rank `rank0` to rank0 + window of each query block.
   HA_DEVICE void run(const PoolView& k, int per_block, int rank0, int lane) {
-    const int parts = c.fine / 16, units = int(warp_max(lane < c.blocks ? shared.blocks[lane].units : 0));
+    const int parts = c.fine / 16;
+    const Span own = span(rank0, lane);
+    const int start = int(~warp_max(~uint32_t(own.start))), stop = int(warp_max(uint32_t(own.stop)));
     // Units differ in how many query blocks keep them: each warp takes the next one that is left, one ahead.
-    const auto take = [&] { return int(warp_max(lane == 0 ? fetch_add_atomic(shared.next, 1) : 0)); };
-    for (int unit = take(), next; unit < units; unit = next) {
+    const auto take = [&] { return start + int(warp_max(lane == 0 ? fetch_add_atomic(shared.next, 1) : 0)); };
+    for (int unit = take(), next; unit < stop; unit = next) {
       next = take();
       const int word = (lane < c.blocks ? lane : 0) * int(c.words) + unit / 32, bit = unit % 32;
       const uint32_t mask = shared.masks[word];

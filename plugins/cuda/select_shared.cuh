@@ -4,27 +4,32 @@
 
 namespace ha {
 
-// What the threads of a block share, in shared memory. Units are named by what lies behind the first one of all.
+// What the threads of a block share, in shared memory. Query pools and scores of the second level lie where those of the first were. Units
+// are named by what lies behind the first one of all.
 struct Shared {
-  int8_t* queries;         // fine query pools: [blocks * config.fine], pieces at shared_piece
-  int8_t* queries_coarse;  // those of a round: [columns]
-  uint32_t* area;          // scores: of superblocks [blocks / rounds, stride], then of key blocks [blocks, row]
-  Factors* fine;           // of the query pools, NaN where there is none: [blocks, config.fine / 2]
-  Factors* coarse;         // [columns / 2]
+  // First level, of a round:
+  int8_t* queries_coarse;  // query pools: [columns], pieces at shared_piece
+  Factors* coarse;         // of these, NaN where there is none: [columns / 2]
+  uint32_t* supers;        // scores of superblocks: [blocks / rounds, stride]
+  // Second level, in the same place:
+  int8_t* queries;         // fine query pools: [blocks * config.fine]
+  Factors* fine;           // [blocks, config.fine / 2]
+  uint32_t* area;          // scores of key blocks: [blocks, row]
+  // Both:
   uint32_t* masks;         // kept units as bits: [blocks, words]
   int32_t* carried;        // best key blocks of earlier passes: [blocks, config.carried]
   SelectBlock* blocks;
   int* next;               // unit that no warp has taken yet
-  uint16_t* kept;          // units that the first level keeps: [blocks, config.kept]; fewer than 2^16 superblocks have room in `area`
+  uint16_t* kept;          // units that the first level keeps: [blocks, config.kept]; fewer than 2^16 superblocks have room in `supers`
   uint16_t* before;        // how many it keeps before those of a word: [blocks, words]
 
   HA_DEVICE Shared(const SelectConfig& c, int pool_bytes) {
-    queries = reinterpret_cast<int8_t*>(shared_memory());
-    queries_coarse = queries + c.blocks * c.fine * pool_bytes;
+    queries = queries_coarse = reinterpret_cast<int8_t*>(shared_memory());
     coarse = reinterpret_cast<Factors*>(queries_coarse + c.columns * pool_bytes);
-    fine = coarse + c.columns / 2;
+    supers = reinterpret_cast<uint32_t*>(coarse + c.columns / 2);
+    fine = reinterpret_cast<Factors*>(queries + c.blocks * c.fine * pool_bytes);
     area = reinterpret_cast<uint32_t*>(fine + c.blocks * c.fine / 2);
-    masks = area + c.area;
+    masks = reinterpret_cast<uint32_t*>(shared_memory() + c.level);
     carried = reinterpret_cast<int32_t*>(masks + c.blocks * c.words);
     blocks = reinterpret_cast<SelectBlock*>(carried + c.blocks * c.carried);
     next = reinterpret_cast<int*>(blocks + c.blocks);
