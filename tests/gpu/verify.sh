@@ -2,11 +2,12 @@
 # One full verification on a GPU host: kernels against the reference and at random, engines of one node, ONNX Runtime's CUDA
 # provider, compute-sanitizer, timing against exact attention and the released code, prefill of a model of the 6 B class, models of every
 # kind and a language model taken to validated engines, and `hyperattention bench`.
-#   tests/gpu/verify.sh OUT [MODEL TEXT]      steps: STEPS="cuda engines ort sanitizer attention prefill kinds model bench"
-#                                             (default: all)
-#                                             exports of the step model: MODELS="odd all paper prefill" (default: all)
+#   tests/gpu/verify.sh OUT [MODEL TEXT]      steps: STEPS="cuda engines ort sanitizer attention prefill kinds export validate bench"
+#                                             (default: all; validate needs what export built, in the same OUT)
+#                                             exports: MODELS="odd all paper prefill" (default: all)
+# TIMING_CACHE=FILE: a timing.cache of an earlier run on such a GPU, for the exports; kernels are then not timed again.
 # UPSTREAM=DIR: a checkout of the released HyperAttention code, for the step attention. Needs python3 with torch, transformers,
-# pytest and Polygraphy, TensorRT's Python module (engines, attention, prefill, model), onnxruntime-gpu (engines, ort, attention),
+# pytest and Polygraphy, TensorRT's Python module (all but cuda, sanitizer, bench), onnxruntime-gpu (engines, ort, attention),
 # flash-attn-4 (attention, prefill), both libraries in hyperattention/lib, built from these sources. Logs and numbers go to OUT; the
 # exit code is 1 if any step failed. Steps may be spread over several OUT; `python tests/gpu/collect.py OUT...` makes
 # docs/gpu_verification.json of them.
@@ -14,7 +15,7 @@ set -uo pipefail
 cd "$(dirname "$0")/../.."
 out=$(mkdir -p "${1:?usage: verify.sh OUT [MODEL TEXT]}" && cd "$1" && pwd)
 model=${2:-models/byte-lm-4m} text=${3:-tests/data/heldout.txt}
-all="cuda engines ort sanitizer attention prefill kinds model bench"
+all="cuda engines ort sanitizer attention prefill kinds export validate bench"
 steps=" ${STEPS:-$all} "
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HYPERATTENTION_NO_SKIP=1
 python=${PYTHON:-python3}
@@ -54,7 +55,7 @@ bench() {  # bench NAME ARGUMENT...
 
 # One export without validation, then the validation with the exact engine as rival: both regimes, needle in both.
 export_engine() {
-  local cache="$out/exact/timing.cache"  # the layers around the attention are the same in all of them
+  local cache="${TIMING_CACHE:-$out/exact/timing.cache}"  # the layers around the attention are the same in all of them
   [ -f "$cache" ] && set -- "$@" --timing-cache "$cache"
   "$python" -m hyperattention.export "$model" "$out/$1" "${@:2}" --dtype bf16 --input-ids bytes --require-engine --no-validate \
     --min-seq 1 --opt-seq 32768 --max-seq 131072
@@ -71,20 +72,17 @@ wanted sanitizer && step sanitizer sanitize
 wanted attention && step attention "$python" tests/gpu/bench_attention.py --json "$out/attention.json" ${UPSTREAM:+--upstream "$UPSTREAM"}
 wanted prefill && step prefill "$python" tests/gpu/bench_prefill.py --out "$out/prefill"
 wanted kinds && step kinds "$python" tests/gpu/kinds_run.py --out "$out/kinds"
-if wanted model; then
+models=${MODELS:-odd all paper prefill}
+for name in $models; do [[ " odd all paper prefill " == *" $name "* ]] || { echo "no model '$name'; models: odd all paper prefill"; exit 2; }; done
+if wanted export; then
+  declare -A choice=([odd]="--layers odd" [all]="--layers all" [paper]="--layers all --preset paper" [prefill]="--layers all --task prefill")
   [ -f "$out/exact/manifest.json" ] || step export-exact export_engine exact --preset exact --layers all
-  models=${MODELS:-odd all paper prefill}
+  for name in $models; do step "export-$name" export_engine "$name" ${choice[$name]}; done
+fi
+if wanted validate; then
   for name in $models; do
-    case $name in
-      odd) choice=(--layers odd) ;;
-      all) choice=(--layers all) ;;
-      paper) choice=(--layers all --preset paper) ;;
-      prefill) choice=(--layers all --task prefill) ;;  # the engine itself fills the cache over which the last positions attend exactly
-      *) echo "no model '$name'; models: odd all paper prefill"; exit 2 ;;
-    esac
     against=(--exact-engine "$out/exact/model.engine" --time-lengths 131072)
-    [ "$name" = prefill ] && against=()
-    step "export-$name" export_engine "$name" "${choice[@]}"
+    [ "$name" = prefill ] && against=()  # the engine itself fills the cache over which the last positions attend exactly
     step "validate-$name" validate "$name" "${against[@]}"
   done
   [[ " $models " != *" all "* ]] || step bench-model bench bench-model "$out/all" --model "$model" --exact-engine "$out/exact/model.engine" \
