@@ -131,6 +131,9 @@ HOPPER_CASES = [
     # Tiles of 256 rows: with rows for three pieces of 64, with several query blocks, with listed keys that are local to some rows.
     Problem(Case("sorted-tall", 450, 500, replace(_HOPPER_SORTED, causal=0, block_size=64), (2, 1), (64, 64), (500, 333)), "bf16"),
     Problem(Case("sorted-tall-overlap", 600, 650, replace(_HOPPER_SORTED, local_overlap=1, block_size=96), (1, 1), (40, 64)), "fp16"),
+    # The same in steps of 64 keys: more samples than are kept from tile to tile, lists of an odd number of steps.
+    Problem(Case("sorted-many", 500, 550, replace(_HOPPER_SORTED, causal=0, sample_size=300), (2, 1), (128, 128), (550, 333)), "bf16"),
+    Problem(Case("sorted-odd", 600, 650, replace(_HOPPER_SORTED, local_size=300, block_size=192, num_blocks=1), (2, 1), (96, 72)), "bf16"),
     # A border of local blocks within a tile: its last rows alone have sinks, more than the ring holds.
     Problem(Case("many-sinks", 110, 1064, replace(_MANY_SINKS, local_size=1024, sinks=385), **_FULL), "bf16"),
     Problem(Case("many-sinks", 110, 1000, replace(_MANY_SINKS, local_size=960, sinks=257), (1, 1), (128, 128)), "fp16"),

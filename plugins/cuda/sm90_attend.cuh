@@ -4,6 +4,7 @@
 #include "launch.cuh"
 #include "sm90_kernels.h"
 #include "sm90_loader.cuh"
+#include "sm90_node_planner.cuh"
 #include "sm90_node_walk.cuh"
 #include "sm90_node_worker.cuh"
 #include "sm90_planner.cuh"
@@ -40,8 +41,21 @@ HA_DEVICE void each_tile(const HopperSchedule& schedule, Body&& body) {
   }
 }
 
+// The same for nodes.
+template <class Body>
+HA_DEVICE void each_neighbour(const HopperSchedule& schedule, Body&& body) {
+  const int64_t start = schedule.share(block_index(), grid_size()), count = schedule.share(block_index() + 1, grid_size()) - start;
+  int64_t slice = start / schedule.tiles, tile = start % schedule.tiles;
+  for (int turn = 0; turn < int(count); ++turn) {
+    body(turn, slice, tile);
+    if (++tile == schedule.tiles) tile = 0, ++slice;
+  }
+}
+
 template <class T, int P, class Walk>
-using WorkerOf = std::conditional_t<(Walk::Shape::kTable.pieces > 1), NodeWorker<T, P, Walk>, Worker<T, P, Walk>>;
+using PlannerOf = std::conditional_t<Walk::kConsecutive, Planner<T, P, Walk>, NodePlanner<T, P, Walk>>;
+template <class T, int P, class Walk>
+using WorkerOf = std::conditional_t<Walk::kConsecutive, Worker<T, P, Walk>, NodeWorker<T, P, Walk>>;
 
 template <class T, int P, class Walk>
 HA_KERNEL((Walk::Shape::kTable.threads()), 1) hopper_kernel(const HA_CONSTANT HopperArgs args) {
@@ -52,23 +66,27 @@ HA_KERNEL((Walk::Shape::kTable.threads()), 1) hopper_kernel(const HA_CONSTANT Ho
   const Block block{args, shared, shared_address(shared)};
   start_block(block, args);
   constexpr HopperTable kTable = Block::kTable;
+  const auto each = [&](auto&& body) {
+    if constexpr (Walk::kConsecutive) each_tile(schedule, body);
+    else each_neighbour(schedule, body);
+  };
   // Those that compute come first: warp groups begin at multiples of 128 threads.
   const int group = int(uniform(thread_index() / 128));
   if (group < kTable.groups) {
     take_registers<kTable.worker_registers>();
     WorkerOf<T, P, Walk> worker{{block, thread_index() % 128}, g, group};
     worker.start();
-    each_tile(schedule, [&](int turn, int64_t slice, int64_t) { worker.run(turn, slice); });
+    each([&](int turn, int64_t slice, int64_t) { worker.run(turn, slice); });
     return;
   }
   give_registers<kTable.loader_registers>();
   const int thread = thread_index() - kTable.groups * 128;
   if (thread < kTable.planners) {
-    Planner<T, P, Walk> planner{block, g, thread};
-    each_tile(schedule, [&](int turn, int64_t slice, int64_t tile) { planner.run(turn, slice, tile); });
+    PlannerOf<T, P, Walk> planner{block, g, thread};
+    each([&](int turn, int64_t slice, int64_t tile) { planner.run(turn, slice, tile); });
   } else {
     Loader<T, P, Walk> loader{block, g, thread - kTable.planners};
-    each_tile(schedule, [&](int turn, int64_t slice, int64_t) { loader.run(turn, slice); });
+    each([&](int turn, int64_t slice, int64_t) { loader.run(turn, slice); });
     loader.publish_all();
   }
 }
@@ -115,10 +133,9 @@ void launch_hopper(const AttendArgs& args) {
     const int64_t blocks = min64(config.schedule.count, processors);
     launch<hopper_kernel<T, P, Walk>>(blocks, Walk::Shape::kTable.threads(), size_t(config.shared.bytes), args.p.stream, hopper);
   };
-  using Nodes = HopperShape<P, true>;
-  using NodesWalk = std::conditional_t<(Nodes::kTable.pieces > 1), TallNodeWalk<Nodes>, NodeWalk<Nodes>>;
+  using Nodes = TallNodeWalk<HopperShape<P, true>>;
   if (has_nodes(g))
-    for (int level = 0; level < g.levels(); ++level) run(NodesWalk{}, hopper_node_config(g, P, level));
+    for (int level = 0; level < g.levels(); ++level) run(Nodes{}, hopper_node_config(g, P, level));
   // Nodes of a problem that is not causal hold every row: without sinks nothing is left.
   if (has_nodes(g) && !g.a.causal && !g.a.sinks) return;
   if (!meets_runs(g)) return run(PositionWalk<HopperShape<P>>{}, hopper_position_config(g, P));

@@ -21,11 +21,10 @@ struct HopperTable {
   HA_INLINE constexpr int steps() const { return 2 * batch; }
 };
 HA_INLINE constexpr HopperTable hopper_table(int padded) { return {2, 128, padded <= 64 ? 8 : 5, 4, 128, 128, 40, 216}; }
-// The same for nodes: their tiles have a few steps only, whose gathered keys serve more rows where registers suffice.
+// The same for nodes: their tiles have a few steps only, whose gathered keys serve 256 rows. Above 64, registers suffice for two pieces
+// where a step has 64 keys, and shared memory for one tile's queries.
 HA_INLINE constexpr HopperTable node_table(int padded) {
-  HopperTable t = hopper_table(padded);
-  if (padded <= 64) t.pieces = t.queries = 2;
-  return t;
+  return padded <= 64 ? HopperTable{2, 128, 8, 4, 128, 128, 40, 216, 2, 2} : HopperTable{2, 64, 8, 8, 128, 128, 40, 216, 2, 1};
 }
 
 // The same where a tile meets runs of consecutive keys alone: nothing is listed, so that nobody plans and one warp loads. Two tiles'
@@ -60,7 +59,7 @@ HA_INLINE constexpr HopperShared hopper_shared(const HopperTable& t, int padded,
   HopperShared s{};
   s.ring = t.queries * t.rows() * row_bytes;
   s.walk = s.ring + t.buffers * t.keys * row_bytes;
-  s.rows = s.walk + 2 * kWalkBytes;
+  s.rows = s.walk + 3 * kWalkBytes;  // of two tiles, and of the one that is planned
   s.steps = s.rows + 2 * t.rows() * kRowInfoBytes;
   s.digests = s.steps + t.steps() * kStepBytes;
   s.keys = s.digests + t.steps() * kDigestBytes;
@@ -84,6 +83,7 @@ static_assert(runs_bytes(64) <= kHopperSharedLimit && runs_bytes(128) <= kHopper
 static_assert(hopper_shared(hopper_table(64), 64, 3, 64).bytes <= kHopperSharedLimit);
 static_assert(hopper_shared(hopper_table(128), 128, 3, 64).bytes <= kHopperSharedLimit);
 static_assert(hopper_shared(node_table(64), 64, 5, 2).bytes <= kHopperSharedLimit);
+static_assert(hopper_shared(node_table(128), 128, 5, 2).bytes <= kHopperSharedLimit);
 
 // Each block of threads takes one tile after the other, and the blocks' directions alternate, so that all get a like share of long and
 // short tiles.
@@ -93,6 +93,9 @@ struct HopperSchedule : SliceOrder {
   HA_INLINE int64_t at(int64_t block, int64_t blocks, int64_t turn) const {
     return turn * blocks + (turn % 2 ? blocks - 1 - block : block);
   }
+  // Tiles of nodes are alike: block `block` takes its share of all tiles, slice by slice, from this one to where the next block's begins.
+  // Most of a share's neighbours belong to one node.
+  HA_INLINE int64_t share(int64_t block, int64_t blocks) const { return block * count / blocks; }
 };
 
 // `least` query heads are worked on together even if the cache does not hold them.

@@ -75,6 +75,10 @@ HA_DEVICE const char* settled(const char* address) {
   asm volatile("" : "+l"(address));
   return address;
 }
+HA_DEVICE uint32_t settled(uint32_t address) {
+  asm volatile("" : "+r"(address));
+  return address;
+}
 
 // Threads of some warps only; ids 1 to 15.
 HA_DEVICE void sync_named(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }

@@ -10,7 +10,9 @@ struct Loader {
   using Block = HopperBlock<T, P, Walk>;
   static constexpr uint32_t kChunks = P / 8;
   static constexpr int kRowsPerPass = Block::kTable.loaders / int(kChunks), kKeys = Block::kKeys;
-  static_assert(kKeys == 2 * kTileKeys);
+  static constexpr bool kNodes = !Walk::kConsecutive;
+  static constexpr int kEarly = kNodes && Block::kQueries == 1 ? 1 : 0;  // steps that are loaded before their tile's queries
+  static_assert(kNodes || kKeys == 2 * kTileKeys);
 
   const Block& block;
   const Geometry& g;
@@ -23,42 +25,52 @@ struct Loader {
   // Tile number `turn` of this block of threads.
   HA_DEVICE void run(int turn, int64_t slice) {
     const HopperArgs& args = block.args;
-    if constexpr (Block::kPieces > 1) {  // the planners know the slice
-      await(block.tile_ready(turn & 1), turn >> 1 & 1);
-      slice = block.walk(turn & 1).slice;
-    }
-    const int64_t batch = slice / g.heads_q, head = slice % g.heads_q, kv_slice = batch * g.heads_kv + head / g.group();
-    const int parity = turn & 1, length = int(g.length(args.p.lengths, batch));
+    const int parity = turn & 1;
     const Walk& walk = block.walk(parity);
-
+    int64_t kv_slice = 0;
+    int length = 0;
+    if constexpr (Walk::kConsecutive) {
+      const int64_t batch = slice / g.heads_q, head = slice % g.heads_q;
+      kv_slice = batch * g.heads_kv + head / g.group();
+      length = int(g.length(args.p.lengths, batch));
+    }
     await(block.tile_ready(parity), turn >> 1 & 1);
+    if constexpr (kNodes) slice = walk.slice, kv_slice = walk.kv_slice;  // the planners know them
     const int total = walk.total;
+    int j = 0;
+    for (; j < min(total, kEarly); ++j) load_step(j, total, kv_slice, length);
     await(block.queries_free(turn), Block::queries_phase(turn) ^ 1);
     if (Walk::kConsecutive || total <= 0) sync();
     if (total >= 0) load_queries(walk, slice, turn);
     else if (thread == 0) barrier_arrive(block.queries_ready(turn), Block::kFills);
+    for (; j < total; ++j) load_step(j, total, kv_slice, length);
+  }
 
-    for (int j = 0; j < total; ++j) {
-      if (step.starts_batch()) {
-        await(block.steps_ready(step.slot), step.phase);
-        if (Walk::kConsecutive) sync();
-      }
-      const Digest digest = block.digest(step.slot);
-      load(digest, args.keys, args.p.k, g.head_dim, kv_slice, length);
-      load(digest, args.values, args.p.v, g.head_dim_v, kv_slice, length);
-      // Those that compute may be done with a step's keys while a thread here has yet to look up its values.
-      if (step.ends_batch(j == total - 1)) release(block.steps_done(step.slot), thread);
-      step.advance(j == total - 1);
+  // Announces what has been gathered; the last of a thread's duties. Of nodes, copies announce themselves when they land.
+  HA_DEVICE void publish_all() {
+    if constexpr (!kNodes) {
+      copy_wait<0>();
+      while (unpublished) publish();
     }
   }
 
-  // Announces what has been gathered; the last of a thread's duties.
-  HA_DEVICE void publish_all() {
-    copy_wait<0>();
-    while (unpublished) publish();
+ private:
+  // Step j of a tile's.
+  HA_DEVICE void load_step(int j, int total, int64_t kv_slice, int length) {
+    const HopperArgs& args = block.args;
+    const bool last = j == total - 1;
+    if (step.starts_batch()) {
+      await(block.steps_ready(step.slot), step.phase);
+      if (Walk::kConsecutive) sync();
+    }
+    const Digest digest = block.digest(step.slot);
+    load(digest, args.keys, args.p.k, g.head_dim, kv_slice, length);
+    load(digest, args.values, args.p.v, g.head_dim_v, kv_slice, length);
+    // Those that compute may be done with a step's keys while a thread here has yet to look up its values.
+    if (step.ends_batch(last)) release(block.steps_done(step.slot), thread);
+    step.advance(last);
   }
 
- private:
   static constexpr int kAhead = 3;  // gathered buffers that are on their way while the next is started
 
   // Who waits for a barrier that meanwhile goes on by two phases waits for ever. Gathering needs every thread, so that none can fall
@@ -99,13 +111,9 @@ struct Loader {
       const int row_bytes = int(g.head_dim) * 2;
       const char* const source = static_cast<const char*>(args.p.q) + slice * g.seq_q * row_bytes;
       const Row* const rows = &block.row(turn & 1, 0);
-      if constexpr (Block::kPieces > 1) {
-        gather_fours<Block::kRows>(target, source, row_bytes, [&](int row) {
-          return Four{{rows[row].index, rows[row + 1].index, rows[row + 2].index, rows[row + 3].index}};
-        });
-      } else {
-        gather<Block::kRows>(target, source, row_bytes, [&](int row) { return block.row(turn & 1, row).index; });
-      }
+      gather_fours<Block::kRows>(target, source, row_bytes, [&](int row) {
+        return Four{{rows[row].index, rows[row + 1].index, rows[row + 2].index, rows[row + 3].index}};
+      });
       barrier_arrive_copied(ready);
       if (thread == 0) barrier_arrive(ready);
     }
@@ -117,7 +125,7 @@ struct Loader {
     // A half that is not there is masked; its values have to be numbers all the same.
     const int lower = digest.lower >= 0 ? digest.lower : max(digest.upper, 0);
     const int upper = digest.upper >= 0 ? digest.upper : lower;
-    if (!digest.gathered()) {
+    if (Walk::kConsecutive && !digest.gathered()) {
       publish_all();
       ran_ahead = true;
       if (thread == 0) {
@@ -138,10 +146,10 @@ struct Loader {
     await(free, place.phase ^ 1);
     const int row_bytes = int(head_dim) * 2;
     const char* const source = static_cast<const char*>(base) + kv_slice * g.seq_k * row_bytes;
-    if constexpr (Block::kPieces > 1) {
+    if constexpr (kNodes) {
       const int32_t* const keys = block.list_keys(step.slot);
       gather_fours<kKeys>(target, source, row_bytes, [&](int row) { return *reinterpret_cast<const Four*>(keys + row); });
-    } else if (!Walk::kConsecutive || digest.listed()) {
+    } else if (digest.listed()) {
       const int32_t* const keys = block.list_keys(step.slot);
       gather<kKeys>(target, source, row_bytes, [&](int row) { return keys[row]; });
     } else {
@@ -150,13 +158,16 @@ struct Loader {
         return key < length ? key : -1;
       });
     }
-    copy_commit();
     if (thread == 0) barrier_arrive(full);  // for the step's description
-    ++unpublished;
     place.advance();
-    if (unpublished > kAhead) {
-      copy_wait<kAhead>();
-      publish();
+    if constexpr (kNodes) {  // by those that compute they are fenced
+      barrier_arrive_copied(full);
+    } else {
+      copy_commit();
+      if (++unpublished > kAhead) {
+        copy_wait<kAhead>();
+        publish();
+      }
     }
   }
 
@@ -187,21 +198,21 @@ struct Loader {
   };
   template <int kRows, class IndicesOf>
   HA_DEVICE void gather_fours(uint32_t target, const char* source, int row_bytes, IndicesOf indices) const {
-    constexpr int kPasses = kRows / kRowsPerPass;
-    static_assert(kPasses % 8 == 0);
+    constexpr int kPasses = kRows / kRowsPerPass, kTogether = kPasses < 8 ? kPasses : 8;
+    static_assert(kTogether % 4 == 0 && kPasses % kTogether == 0);
     const uint32_t chunk = uint32_t(thread) % kChunks, row0 = uint32_t(thread) / kChunks * kPasses;
     const bool inside = int(chunk) * 16 < row_bytes;
     const char* const from = settled(source + (inside ? chunk * 16 : 0));
-    const uint32_t to = target + chunk / 8 * (kRows * 128) + row0 * 128, column = chunk % 8 << 4;
+    const uint32_t to = settled(target + chunk / 8 * (kRows * 128) + row0 * 128 + ((chunk % 8 ^ row0 % 8) << 4));
 #pragma unroll
-    for (int first = 0; first < kPasses; first += 8) {
-      Four found[2];
+    for (int first = 0; first < kPasses; first += kTogether) {
+      Four found[kTogether / 4];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) found[i] = indices(int(row0) + first + 4 * i);
+      for (int i = 0; i < kTogether / 4; ++i) found[i] = indices(int(row0) + first + 4 * i);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
+      for (int i = 0; i < kTogether; ++i) {
         const int index = found[i / 4].index[i % 4];
-        copy_async(to + (first + i) * 128 + (column ^ uint32_t(i) << 4), from + uint64_t(uint32_t(max(index, 0))) * uint32_t(row_bytes),
+        copy_async((to ^ uint32_t(i) << 4) + (first + i) * 128, from + uint64_t(uint32_t(max(index, 0))) * uint32_t(row_bytes),
                    inside && index >= 0);
       }
     }

@@ -17,7 +17,8 @@ struct NodeWorker : RingReader<HopperBlock<T, P, Walk>> {
   using Place = RingPlace<Block::kBuffers>;
   static constexpr int kKeys = Block::kKeys, kGroups = Block::kTable.groups, kPieces = Block::kPieces;
   static constexpr int kPieceBytes = kGroups * kGroupRows * 128;  // from one piece's queries to the next: groups alternate
-  static_assert(!Walk::kConsecutive && kPieces == 2);
+  static constexpr int kSeen = P == 64 ? kPieces : 1;  // pieces for which registers suffice
+  static_assert(!Walk::kConsecutive && kGroups == 2 && kPieces == 2);
 
   const Geometry& g;
   int group;  // of the block's working groups
@@ -49,6 +50,7 @@ struct NodeWorker : RingReader<HopperBlock<T, P, Walk>> {
     bool pending = false;  // the last piece's values of the step before have yet to be added
     while (left > 0) {
       const Digest digest = await_keys();
+      fence_products();  // gathered by other threads
 #pragma unroll
       for (int u = 0; u < kPieces; ++u) {
         const bool biased = digest.mode(piece_of(u)) != Mode::kPlain;  // a piece without rows has its biases, too
@@ -57,6 +59,7 @@ struct NodeWorker : RingReader<HopperBlock<T, P, Walk>> {
         state.start_keys(uniform(queries) + u * kPieceBytes, uniform(block.buffer(place.index)), biased);
         if (u > 0 || pending) {
           barrier_wait(block.full(before.index), before.phase);
+          if (u > 0) fence_products();
           state.start_values(uniform(block.buffer(before.index)));
         } else {
           product_commit();  // nothing, so that there are two groups to wait for
@@ -80,23 +83,8 @@ struct NodeWorker : RingReader<HopperBlock<T, P, Walk>> {
       pending = true;
     }
     release(block.queries_free(turn), thread);
-    SeenRow<P> seen[kPieces][2];  // on its way while the last products run
-#pragma unroll
-    for (int u = 0; u < kPieces; ++u)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) fetch(seen[u][half], block.row(parity, row_of(u, half)), slice);
-    if (pending) {
-      barrier_wait(block.full(values.index), values.phase);
-      state.start_values(uniform(block.buffer(values.index)));
-      product_wait<0>();
-      fence_registers(state.o);
-      release(block.free(values.index), thread);
-    }
-#pragma unroll
-    for (int u = 0; u < kPieces; ++u) {
-      waiting.exchange(state);
-      store_rows<T, P, true>(block.args, state, thread, slice, [&](int half) { return seen[u][half]; });
-    }
+    if (block.args.config.attend.stored) finish<true>(state, waiting, pending, values, parity, slice);
+    else finish<false>(state, waiting, pending, values, parity, slice);
     release(block.tile_done(parity), thread);
   }
 
@@ -131,6 +119,38 @@ struct NodeWorker : RingReader<HopperBlock<T, P, Walk>> {
     }
   };
 
+  // Adds the last piece's last values, where they are `pending`, and stores the rows. kStored: some have met keys in earlier launches.
+  template <bool kStored>
+  HA_DEVICE void finish(State& state, Rows& waiting, bool pending, const Place& values, int parity, int64_t slice) const {
+    SeenRow<P> seen[kSeen][2];  // on its way while the last products run
+    if constexpr (kStored) {
+#pragma unroll
+      for (int u = 0; u < kSeen; ++u) fetch(seen[u], parity, u, slice);
+    }
+    if (pending) {
+      barrier_wait(block.full(values.index), values.phase);
+      state.start_values(uniform(block.buffer(values.index)));
+      product_wait<0>();
+      fence_registers(state.o);
+      release(block.free(values.index), thread);
+    }
+#pragma unroll
+    for (int u = 0; u < kPieces; ++u) {
+      waiting.exchange(state);
+      if constexpr (kStored) {
+        if (u >= kSeen) fetch(seen[0], parity, u, slice);
+        store_rows<T, P, true>(block.args, state, thread, slice, [&](int half) { return seen[u % kSeen][half]; });
+      } else {
+        store_rows<T, P, false>(block.args, state, thread, slice, [&](int half) { return block.row(parity, row_of(u, half)); });
+      }
+    }
+  }
+
+  // What earlier launches have stored of piece u.
+  HA_DEVICE void fetch(SeenRow<P> (&seen)[2], int parity, int u, int64_t slice) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) fetch(seen[half], block.row(parity, row_of(u, half)), slice);
+  }
   // What earlier launches have stored of a row.
   HA_DEVICE void fetch(SeenRow<P>& seen, const Row& row, int64_t slice) const {
     const HopperArgs& args = block.args;

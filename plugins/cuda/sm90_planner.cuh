@@ -10,7 +10,7 @@ struct Planner {
   using Block = HopperBlock<T, P, Walk>;
   static constexpr int kWarps = Walk::Shape::kWarps, kRowsEach = Block::kRows / Block::kTable.planners;
   static constexpr int kEntriesEach = Block::kKeys / Block::kTable.planners;
-  static_assert(Block::kBatch * kWarps <= Block::kTable.planners && kEntriesEach >= 1);
+  static_assert(Walk::kConsecutive && Block::kBatch * kWarps <= Block::kTable.planners && kEntriesEach >= 1);
 
   const Block& block;
   const Geometry& g;
@@ -28,29 +28,20 @@ struct Planner {
     Walk& walk = block.walk(parity);
 
     barrier_wait(block.tile_done(parity), (turn >> 1 & 1) ^ 1);
-    if constexpr (Block::kPieces > 1) {  // the others need not find it
-      if (thread == 0) walk.slice = slice;
+    if (thread == 0) {
+      walk.chosen = block.chosen(parity);
+      walk.counts = block.counts(parity);
+      walk.start(args.p, config, g, tile, batch, head);
     }
-    bool present = true;
-    if constexpr (!Walk::kConsecutive) present = Walk::present(args.p, config, g, tile, batch);
-    if (!present) {
-      if (thread == 0) walk.total = -1;
-    } else {
-      if (thread == 0) {
-        walk.chosen = block.chosen(parity);
-        walk.counts = block.counts(parity);
-        walk.start(args.p, config, g, tile, batch, head);
-      }
-      sync();
-      Row rows[kRowsEach];  // all on their way before the first is written
+    sync();
+    Row rows[kRowsEach];  // all on their way before the first is written
 #pragma unroll
-      for (int i = 0; i < kRowsEach; ++i) rows[i] = walk.row(g, thread + i * Block::kTable.planners);
+    for (int i = 0; i < kRowsEach; ++i) rows[i] = walk.row(g, thread + i * Block::kTable.planners);
 #pragma unroll
-      for (int i = 0; i < kRowsEach; ++i) block.row(parity, thread + i * Block::kTable.planners) = rows[i];
-      if (thread < config.query_blocks) walk.read_plan(args.p, g, slice, thread);
-      sync();
-      if (thread == 0) walk.plan_steps(g);
-    }
+    for (int i = 0; i < kRowsEach; ++i) block.row(parity, thread + i * Block::kTable.planners) = rows[i];
+    if (thread < config.query_blocks) walk.read_plan(args.p, g, slice, thread);
+    sync();
+    if (thread == 0) walk.plan_steps(g);
     barrier_arrive(block.tile_ready(parity));
     sync();
     const float factor = base2_factor(g);
@@ -90,14 +81,14 @@ struct Planner {
   }
 
   HA_DEVICE bool listed(int first, int s, int count) const {
-    return s < count && (!Walk::kConsecutive || block.step(first + s).listed());
+    return s < count && block.step(first + s).listed();
   }
 
   // Listed keys are gathered, and runs that pass the length but not the tensor's end; where no run is there, the first keys are loaded.
   HA_DEVICE void digest(const Walk& walk, int slot) const {
     const Step& step = block.step(slot);
     const int run = max(max(step.lower, step.upper), 0);
-    const bool gathered = !Walk::kConsecutive || step.listed() || (walk.length != g.seq_k && run + Block::kKeys / 2 > walk.length);
+    const bool gathered = step.listed() || (walk.length != g.seq_k && run + Block::kKeys / 2 > walk.length);
     uint32_t modes = uint32_t(gathered) << 31;
     for (int piece = 0; piece < kWarps; ++piece) modes |= uint32_t(step.modes[piece]) << (4 * piece);
     block.digest(slot) = {step.lower, step.upper, step.part, modes};

@@ -53,6 +53,7 @@ struct HopperBlock {
   }
   HA_DEVICE const HopperShared& offsets() const { return args.config.shared; }
   HA_DEVICE Walk& walk(int parity) const { return *at<Walk>(offsets().walk + parity * kWalkBytes); }
+  HA_DEVICE Walk& planned() const { return walk(2); }  // for those that plan alone
   HA_DEVICE Row& row(int parity, int row) const { return at<Row>(offsets().rows)[parity * kRows + row]; }
   HA_DEVICE int32_t* chosen(int parity) const {
     return at<int32_t>(offsets().chosen + parity * ((offsets().counts - offsets().chosen) / 2));

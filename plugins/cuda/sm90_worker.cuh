@@ -17,8 +17,8 @@ struct Worker : RingReader<HopperBlock<T, P, Walk>> {
   static constexpr int kKeys = Block::kKeys, kFirstTurn = 3;
   // Whether two groups may start their products in turns, so that one has its softmax while the other's products run. It pays where the
   // softmax takes longer than the products.
-  static constexpr bool kTurns = Walk::kConsecutive && P == 64;
-  static_assert(Block::kTable.groups == 2);
+  static constexpr bool kTurns = P == 64;
+  static_assert(Walk::kConsecutive && Block::kTable.groups == 2);
 
   using Place = RingPlace<Block::kBuffers>;
 
@@ -35,13 +35,7 @@ struct Worker : RingReader<HopperBlock<T, P, Walk>> {
     const Walk& walk = block.walk(parity);
     barrier_wait(block.tile_ready(parity), turn >> 1 & 1);
     barrier_wait(block.queries_ready(turn), Block::queries_phase(turn));
-    if (!Walk::kConsecutive) fence_products();
     const int total = walk.total;
-    if (total < 0) {  // no tile: its rows are left as they are
-      release(block.queries_free(turn), thread);
-      release(block.tile_done(parity), thread);
-      return;
-    }
     const float factor = base2_factor(g);
     const uint32_t queries = block.queries(turn) + group * kGroupRows * 128;
     State state;
@@ -71,9 +65,7 @@ struct Worker : RingReader<HopperBlock<T, P, Walk>> {
     } else {
       release(block.queries_free(turn), thread);
     }
-    const auto stored_row = [&](int half) { return block.row(parity, row_of(half)); };
-    if (block.args.config.attend.stored) store_rows<T, P, true>(block.args, state, thread, slice, stored_row);
-    else store_rows<T, P, false>(block.args, state, thread, slice, stored_row);
+    store_rows<T, P, false>(block.args, state, thread, slice, [&](int half) { return block.row(parity, row_of(half)); });
     release(block.tile_done(parity), thread);
   }
 
@@ -90,10 +82,7 @@ struct Worker : RingReader<HopperBlock<T, P, Walk>> {
   HA_DEVICE bool next(int& left, Digest& digest) {
     if (left == 0) return false;
     digest = await_keys();
-    if constexpr (Walk::kConsecutive) {
-      if (digest.mode(group) == Mode::kSkip) return pass_over(left, digest);
-    }
-    return true;
+    return digest.mode(group) != Mode::kSkip || pass_over(left, digest);
   }
   HA_DEVICE bool pass_over(int& left, Digest& digest) {
     do {
@@ -111,7 +100,7 @@ struct Worker : RingReader<HopperBlock<T, P, Walk>> {
   HA_DEVICE void finish_keys(State& state, const Walk& walk, const Digest& digest, int parity, float factor) {
     fence_registers(state.logits);
     release_buffer();
-    const Mode mode = Walk::kConsecutive ? digest.mode(group) : Mode::kBiased;
+    const Mode mode = digest.mode(group);
     if (mode == Mode::kBiased) add_bias(state, walk, parity);
     else if (mode == Mode::kMasked) mask(state, walk, digest, parity);
     if (state.raise(factor)) state.rescale();
@@ -126,23 +115,21 @@ struct Worker : RingReader<HopperBlock<T, P, Walk>> {
   }
 
   HA_DEVICE void mask(State& state, const Walk& walk, const Digest& digest, int parity) const {
-    if constexpr (Walk::kConsecutive) {
-      constexpr int kNowhere = -2 * kKeys;  // below every bound
-      const int column = thread % 4 * 2;
-      const int lower = (digest.lower >= 0 ? digest.lower : kNowhere) + column;
-      const int upper = (digest.upper >= 0 ? digest.upper : kNowhere) + column;
+    constexpr int kNowhere = -2 * kKeys;  // below every bound
+    const int column = thread % 4 * 2;
+    const int lower = (digest.lower >= 0 ? digest.lower : kNowhere) + column;
+    const int upper = (digest.upper >= 0 ? digest.upper : kNowhere) + column;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = row_of(half);
-        const Bounds b = walk.bounds(digest.part, row, block.row(parity, row).far);
+    for (int half = 0; half < 2; ++half) {
+      const int row = row_of(half);
+      const Bounds b = walk.bounds(digest.part, row, block.row(parity, row).far);
 #pragma unroll
-        for (int i = 0; i < kKeys / 8; ++i)
+      for (int i = 0; i < kKeys / 8; ++i)
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int key = (i < kKeys / 16 ? lower : upper) + i % (kKeys / 16) * 8 + e;
-            if (key < b.low || key >= b.high) state.logits[4 * i + 2 * half + e] = -INFINITY;
-          }
-      }
+        for (int e = 0; e < 2; ++e) {
+          const int key = (i < kKeys / 16 ? lower : upper) + i % (kKeys / 16) * 8 + e;
+          if (key < b.low || key >= b.high) state.logits[4 * i + 2 * half + e] = -INFINITY;
+        }
     }
   }
 

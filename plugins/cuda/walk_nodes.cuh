@@ -112,7 +112,7 @@ struct NodeWalk {
   HA_DEVICE Mode mode(const Step& step, int w) const {
     const int from = first + w * S::kWarpRows, to = min(from + S::kWarpRows - 1, last);
     if (from > to) return Mode::kSkip;
-    if (step.part == Part::kSample || S::kOwnedPairs) return Mode::kBiased;
+    if (step.part == Part::kSample) return Mode::kBiased;
     const int start = (first_query_block + step.owner) * a.block_size;
     return to >= start && from < start + a.block_size ? Mode::kBiased : Mode::kSkip;
   }

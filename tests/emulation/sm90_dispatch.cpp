@@ -19,7 +19,8 @@ HA_TEST int ha_emulated_hopper_bytes(const HaParams* p) {
 }
 
 // What is wrong with the order of tiles on so many processors: 0 = nothing, 1 = a tile left out or taken twice, 2 = a block of threads
-// meets tiles out of turn, 3 = query heads of one key head apart, 4 = far fewer than `least` heads together.
+// meets tiles out of turn, 3 = query heads of one key head apart, 4 = far fewer than `least` heads together, 5 = shares of tiles of nodes
+// that do not follow each other or differ by more than one.
 HA_TEST int ha_emulated_schedule_mistake(const HaParams* p, int64_t tiles, int64_t processors, int64_t least) {
   const ha::Geometry g(*p);
   const ha::HopperSchedule s = ha::hopper_schedule(g, tiles, least > 1, least);
@@ -40,6 +41,9 @@ HA_TEST int ha_emulated_schedule_mistake(const HaParams* p, int64_t tiles, int64
       const int64_t kv = slice / g.group();
       if (index / (s.together * tiles) != kv * g.group() / s.together) return 3;
     }
+  if (s.share(0, blocks) != 0 || s.share(blocks, blocks) != s.count) return 5;
+  for (int64_t block = 0; block < blocks; ++block)
+    if (const int64_t more = s.share(block + 1, blocks) - s.share(block, blocks) - s.count / blocks; more < 0 || more > 1) return 5;
   for (const int times : seen)
     if (times != 1) return 1;
   return 0;

@@ -16,6 +16,7 @@ void barrier_arrive_copied(uint32_t barrier);
 void barrier_wait(uint32_t barrier, int parity);
 bool barrier_test(uint32_t barrier, int parity);
 inline const char* settled(const char* address) { return address; }
+inline uint32_t settled(uint32_t address) { return address; }
 
 void sync_named(int id, int threads);
 void arrive_named(int id, int threads);
