@@ -94,7 +94,7 @@ def group_rows(calls: list[Captured], kernels: Library, repeats: int) -> Iterato
     times = {name: min(run[name] for run in runs) for name in jobs}
     for call, (o, lse), hard in zip(calls, exact, hardness, strict=True):
         ours = [kernels.forward(call.q, call.k, call.v, config) for config in seeds_of(call.config)]
-        heads = head_rows(head_errors(ours[0][0], o), hard, lse, [found for _, found in ours])
+        heads = head_rows([head_errors(found, o) for found, _ in ours], hard, lse, [found for _, found in ours])
         yield {"layer": call.layer, "together": len(calls), **times, "heads": heads}
 
 

@@ -342,6 +342,11 @@ def test_heads_of_a_layer_agree_with_the_layer() -> None:
     heads = row["heads"]
     assert [head["head"] for head in heads] == [0, 1, 2, 3]
     errors = [head["relative_l2"] for head in heads]
+    size = exact_attention(call.q, call.k, call.v, True).o.double().square().sum((0, 2, 3))
+    for seed, spread in enumerate(row["seeds"]["relative_l2"]):  # a layer's error is its heads', by the size of their exact output
+        own = torch.tensor([head["seeds"]["relative_l2"][seed] for head in heads], dtype=torch.float64)
+        assert spread == pytest.approx(float((own.square() @ size / size.sum()).sqrt()), rel=1e-6)
+    assert errors == [head["seeds"]["relative_l2"][0] for head in heads]
     assert row["worst_head"] == errors.index(max(errors)) and row["worst_head_relative_l2"] == max(errors)
     assert sum(head["lse_bias"] for head in heads) / 4 == pytest.approx(row["lse_bias"], rel=1e-6)
     # The layer's mass is over all rows, a head's over the sampled ones.
@@ -356,8 +361,9 @@ def test_head_rows_name_the_head_that_is_wrong() -> None:
     ours, lse = exact.o.clone(), exact.lse.clone()
     ours[:, 2] *= 1.5
     lse[:, 1] += 0.25
-    rows = head_rows(head_errors(ours, exact.o), hard, exact.lse, [lse])
+    rows = head_rows([head_errors(o, exact.o) for o in (ours, exact.o)], hard, exact.lse, [lse])
     assert [round(row["relative_l2"], 6) for row in rows] == [0, 0, 0.5, 0] and rows[2]["norm_ratio"] == pytest.approx(1.5)
+    assert [[round(x, 6) for x in row["seeds"]["relative_l2"]] for row in rows] == [[0, 0], [0, 0], [0.5, 0], [0, 0]]
     assert [round(row["lse_bias"], 5) for row in rows] == [0, 0.25, 0, 0] and rows[1]["lse_std"] == pytest.approx(0, abs=1e-5)
     assert [round(row["cv_measured"], 5) for row in rows] == [0, round(math.expm1(0.25), 5), 0, 0]
 

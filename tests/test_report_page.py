@@ -223,7 +223,8 @@ def test_the_head_tables_say_what_the_json_says() -> None:
     for table in (shown, markdown[start : start + len(every)]):
         for row, (layer, head) in zip(table, every, strict=True):
             assert [int(cell) for cell in row[:2]] == [layer, head["head"]]
-            for cell, key in zip(row[2:], HEAD_KEYS, strict=True):
+            close(row[3], [min(head["seeds"]["relative_l2"]), max(head["seeds"]["relative_l2"])])
+            for cell, key in zip([row[2], *row[4:]], HEAD_KEYS, strict=True):
                 close(cell, [head[key]])
 
 
@@ -235,7 +236,7 @@ def test_of_many_heads_the_worst_are_shown() -> None:
     found = page(report)
     rows = found.table("Head", "Recall")
     assert len(rows) == 64 and rows[0][1:3] == ["3", "nan"] and "The 64 of 104 heads" in found.text
-    assert ["99", "0.0990"] in [told[1:3] for told in rows] and rows[0][6] == rows[0][8] == "–"
+    assert ["99", "0.0990"] in [told[1:3] for told in rows] and rows[0][7] == rows[0][9] == "–"
     assert "The 16 of 104 heads, the largest error first" in render(report, "report.md.jinja")
 
 

@@ -11,20 +11,22 @@ from hyperattention.validate.hardness import Hardness, measured_cv
 from hyperattention.validate.metrics import TensorError
 
 
-def head_rows(errors: Sequence[TensorError], hardness: Hardness, exact: Tensor, lses: Sequence[Tensor]) -> list[dict]:
-    """A row for each query head: errors of its whole output and LSE under the layer's own seed, then its hardness.
+def head_rows(errors: Sequence[Sequence[TensorError]], hardness: Hardness, exact: Tensor, lses: Sequence[Tensor]) -> list[dict]:
+    """A row for each query head: errors of its whole output and LSE under the layer's own seed, its error under each, then its hardness.
 
-    exact [B,Hq,Sq]: LSE of exact attention; lses: ours, under each seed, the layer's own first. Rows whose exact LSE is not finite
-    are left out of the LSE numbers.
+    errors: of each head, under each seed, the layer's own first, as are lses, our LSE [B,Hq,Sq]; exact: that of exact attention. Rows
+    whose exact LSE is not finite are left out of the LSE numbers.
     """
     rows = []
-    for head, error in enumerate(errors):
+    for head, each in enumerate(zip(*errors, strict=True)):
+        error = each[0]
         true = exact[:, head].double()
         difference = (lses[0][:, head].double() - true)[torch.isfinite(true)]
         rows.append(
             {
                 "head": head,
                 "relative_l2": error.relative_l2,
+                "seeds": {"relative_l2": [one.relative_l2 for one in each]},
                 "cosine": error.cosine,
                 "norm_ratio": error.norm_ratio,
                 "lse_bias": float(difference.mean()),

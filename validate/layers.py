@@ -49,15 +49,15 @@ def layer_rows(
     `window_relative_l2` is the error of window + sinks at equal keys per query; `heads` has a row of head_metrics.py for each head.
     """
     rows, window, calls = [], window_operator(operator), [c for c in captured if not c.is_exact]
-    told: list[tuple[list[TensorError], Tensor, list[Tensor]]] = []  # of each layer: errors of its heads, LSE, exact and ours
+    told: list[tuple[list[list[TensorError]], Tensor, list[Tensor]]] = []  # of each layer: errors of its heads by seed, LSE, exact and ours
     for c in calls:
         step(f"{length:,} tokens, layer {c.layer} alone")
         differences = check_plan(c, kernels) if kernels and not rows else None
         own, *others = seeds_of(c.config)
         o, lse = operator(c.q, c.k, c.v, own)
         exact_o, exact_lse = operator(c.q, c.k, c.v, c.config.exact())
-        errors = head_errors(o, exact_o)
-        whole = attention_error(o, lse, exact_o, exact_lse, errors)
+        errors = [head_errors(o, exact_o)]
+        whole = attention_error(o, lse, exact_o, exact_lse, errors[0])
         row = {"layer": c.layer, "length": length, "plan_differences": differences, **whole}
         row["row_errors"] = histogram(row_errors(o, exact_o))
         del o
@@ -65,6 +65,7 @@ def layer_rows(
         for other in others:
             other_o, other_lse = operator(c.q, c.k, c.v, other)
             spread.append(tensor_error(other_o, exact_o).relative_l2)
+            errors.append(head_errors(other_o, exact_o))
             lses.append(other_lse)
         row["seeds"] = {"relative_l2": spread}
         row["window_relative_l2"] = tensor_error(window(c.q, c.k, c.v, own)[0], exact_o).relative_l2
