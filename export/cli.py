@@ -89,6 +89,7 @@ def export_model(
     strict_causal: Annotated[
         bool, typer.Option("--strict-causal", help="Choose a query block's keys without a look at its rows behind the first.", **_TUNED)
     ] = False,
+    hash_centre: Annotated[bool, typer.Option("--hash-centre", help="sortlsh: hash queries and keys less their means.", **_TUNED)] = False,
     budget: Annotated[
         Optional[list[str]], typer.Option(metavar="NAME=VALUE", help=f"{budgets.help_text()} (default: {budgets.DEFAULT})", **_AUTO)
     ] = None,
@@ -149,6 +150,7 @@ def export_model(
         selector=selector, block_size=block_size, num_blocks=num_blocks, pool_size=pool_size, sample_size=sample_size,
         stratified=stratified, local_size=local_size, local_overlap=local_overlap, sinks=sinks, exact_below=exact_below,
         num_projections=num_projections, strict_causal=1 if strict_causal else None,
+        hash_centre=1 if hash_centre else None,
     )  # fmt: skip
     ranges = planning.named_ranges(dim or [], batch)
     source = open_source(

@@ -41,6 +41,7 @@ RANGES: dict[str, tuple[int, int]] = {
     "num_projections": (1, 16),
     "seed": (0, INT32_MAX),
     "strict_causal": (0, 1),
+    "hash_centre": (0, 1),
 }
 
 
@@ -66,6 +67,7 @@ class Config:
     num_projections: int = 7
     seed: int = 0
     strict_causal: int = 0
+    hash_centre: int = 0
 
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():

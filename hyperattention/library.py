@@ -20,7 +20,7 @@ from hyperattention.errors import EnvironmentFault
 if TYPE_CHECKING:
     from hyperattention.native import Library
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 ORT_LIBRARY = "libhyperattention_ort.so"
 TRT_LIBRARY = "libhyperattention_trt.so"
 SELECTOR_CODES = {"blocks": 0, "sortlsh": 1}
@@ -33,7 +33,7 @@ class HaAttributes(ctypes.Structure):
         (name, c_float if name == "scale" else c_int32)
         for name in (
             "causal scale selector block_size num_blocks pool_size sample_size stratified "
-            "local_size local_overlap sinks exact_below num_projections seed strict_causal"
+            "local_size local_overlap sinks exact_below num_projections seed strict_causal hash_centre"
         ).split()
     ]
 

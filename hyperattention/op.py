@@ -46,6 +46,7 @@ def _attention(
     num_projections: int,
     seed: int,
     strict_causal: int,
+    hash_centre: int,
 ) -> tuple[Tensor, Tensor]:
     config = Config(
         causal=causal,
@@ -63,6 +64,7 @@ def _attention(
         num_projections=num_projections,
         seed=seed,
         strict_causal=strict_causal,
+        hash_centre=hash_centre,
     )
     Geometry.of(q, k, v, config, lengths)
     if _has_kernel(q, v):

@@ -12,6 +12,9 @@ from hyperattention.config import Config
 from hyperattention.draws import philox
 from hyperattention.geometry import Geometry, Node
 
+# Rule 26: the tokens whose mean is taken with hash_centre are added up in parts of this many, then the parts.
+CENTRE_PARTS, CENTRE_PART = 32, 128
+
 
 def signs(config: Config, head_dim: int, device: torch.device | str = "cpu") -> Tensor:
     """The projections' entries, +1 or -1, float32 [D, r] (rule 26)."""
@@ -28,21 +31,44 @@ def gray_rank(code: Tensor) -> Tensor:
     return code
 
 
-def ranks(x: Tensor, config: Config) -> Tensor:
-    """Rank of each row of x [..., S, D] in fp32 arithmetic, int64 [..., S] (rules 26 and 27)."""
+def project(x: Tensor, config: Config) -> Tensor:
+    """x [..., D] on each projection, float32 [..., r] (rule 26)."""
     sign = signs(config, x.shape[-1], x.device)
     total = torch.zeros(*x.shape[:-1], config.num_projections, device=x.device)
     for d in range(x.shape[-1]):  # ascending: the order of the sum is part of the contract
         total = total + x[..., d, None].float() * sign[d]
-    return gray_rank(((total > 0).long() << torch.arange(config.num_projections, device=x.device)).sum(-1))
+    return total
+
+
+def mean_token(x: Tensor) -> Tensor:
+    """Mean [..., D] of up to 4,096 of the tokens x [..., N, D] at even distances, float32; zeros where there are none (rule 26)."""
+    tokens = x.shape[-2]
+    count = min(tokens, CENTRE_PARTS * CENTRE_PART)
+    at = torch.arange(count, device=x.device) * tokens // max(count, 1)
+    taken = torch.nn.functional.pad(x[..., at, :].float(), (0, 0, 0, CENTRE_PARTS * CENTRE_PART - count))
+    part = torch.zeros_like(taken[..., :CENTRE_PARTS, :])
+    for s in range(CENTRE_PART):  # ascending, as is the sum of the parts: part of the contract
+        part = part + taken[..., s::CENTRE_PART, :]
+    total = torch.zeros_like(part[..., 0, :])
+    for p in range(CENTRE_PARTS):
+        total = total + part[..., p, :]
+    return total / torch.full_like(total, max(count, 1))  # a plain number would become a multiplication on CUDA
+
+
+def ranks(x: Tensor, config: Config, mean: Tensor | None = None) -> Tensor:
+    """Rank of each row of x [..., S, D] in fp32 arithmetic, int64 [..., S] (rules 26 and 27); `mean` [..., D] with hash_centre."""
+    total = project(x, config)
+    least = torch.zeros_like(total[..., :1, :]) if mean is None else project(mean, config)[..., None, :]
+    return gray_rank(((total > least).long() << torch.arange(config.num_projections, device=x.device)).sum(-1))
 
 
 def sort_nodes(q: Tensor, k: Tensor, g: Geometry, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """Sorted row indices [B, Hq, levels, Sq] and key indices [B, Hkv, levels, Sk] of every node, -1 elsewhere."""
     rows, keys = (torch.full(shape, -1, dtype=torch.int32, device=q.device) for shape in g.order_shapes)
     for b, length in enumerate(g.clamp(lengths) if g.nodes else ()):
-        rank_q, rank_k = ranks(q[b], g.config), ranks(k[b], g.config)
         live = g.live_rows(length)
+        rank_q = ranks(q[b], g.config, mean_token(q[b, :, :live]) if g.config.hash_centre else None)
+        rank_k = ranks(k[b], g.config, mean_token(k[b, :, g.config.sinks : length]) if g.config.hash_centre else None)
         for level, m in g.nodes:
             node = g.node(level, m, length)
             if len(node.keys) == 0:

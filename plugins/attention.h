@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define HA_ABI_VERSION 3
+#define HA_ABI_VERSION 4
 
 enum HaStatus {
   HA_OK = 0,
@@ -45,6 +45,7 @@ typedef struct HaAttributes {
   int32_t num_projections;
   int32_t seed;
   int32_t strict_causal;
+  int32_t hash_centre;
 } HaAttributes;
 
 // One problem. Tensors are dense, row-major: q [batch, heads_q, seq_q, head_dim], k [batch, heads_kv, seq_k, head_dim],

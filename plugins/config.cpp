@@ -42,6 +42,7 @@ const IntegerField kFields[kIntegerFields] = {
     {"num_projections", &HaAttributes::num_projections, 1, 16, 7},
     {"seed", &HaAttributes::seed, 0, INT32_MAX, 0},
     {"strict_causal", &HaAttributes::strict_causal, 0, 1, 0},
+    {"hash_centre", &HaAttributes::hash_centre, 0, 1, 0},
 };
 
 HaAttributes default_attributes() {
@@ -113,7 +114,7 @@ void set_last_error(const std::string& message) noexcept {
 extern "C" const char* ha_last_error(void) { return ha::last_error.c_str(); }
 
 extern "C" const char* ha_build_info(void) {
-  return "{\"version\": \"" HA_VERSION "\", \"abi\": 3, \"build_id\": \"" HA_BUILD_ID "\", \"backends\": " HA_BACKENDS
+  return "{\"version\": \"" HA_VERSION "\", \"abi\": 4, \"build_id\": \"" HA_BUILD_ID "\", \"backends\": " HA_BACKENDS
          ", \"architectures\": " HA_ARCHITECTURES ", \"compiler\": \"" __VERSION__ "\"}";
 }
 

@@ -21,7 +21,7 @@ struct IntegerField {
   int64_t low, high;
   int32_t fallback;
 };
-constexpr int kIntegerFields = 13;
+constexpr int kIntegerFields = 14;
 extern const IntegerField kFields[kIntegerFields];
 
 HaAttributes default_attributes();

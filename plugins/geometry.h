@@ -206,6 +206,16 @@ HA_INLINE Range taken_blocks(const HaAttributes& a, int64_t block, int64_t live,
   return {start, start + t};
 }
 
+// With hash_centre the mean of up to 4,096 tokens, these apart, is subtracted from what is hashed. They are added up in parts (rule 26).
+constexpr int kCentreParts = 32;
+constexpr int kCentrePart = 128;
+constexpr int kCentreTokens = kCentreParts * kCentrePart;
+
+// The tokens of one batch row and head whose mean it is.
+HA_INLINE Range centred_tokens(const Geometry& g, bool queries, int64_t length) {
+  return queries ? Range{0, g.live_rows(length)} : Range{min64(g.a.sinks, length), length};
+}
+
 // Signs of all projections for one coordinate: bit t is set where the entry is -1 (rule 26).
 HA_INLINE uint32_t sign_word(int64_t coordinate, int32_t seed) { return philox(uint32_t(coordinate), 0, 0, 1, uint32_t(seed)); }
 

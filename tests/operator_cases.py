@@ -79,6 +79,8 @@ class Case:
         elif self.fill == "padding":  # nothing may come from behind the lengths
             for b, length in enumerate(self.lengths or ()):
                 k[b, :, max(0, length) :], v[b, :, max(0, length) :] = float("nan"), float("inf")
+        elif self.fill == "shared-mean":  # angles between keys say little, those from their mean do
+            k = k + 3
         elif self.fill == "large":
             q, k = q * 30, k * 30
         else:
@@ -221,6 +223,15 @@ def sorted_grid() -> list[Case]:
             cases.append(Case(f"sorted-samples{samples}-stratified{flag}", config=sorted_config(sample_size=samples, stratified=flag)))
     for sinks in (0, 33, 203):
         cases += [Case(f"sorted-sinks{sinks}-causal{causal}", config=sorted_config(sinks=sinks, causal=causal)) for causal in (0, 1)]
+    centred = sorted_config(hash_centre=1)
+    cases += [
+        Case("centred", config=centred, heads=(4, 2), lengths=(203, 137, 133, 40, 2, 0)),
+        Case("centred-chunk", 70, 203, centred, lengths=(203, 140, 133)),
+        Case("centred-more-queries", 203, 65, replace(centred, causal=0)),
+        Case("centred-parts", 66, 1057, replace(centred, causal=0), dims=(4, 4)),
+        Case("centred-one-key", 70, 1, centred),
+        Case("centred-shared-mean", config=replace(centred, num_projections=12), fill="shared-mean"),
+    ]
     cases += [Case(f"sorted-projections{r}", config=sorted_config(num_projections=r)) for r in (1, 9, 16)]
     cases += [Case(f"sorted-{fill}", config=SORTED, fill=fill) for fill in ("constant", "zero", "ties", "tiny")]
     return cases
@@ -245,6 +256,11 @@ SORTED_PLAN_ONLY = [
     Case("sorted-nonfinite", config=SORTED, fill="nonfinite"),
     Case("sorted-nonfinite-non-causal", config=sorted_config(causal=0), fill="nonfinite"),
     Case("sorted-overflow", config=SORTED, fill="overflow"),
+    Case("centred-nonfinite", config=sorted_config(hash_centre=1), fill="nonfinite"),
+    Case("centred-overflow", config=sorted_config(hash_centre=1), fill="overflow"),
+    Case("centred-cancelling", config=sorted_config(hash_centre=1), fill="cancelling", dims=(33, 4)),
+    Case("centred-constant", config=sorted_config(hash_centre=1, causal=0), fill="constant"),
+    Case("centred-distances", 70, 4777, sorted_config(hash_centre=1, causal=0), heads=(2, 1), dims=(6, 4), lengths=(4777, 4133)),
     Case("sorted-cancelling", config=SORTED, fill="cancelling", dims=(33, 4)),
 ]
 LOW = [(case, dtype) for case in (CASES[0], CASES[1], SORTED_CASES[0]) for dtype in (torch.float32, torch.bfloat16, torch.float16)]

@@ -8,6 +8,8 @@ from functools import lru_cache
 import numpy as np
 from oracle_rules import Rows, draws, word
 
+from hyperattention.config import Config
+
 # --- the tree (24, 25) -----------------------------------------------------------------------------------------------
 
 
@@ -58,16 +60,36 @@ def gray_ranks(bits: int) -> dict[int, int]:
     return {code: rank for rank, code in enumerate(sequence)}
 
 
-def ranks(x: np.ndarray, rows: Rows) -> list[int]:
-    """Rank of each token of x [S, D] fp32."""
-    c = rows.config
+def projections(x: np.ndarray, c: Config) -> np.ndarray:
+    """[S, r] fp32 of x [S, D] fp32."""
     sums = np.zeros((len(x), c.num_projections), np.float32)
     for d in range(x.shape[1]):
         u = word((d, 0, 0, 1), c.seed)
         for t in range(c.num_projections):
             sums[:, t] = sums[:, t] + (-x[:, d] if u >> t & 1 else x[:, d])
+    return sums
+
+
+def mean(tokens: np.ndarray) -> np.ndarray:
+    """Mean [1, D] of at most 4,096 of the tokens [N, D], N > 0, each sum of 128 and then of 32 parts in order (26)."""
+    count = min(len(tokens), 4096)
+    total = np.zeros_like(tokens[0])
+    for first in range(0, count, 128):
+        part = np.zeros_like(total)
+        for s in range(first, min(first + 128, count)):
+            part = part + tokens[s * len(tokens) // count]
+        total = total + part
+    return (total / np.float32(count))[None]
+
+
+def ranks(x: np.ndarray, rows: Rows, centred: range) -> list[int]:
+    """Rank of each token of x [S, D] fp32; with hash_centre less the mean of the tokens `centred`."""
+    c = rows.config
+    least = np.zeros((1, c.num_projections), np.float32)
+    if c.hash_centre and len(centred):
+        least = projections(mean(x[centred.start : centred.stop]), c)
     table = gray_ranks(c.num_projections)
-    return [table[sum(1 << t for t in range(c.num_projections) if row[t] > 0)] for row in sums]
+    return [table[sum(1 << t for t in range(c.num_projections) if row[t])] for row in projections(x, c) > least]
 
 
 def fill_plan(q: np.ndarray, k: np.ndarray, rows: Rows, chosen: list[np.ndarray], index: np.ndarray, weight: np.ndarray) -> None:
@@ -75,15 +97,16 @@ def fill_plan(q: np.ndarray, k: np.ndarray, rows: Rows, chosen: list[np.ndarray]
     order; index and weight [Hq,nodes,samples]; all preset to "none"."""
     row_order, key_order = chosen
     busy = [(at, node) for at, node in enumerate(nodes(rows)) if len(node.keys)]
+    live = sum(not rows.dead(rows.first + i) for i in range(rows.seq_q))
     for h, x in enumerate(q):
-        rank = ranks(x, rows)
+        rank = ranks(x, rows, range(live))
         for at, node in busy:
             order = sorted(node.rows, key=lambda i: (rows.dead(rows.first + i), 0 if rows.dead(rows.first + i) else rank[i], i))
             row_order[h, node.level, list(node.rows)] = order
             for s, (sample, w) in enumerate(draws(rows.config, len(node.keys), h, node.start)):
                 index[h, at, s], weight[h, at, s] = sample, w
     for h, x in enumerate(k):
-        rank = ranks(x, rows)
+        rank = ranks(x, rows, range(rows.config.sinks, rows.length))
         for _, node in busy:
             key_order[h, node.level, list(node.keys)] = sorted(node.keys, key=lambda j: (rank[j], j))
 

@@ -102,6 +102,8 @@ def random_case(seed: int, head_sizes: str = "any") -> Case:
     c = _config(draw, draw.choice(("blocks", "sortlsh")), seq_k)
     if c.causal and c.selector == "blocks" and seed % 3 == 0:
         c = replace(c, strict_causal=1)
+    if seed % 5 < 2:
+        c = replace(c, hash_centre=1)
     return Case(
         f"random{seed}",
         seq_q,

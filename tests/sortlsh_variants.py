@@ -15,7 +15,7 @@ from torch import Tensor
 from hyperattention.config import Config
 from hyperattention.draws import draw_samples
 from hyperattention.geometry import Geometry, Node
-from hyperattention.sortlsh import ranks, taken_keys
+from hyperattention.sortlsh import mean_token, ranks, taken_keys
 
 ROUND_SEEDS = 7919  # between the seeds of two rounds
 AS_NOW, BY_HASH, BY_CENTROID = "equal rank", "hash", "centroid"
@@ -23,34 +23,26 @@ AS_NOW, BY_HASH, BY_CENTROID = "equal rank", "hash", "centroid"
 
 @dataclass(frozen=True)
 class Variant:
-    """centre: "" (hash Q and K themselves), "keys" or "both", each less its mean over the tokens of its head. sample: the mean is that of
-    this many tokens at even distances, 0: of all. angle: Simple-LSH (Neyshabur and Srebro 2015), keys get one more element that
+    """centre: "" (hash Q and K themselves), "keys" or "both", each less its mean over all tokens of its head, or "operator": as the
+    operator's hash_centre does it. angle: Simple-LSH (Neyshabur and Srebro 2015), keys get one more element that
     gives all of them the length of the longest, queries a 0. bits: projections, 0 for the config's. match: how a block of sorted
     rows gets its keys. rounds: sorts under seeds of their own, each with its part of the keys; a key found twice counts once.
     """
 
     name: str
     centre: str = ""
-    sample: int = 0
     angle: bool = False
     bits: int = 0
     match: str = AS_NOW
     rounds: int = 1
 
 
-def mean_token(x: Tensor, count: int) -> Tensor:
-    """Mean [H, 1, D] of `count` rows of x [H, S, D] at even distances; of all rows for 0."""
-    s = x.shape[1]
-    at = torch.arange(min(count, s) or s, device=x.device)
-    return x[:, at * s // len(at)].mean(1, keepdim=True)
-
-
 def hashed(variant: Variant, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """What is hashed in the place of q [Hq, S, D] and k [Hkv, S, D]."""
-    if variant.centre:
-        k = k - mean_token(k, variant.sample)
+    if variant.centre in ("keys", "both"):
+        k = k - k.mean(1, keepdim=True)
     if variant.centre == "both":
-        q = q - mean_token(q, variant.sample)
+        q = q - q.mean(1, keepdim=True)
     if variant.angle:
         square = k.square().sum(-1, keepdim=True)
         k = torch.cat([k, (square.amax(1, keepdim=True) - square).sqrt()], -1)
@@ -72,7 +64,8 @@ def weights(variant: Variant, c: Config, q: Tensor, k: Tensor, rows: Tensor) -> 
     bits, part = variant.bits or c.num_projections, c.block_size // variant.rounds
     for turn in range(variant.rounds):
         of_round = replace(c, num_projections=bits, seed=c.seed + turn * ROUND_SEEDS, block_size=part)
-        rank_q, rank_k = (ranks(x, of_round) for x in of_hash)
+        means = (mean_token(q), mean_token(k[:, c.sinks :])) if variant.centre == "operator" else (None, None)
+        rank_q, rank_k = (ranks(x, of_round, mean) for x, mean in zip(of_hash, means, strict=True))
         for level, m in g.nodes:
             node = g.node(level, m, size)
             inside = ((rows >= node.rows.start) & (rows < node.rows.stop)).nonzero()[:, 0]

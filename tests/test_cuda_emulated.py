@@ -96,12 +96,16 @@ CASES = [
 ]
 # Selector `sortlsh`: nodes that lengths, chunks and sinks cut, ranks of one and two digits.
 SORTED = sorted_config(block_size=48, local_size=64, sample_size=70)
+CENTRED = replace(SORTED, hash_centre=1)
 SORTED_CASES = [
     Problem(Case("sorted", 200, 330, SORTED, (2, 1), (64, 64), (330, 211)), "bf16"),
     Problem(Case("sorted-overlap", 150, 330, replace(SORTED, local_overlap=1, sinks=20), (1, 1), (64, 64)), "fp16"),
     Problem(Case("sorted-two-digits", 200, 200, replace(SORTED, num_projections=13), (1, 1), (40, 72), (200, 130)), "fp32"),
     Problem(Case("sorted-non-causal", 130, 300, replace(SORTED, causal=0, stratified=0), (2, 1), (32, 32), (300, 77)), "bf16"),
     Problem(Case("sorted-more-queries", 200, 150, replace(SORTED, block_size=256, num_blocks=1), (1, 1), (64, 64)), "bf16"),
+    Problem(Case("centred", 200, 330, CENTRED, (4, 2), (40, 64), (330, 211), "shared-mean"), "bf16"),
+    Problem(Case("centred-two-digits", 130, 330, replace(CENTRED, num_projections=11), (1, 1), (72, 64), (330, 1)), "fp16"),
+    Problem(Case("centred-fp32", 70, 330, replace(CENTRED, causal=0), (2, 1), (8, 8), (330, 3, 0)), "fp32"),
 ]
 # For the Hopper kernels: short tiles and several for each block of threads, lengths that end inside a tile load, one and many key blocks,
 # lists whose blocks straddle tiles, head sizes whose loads reach past the tensor.
@@ -150,9 +154,10 @@ def _two_levels(name: str, block: int, rows: int, **changes: int) -> Problem:
     return Problem(Case(f"{name}{block}", rows, 9500, c, (1, 1), (64, 64)), "bf16")
 
 
+_SORTED_DTYPES = ("fp32", "bf16", "fp32", "fp32", "bf16", "fp32", "fp32", "bf16", "fp16")
 PLANS = (
     [Problem(replace(case, dims=(64, 64)), "bf16") for case in PLAN_ONLY if case.seq_k < 1000]
-    + [Problem(replace(case, dims=(64, 64)), dtype) for case, dtype in zip(SORTED_PLAN_ONLY, ("fp32", "bf16", "fp32", "fp32"), strict=True)]
+    + [Problem(replace(case, dims=(64, 64)), dtype) for case, dtype in zip(SORTED_PLAN_ONLY, _SORTED_DTYPES, strict=True)]
     # Sums whose signs the hash has to settle in the rule's order.
     + [
         Problem(Case(f"sorted-{fill}", config=SORTED, dims=(72, 8), fill=fill), dtype)

@@ -196,6 +196,7 @@ REFUSED = [
     ("selector", "other", "selector is 'other'; it takes one of blocks, sortlsh"),
     ("selector", 0, "selector is an integer; it takes a string"),
     ("strict_causal", 1.0, "strict_causal is a float; it takes an integer"),
+    ("hash_centre", 1.0, "hash_centre is a float; it takes an integer"),
     ("pool_size", 3, "block_size 64 is not a multiple of pool_size 3"),
     ("local_size", 100, "local_size 100 is not a multiple of block_size 64"),
 ]

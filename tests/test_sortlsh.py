@@ -16,7 +16,7 @@ from hyperattention.config import INT32_MAX, PRESETS, Config
 from hyperattention.geometry import Geometry
 from hyperattention.reference import attention, exact_attention
 from hyperattention.selection import make_plan
-from hyperattention.sortlsh import gray_rank, ranks
+from hyperattention.sortlsh import gray_rank, mean_token, ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # a node's row indices and keys, as sorted
@@ -182,6 +182,57 @@ def test_sorting_finds_a_planted_key() -> None:
     assert (weight > 0).sum(-1).unique().tolist() == [64]
     found = (weight[torch.arange(1024), partner] > 0).double().mean()
     assert found > 0.5, f"{float(found):.2f} of the planted keys; chance is {1 / 16:.2f}"
+
+
+# --- hash_centre ---
+
+
+def test_keys_that_share_a_mean_are_sorted_as_without_it() -> None:
+    """Moving all keys by one vector changes no attention; with hash_centre it changes no plan either, without it most of one."""
+    c = sorted_config(causal=0, hash_centre=1, sinks=0, num_projections=5)
+    q, k, _ = Case("shift", heads=(2, 2), dims=(32, 4)).inputs()
+    q, k = (x.mul(64).round() / 64 for x in (q, k))  # sums of these and of whole numbers are exact
+    g = Geometry.of(q, k, k, c)
+    moved = k + torch.randint(-3, 4, (1, 2, 1, 32), generator=torch.Generator().manual_seed(1))
+    for mine, theirs in zip(make_plan(q, k, g).orders(g), make_plan(q, moved, g).orders(g), strict=True):
+        assert (mine == theirs).double().mean() > 0.98  # the mean is rounded: a sum next to its threshold may change sides
+    plain = Geometry.of(q, k, k, replace(c, hash_centre=0))
+    _, before = make_plan(q, k, plain).orders(plain)
+    _, after = make_plan(q, moved, plain).orders(plain)
+    assert (before == after).double().mean() < 0.2
+
+
+def test_centring_halves_each_bit() -> None:
+    """Of keys around a large mean nearly all have the same bits; with hash_centre each bit splits them."""
+    x = 4 + torch.randn(2, 3000, 64, generator=torch.Generator().manual_seed(2))
+    c = sorted_config(num_projections=8)
+    bits = [(rank ^ rank >> 1)[..., None] >> torch.arange(8) & 1 for rank in (ranks(x, c), ranks(x, c, mean_token(x)))]
+    share = [b.double().mean((0, 1)) for b in bits]
+    assert ((share[0] - 0.5).abs() > 0.3).sum() >= 6 and ((share[1] - 0.5).abs() < 0.05).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 127, 129, 4095, 4096, 4097, 9000])
+def test_mean_token(tokens: int) -> None:
+    x = torch.randn(2, tokens, 5, generator=torch.Generator().manual_seed(tokens))
+    at = [s * tokens // min(tokens, 4096) for s in range(min(tokens, 4096))]
+    assert len(set(at)) == len(at)
+    assert torch.allclose(mean_token(x), x[:, at].double().mean(1).float(), atol=1e-6)
+    assert not mean_token(x[:, :0]).any()
+
+
+def test_the_mean_knows_neither_padding_nor_sinks_nor_dead_rows() -> None:
+    """What lies behind the length, in the sinks and in other batch rows changes nothing."""
+    c = sorted_config(hash_centre=1, sinks=9)
+    case = Case("centred", config=c, lengths=(203, 150, 40), heads=(4, 2))
+    q, k, v = case.inputs()
+    other_q, other_k = q.clone(), k.clone()
+    for b, length in enumerate(case.lengths or ()):
+        other_q[b, :, length:], other_k[b, :, length:], other_k[b, :, :9] = float("nan"), float("nan"), 1e4
+    g = Geometry.of(q, k, v, c)
+    for mine, theirs in zip(
+        make_plan(q, k, g, case.lengths_tensor()).orders(g), make_plan(other_q, other_k, g, case.lengths_tensor()).orders(g)
+    ):
+        assert torch.equal(mine, theirs)
 
 
 # --- limits ----------------------------------------------------------------------------------------------------------

@@ -58,6 +58,7 @@ GOOD = {
     "strict": Config(strict_causal=1),
     "changed": Config(causal=0, scale=0.25, block_size=32, pool_size=8, seed=2**31 - 1).exact(),
     "sortlsh": Config(selector="sortlsh", block_size=48, pool_size=5, local_size=1000, num_projections=16),
+    "centred": Config(selector="sortlsh", hash_centre=1),
 }
 
 

@@ -29,7 +29,7 @@ struct Finder final : ILoggerFinder {
 const std::map<std::string, int32_t> kUnusual = {{"causal", 0},      {"block_size", 32},   {"num_blocks", 3},    {"pool_size", 8},
                                                  {"sample_size", 5}, {"stratified", 0},    {"local_size", 96},   {"local_overlap", 0},
                                                  {"sinks", 7},       {"exact_below", 100}, {"num_projections", 9}, {"seed", 2147483647},
-                                                 {"strict_causal", 0}, {"with_lse", 1}};
+                                                 {"strict_causal", 0}, {"hash_centre", 1}, {"with_lse", 1}};
 
 FieldList unusual() {
   FieldList list;
@@ -189,7 +189,7 @@ void cache_id() {
   const std::map<std::string, int32_t> changes = {{"causal", 0},      {"block_size", 128},  {"num_blocks", 9},    {"pool_size", 8},
                                                   {"sample_size", 5}, {"stratified", 0},    {"local_size", 128},  {"local_overlap", 0},
                                                   {"sinks", 7},       {"exact_below", 100}, {"num_projections", 9}, {"seed", 1},
-                                                  {"strict_causal", 1}, {"with_lse", 1}};
+                                                  {"strict_causal", 1}, {"hash_centre", 1}, {"with_lse", 1}};
   for (const auto& [name, value] : changes)
     expect(plain != build(*FieldList().integer(name, value).make())->getTimingCacheID(), name + " is part of the cache id");
   expect(plain != build(*FieldList().real("scale", 0.25f).make())->getTimingCacheID(), "scale is part of the cache id");

@@ -18,6 +18,8 @@ def _look_ahead(config: Config, length: int) -> int:
         return 0
     if config.selector == "blocks":
         return 0 if config.strict_causal else config.block_size - 1
+    if config.hash_centre:
+        return max(length - 1, 0)  # through the means
     levels = Geometry(config, 1, 1, 1, length, length, 1, 1).levels
     return (config.local_size << (levels - 1)) - 1 if levels else 0
 
@@ -44,9 +46,10 @@ def plan_notes(plan: ExportPlan, note: str) -> list[str]:
         notes.append("Look-ahead: none. The keys that a row meets are chosen by rows before its query block (strict_causal).")
     elif plan.approximate and kind_of(plan.task) == LANGUAGE:
         farthest = max(configs(plan.approximate), key=lambda config: _look_ahead(config, plan.seq[2]))
+        through = "through Q and the mean of K (hash_centre)" if farthest.hash_centre else "through Q only"
         notes.append(
             f"Look-ahead: the keys that a row meets are chosen for all rows {_LOOK_AHEAD[farthest.selector]}, so later "
-            f"rows take part in the choice, through Q only. All-position numbers can profit from it; in the regime of the gates the judged "
+            f"rows take part in the choice, {through}. All-position numbers can profit from it; in the regime of the gates the judged "
             f"rows attend exactly."
         )
     return notes

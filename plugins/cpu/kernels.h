@@ -50,8 +50,9 @@ struct Kernels {
                 float* scores);
   // Rules 18 and 20: mean of `rows` rows of x, quantised; gives max|x|/127, or NaN when the mean is not finite.
   float (*pool)(const float* x, int64_t rows, int dim, int8_t* values);
-  // Rule 26: codes of `tokens` rows of x. `signs` [dim][kMaxProjections] holds the sign bit of each entry of the matrix.
-  void (*hash)(const float* x, int64_t tokens, int dim, const uint32_t* signs, int projections, uint16_t* codes);
+  // Rule 26: codes of `tokens` rows of x. `signs` [dim][kMaxProjections] holds the sign bit of each entry of the matrix, `least`
+  // [kMaxProjections] what each sum has to be above.
+  void (*hash)(const float* x, int64_t tokens, int dim, const uint32_t* signs, const float* least, int projections, uint16_t* codes);
 };
 
 constexpr int kScoreQueries = 4;

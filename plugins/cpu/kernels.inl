@@ -218,7 +218,7 @@ float pool(const float* x, int64_t rows, int dim, int8_t* values) {
 
 // Projections lie along the lanes, and kTokens tokens are summed side by side.
 template <int kVectors, int kTokens = 8 / kVectors>
-void hash_tokens(const float* x, int64_t tokens, int dim, const uint32_t* signs, uint32_t used, uint16_t* codes) {
+void hash_tokens(const float* x, int64_t tokens, int dim, const uint32_t* signs, const float* least, uint32_t used, uint16_t* codes) {
   for (int64_t first = 0; first < tokens; first += kTokens) {
     const float* token[kTokens];
     Floats sum[kTokens][kVectors] = {};
@@ -234,21 +234,21 @@ void hash_tokens(const float* x, int64_t tokens, int dim, const uint32_t* signs,
     }
     for (int i = 0; i < kTokens && first + i < tokens; ++i) {
       uint32_t code = 0;
-      for (int v = 0; v < kVectors; ++v) code |= positive_lanes(sum[i][v]) << v * kLanes;
+      for (int v = 0; v < kVectors; ++v) code |= positive_lanes(sum[i][v] - load(least + v * kLanes)) << v * kLanes;
       codes[first + i] = uint16_t(code & used);
     }
   }
 }
 
 template <int kVectors = kMaxProjections / kLanes>
-void hash_vectors(const float* x, int64_t tokens, int dim, const uint32_t* signs, int projections, uint16_t* codes) {
+void hash_vectors(const float* x, int64_t tokens, int dim, const uint32_t* signs, const float* least, int projections, uint16_t* codes) {
   if constexpr (kVectors > 1)
-    if (projections <= (kVectors - 1) * kLanes) return hash_vectors<kVectors - 1>(x, tokens, dim, signs, projections, codes);
-  hash_tokens<kVectors>(x, tokens, dim, signs, (1u << projections) - 1, codes);
+    if (projections <= (kVectors - 1) * kLanes) return hash_vectors<kVectors - 1>(x, tokens, dim, signs, least, projections, codes);
+  hash_tokens<kVectors>(x, tokens, dim, signs, least, (1u << projections) - 1, codes);
 }
 
-void hash(const float* x, int64_t tokens, int dim, const uint32_t* signs, int projections, uint16_t* codes) {
-  hash_vectors(x, tokens, dim, signs, projections, codes);
+void hash(const float* x, int64_t tokens, int dim, const uint32_t* signs, const float* least, int projections, uint16_t* codes) {
+  hash_vectors(x, tokens, dim, signs, least, projections, codes);
 }
 
 }  // namespace

@@ -22,14 +22,51 @@ std::vector<uint32_t> sign_bits(const Geometry& g) {
   return bits;
 }
 
-void rank_tokens(const Geometry& g, const void* x, int64_t tokens, uint16_t* ranks, Workers& workers) {
+// One side of a call: its tokens [batch, heads, rows, head_dim] and their ranks [batch, heads, rows].
+struct Side {
+  bool queries;
+  const float* tokens;
+  int64_t heads, rows;
+  uint16_t* ranks;
+};
+
+// What each sum has to be above for its bit: nothing, or with hash_centre the sum of the mean of `count` tokens.
+void least_sums(const Geometry& g, const float* tokens, int64_t count, const std::vector<uint32_t>& signs, float* least) {
+  std::fill_n(least, kMaxProjections, 0.0f);
+  if (!g.a.hash_centre || count == 0) return;
+  const int64_t taken = min64(count, kCentreTokens);
+  std::vector<float> total(size_t(g.head_dim)), part(size_t(g.head_dim));
+  for (int64_t first = 0; first < taken; first += kCentrePart) {
+    std::fill(part.begin(), part.end(), 0.0f);
+    for (int64_t s = first; s < min64(first + kCentrePart, taken); ++s)
+      for (int64_t d = 0; d < g.head_dim; ++d) part[size_t(d)] += tokens[s * count / taken * g.head_dim + d];
+    for (int64_t d = 0; d < g.head_dim; ++d) total[size_t(d)] += part[size_t(d)];
+  }
+  for (int64_t d = 0; d < g.head_dim; ++d) {
+    const float mean = total[size_t(d)] / float(taken);
+    for (int t = 0; t < g.a.num_projections; ++t) least[t] += signs[size_t(d * kMaxProjections + t)] ? -mean : mean;
+  }
+}
+
+void rank_tokens(const Geometry& g, const Side& side, const int32_t* lengths, Workers& workers) {
   const std::vector<uint32_t> signs = sign_bits(g);
-  for_each_unit(workers, ceil_div(tokens, kTokensAUnit), [&] {
+  const int64_t slices = g.batch * side.heads, units = ceil_div(side.rows, kTokensAUnit);
+  std::vector<float> least(size_t(slices * kMaxProjections));
+  for_each_unit(workers, slices, [&] {
+    return [&](int64_t slice) {
+      const Range centred = centred_tokens(g, side.queries, g.length(lengths, slice / side.heads));
+      const float* const from = side.tokens + (slice * side.rows + centred.start) * g.head_dim;
+      least_sums(g, from, centred.size(), signs, &least[size_t(slice * kMaxProjections)]);
+    };
+  });
+  for_each_unit(workers, slices * units, [&] {
     return [&](int64_t unit) {
-      const int64_t first = unit * kTokensAUnit, count = min64(kTokensAUnit, tokens - first);
-      const float* from = static_cast<const float*>(x) + first * g.head_dim;
-      kernels().hash(from, count, int(g.head_dim), signs.data(), g.a.num_projections, ranks + first);
-      for (int64_t i = first; i < first + count; ++i) ranks[i] = uint16_t(gray_rank(ranks[i]));
+      const int64_t slice = unit / units, start = unit % units * kTokensAUnit, first = slice * side.rows + start;
+      const int64_t count = min64(kTokensAUnit, side.rows - start);
+      const float* const from = side.tokens + first * g.head_dim;
+      const float* const above = &least[size_t(slice * kMaxProjections)];
+      kernels().hash(from, count, int(g.head_dim), signs.data(), above, g.a.num_projections, side.ranks + first);
+      for (int64_t i = first; i < first + count; ++i) side.ranks[i] = uint16_t(gray_rank(side.ranks[i]));
     };
   });
 }
@@ -89,8 +126,8 @@ void select_sortlsh(const HaParams& params, int32_t* plan, Workers& workers) {
   std::fill_n(plan, g.plan_size(), -1);
   const std::vector<NodeName> names = largest_first(g);
   if (names.empty()) return;
-  rank_tokens(g, params.q, g.batch * g.heads_q * g.seq_q, memory.query_ranks, workers);
-  rank_tokens(g, params.k, g.batch * g.heads_kv * g.seq_k, memory.key_ranks, workers);
+  rank_tokens(g, {true, static_cast<const float*>(params.q), g.heads_q, g.seq_q, memory.query_ranks}, params.lengths, workers);
+  rank_tokens(g, {false, static_cast<const float*>(params.k), g.heads_kv, g.seq_k, memory.key_ranks}, params.lengths, workers);
   const int64_t levels = g.levels(), lines = g.batch * g.heads_q;
   int32_t* const key_plan = plan + lines * levels * g.seq_q;
   for_each_unit(workers, (lines + g.batch * g.heads_kv) * int64_t(names.size()), [&] {

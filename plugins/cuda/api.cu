@@ -89,7 +89,9 @@ void select_sorted(const HaParams& p, unsigned char* base, const Workspace& w, i
   uint16_t* const ranks_k = reinterpret_cast<uint16_t*>(base + w.k_ranks);
   int32_t* const order = g.a.num_projections > kSortDigitBits ? reinterpret_cast<int32_t*>(base + w.order) : nullptr;
   uint32_t* const counts = sorts_chunks(g) ? reinterpret_cast<uint32_t*>(base + w.counts) : nullptr;
-  launch_hash({p, ranks_q, ranks_k, counts});
+  const HashArgs hash{p, ranks_q, ranks_k, counts, g.a.hash_centre ? reinterpret_cast<float*>(base + w.least) : nullptr};
+  if (hash.least) launch_centre(hash);
+  launch_hash(hash);
   const SortArgs sort{p, ranks_q, ranks_k, plan, order, counts};
   launch_sort_chunks(sort);
   launch_sort_nodes(sort);

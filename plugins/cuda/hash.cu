@@ -37,6 +37,7 @@ HA_KERNEL(kHashThreads, hash_blocks_per_processor(kPieces)) hash_kernel(const HA
   Words4* const signs = reinterpret_cast<Words4*>(shared_memory() + kWarps * kHashStages * kStageBytes);
   uint32_t* const words = reinterpret_cast<uint32_t*>(signs + parts * kPieces * kProjections);
   uint32_t* const counts = words + g.head_dim;
+  float* const least = reinterpret_cast<float*>(counts + kSortBins);
 
   const Chunk chunk = find_chunk(p, g, args.q, args.k, block_index() / kChunkQuarters);
   const int quarter = int(block_index() % kChunkQuarters);
@@ -63,6 +64,10 @@ HA_KERNEL(kHashThreads, hash_blocks_per_processor(kPieces)) hash_kernel(const HA
 
   for (int stage = 0; stage < kHashStages - 1; ++stage) load(stage);
   for (int bin = thread_index(); bin < kSortBins; bin += kHashThreads) counts[bin] = 0;
+  if (thread_index() < kMaxProjections) {
+    const int64_t slice = chunk.slice + (chunk.queries ? 0 : g.batch * g.heads_q);
+    least[thread_index()] = args.hash.least ? args.hash.least[slice * kMaxProjections + thread_index()] : 0.0f;
+  }
   write_signs<T, kProjections>(g, words, signs, parts * kPieces);
 
   const int group_row = lane / 4, lane_piece = lane % 4, own_row = group_row + 8 * lane_piece;
@@ -90,14 +95,15 @@ HA_KERNEL(kHashThreads, hash_blocks_per_processor(kPieces)) hash_kernel(const HA
     if (at.part + 1 < parts) continue;
 
     uint32_t doubtful;
-    uint32_t code = sums.code(lane, int(g.head_dim), g.a.num_projections, &doubtful);
+    uint32_t code = sums.code(lane, int(g.head_dim), g.a.num_projections, least, &doubtful);
     sums = HashSums<T, kTiles>();
     const int row = at.row + own_row;
     if (ballot(doubtful != 0)) {
       for (int mask = 1; mask < 4; mask *= 2) doubtful |= uint32_t(shuffle_xor(int(doubtful), mask));
       for (uint32_t open = ballot((doubtful >> lane_piece & 1u) && row < rows); open; open &= open - 1) {
         const int owner = count_bits((open & (0u - open)) - 1);
-        const uint32_t exact = exact_code<T>(source + (at.row + owner / 4 + owner % 4 * 8) * row_bytes, pieces, words, lane);
+        const char* const from = source + (at.row + owner / 4 + owner % 4 * 8) * row_bytes;
+        const uint32_t exact = exact_code<T>(from, pieces, words, least[lane % kMaxProjections], lane);
         if (lane == owner) code = exact;
       }
     }

@@ -34,9 +34,9 @@ HA_DEVICE void write_signs(const Geometry& g, uint32_t* words, Words4* signs, in
   sync_block();
 }
 
-// The code of one row as rule 26 adds it up; lane t has projection t.
+// The code of one row as rule 26 adds it up; lane t has projection t, whose sum has to be above `least`.
 template <class T>
-HA_DEVICE uint32_t exact_code(const char* row, int pieces, const uint32_t* words, int lane) {
+HA_DEVICE uint32_t exact_code(const char* row, int pieces, const uint32_t* words, float least, int lane) {
   float sum = 0.0f;
   for (int piece = 0; piece < pieces; ++piece) {
     float x[kPieceElements<T>];
@@ -45,7 +45,7 @@ HA_DEVICE uint32_t exact_code(const char* row, int pieces, const uint32_t* words
     for (int i = 0; i < kPieceElements<T>; ++i)
       sum = add_rn(sum, bits_float(float_bits(x[i]) ^ words[piece * kPieceElements<T> + i] >> lane << 31));
   }
-  return ballot(sum > 0.0f);
+  return ballot(sum > least);
 }
 
 // A lane's sums: of each group's two rows those of projections 2 (lane % 4) and the next, of every 8.
@@ -80,8 +80,9 @@ struct HashSums {
     }
   }
 
-  // The code of row lane / 4 + 8 (lane % 4), and whether some row's is in doubt: bit h of `doubtful` for row lane / 4 + 8 h.
-  HA_DEVICE uint32_t code(int lane, int head_dim, int projections, uint32_t* doubtful) const {
+  // The code of row lane / 4 + 8 (lane % 4), and whether some row's is in doubt: bit h of `doubtful` for row lane / 4 + 8 h. `above`, in
+  // shared memory, is what each projection's sum has to be above.
+  HA_DEVICE uint32_t code(int lane, int head_dim, int projections, const float* above, uint32_t* doubtful) const {
     // How far a sum and the rule's may be apart, in units of the sum of sizes: tensor cores add "with at least single precision", hence
     // at most 2^-23 an addition, of 17 for 16 elements, and the rule's own 2^-24. That holds between the ends of fp32's range only.
     const float doubt = float(head_dim * (kHashTerms<T> + 1)) * 0x1p-22f, least = 1e-30f, most = 1e37f;
@@ -94,8 +95,8 @@ struct HashSums {
       for (int t = 0; t < kTiles; ++t)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float x = sum[h / 2][t][h % 2 * 2 + e];
           const int projection = lane % 4 * 2 + e;
+          const float x = sum[h / 2][t][h % 2 * 2 + e] - above[t * 8 + projection];
           bits[t] |= uint32_t(x > 0.0f) << (8 * h + projection);
           *doubtful |= uint32_t(t * 8 + projection < projections && !(fabsf(x) > bound)) << h;
         }

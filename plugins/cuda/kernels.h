@@ -41,6 +41,7 @@ struct HashArgs {
   HaParams p;
   uint16_t *ranks_q, *ranks_k;  // [batch, heads, rows] of each side, as sort.cuh has them
   uint32_t* counts;             // chunk_counts(g) words; null where no level is sorted by chunks
+  float* least;                 // with hash_centre: least_sums(g) floats, which launch_centre writes; else null
 };
 
 struct SortArgs {
@@ -67,6 +68,8 @@ struct AttendArgs {
 // Each throws Error(HA_FAILED) when the launch is refused and Error(HA_UNSUPPORTED) when the grid cannot hold the problem.
 void launch_pools(const PoolArgs& args);
 void launch_select(const SelectArgs& args);
+// What each sum of a hash has to be above: of every batch row and head of the queries, then of the keys, kMaxProjections floats.
+void launch_centre(const HashArgs& args);
 void launch_hash(const HashArgs& args);
 // The levels of the tree that are sorted by chunks, and the others: see sort_config.h.
 void launch_sort_chunks(const SortArgs& args);

@@ -19,7 +19,7 @@ HA_INLINE bool has_nodes(const Geometry& g) { return !g.exact() && g.sorts() && 
 // digits, a first pass' order, the plan, and what rows have seen between launches where the caller wants no LSE.
 struct Workspace {
   size_t q_fine, q_fine_scale, q_coarse, q_coarse_scale, k_fine, k_fine_scale, k_coarse, k_coarse_scale;
-  size_t q_ranks, k_ranks, counts, order, lse;
+  size_t q_ranks, k_ranks, counts, least, order, lse;
   size_t plan, bytes;
 };
 
@@ -35,6 +35,7 @@ inline Workspace workspace(const Geometry& g) {
     w.q_ranks = take(g.batch * g.heads_q * g.seq_q * 2);
     w.k_ranks = take(g.batch * g.heads_kv * g.seq_k * 2);
     w.counts = take(chunk_counts(g) * 4);
+    w.least = take(least_sums(g) * 4);
     w.order = take(g.a.num_projections > kSortDigitBits ? g.plan_size() * 4 : 0);
     w.lse = take(g.batch * g.heads_q * g.seq_q * 4);
   } else if (g.a.num_blocks) {

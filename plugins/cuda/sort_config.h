@@ -10,6 +10,7 @@ namespace ha {
 
 constexpr int kSortDigitBits = 8;
 constexpr int kSortBins = 1 << kSortDigitBits;
+constexpr int kMaxProjections = 16;
 
 // --- ranks ----------------------------------------------------------------------------------------------------------
 
@@ -21,11 +22,15 @@ constexpr int kHashStages = 2;     // of a warp's ring, which these rows pass th
 HA_INLINE int hash_stage_pieces(int64_t pieces) { return pieces <= 8 ? 8 : 16; }
 HA_INLINE constexpr int hash_blocks_per_processor(int stage_pieces) { return stage_pieces == 8 ? 5 : 3; }
 
-// Bytes of shared memory: the rings, the signs of 8 or 16 projections in the layout of a row's pieces, the words of rule 26 and counts.
+// Bytes of shared memory: the rings, the signs of 8 or 16 projections in the layout of a row's pieces, the words of
+// rule 26, counts, and what each projection's sum has to be above.
 HA_INLINE size_t hash_shared(int64_t head_dim, int64_t pieces, int projections) {
   const int64_t stage = hash_stage_pieces(pieces), ring = kHashThreads * kHashStages * stage * 16;
-  return size_t(ring + ceil_div(pieces, stage) * stage * projections * 16 + head_dim * 4 + kSortBins * 4);
+  return size_t(ring + ceil_div(pieces, stage) * stage * projections * 16 + head_dim * 4 + (kSortBins + kMaxProjections) * 4);
 }
+
+// Floats that hash_centre's sums of the means take: kMaxProjections of every batch row and head of the queries, then of the keys.
+HA_INLINE int64_t least_sums(const Geometry& g) { return g.a.hash_centre ? g.batch * (g.heads_q + g.heads_kv) * kMaxProjections : 0; }
 
 // --- by chunks ------------------------------------------------------------------------------------------------------
 

@@ -132,6 +132,8 @@ LONG = {
     "paper-sinks-d64": (replace(PAPER, sinks=4096), 1, (2, 1), (9001, 9001), 64, "bf16"),
     "paper-sinks-d128": (replace(PAPER, local_size=1000, sinks=512), 1, (2, 1), (9001, 9001), 128, "fp16"),
     "paper-non-causal": (replace(PAPER, causal=0), 2, (2, 1), (12345, 12345), 64, "bf16", (12345, 7000)),
+    "paper-centred": (replace(PAPER, hash_centre=1), 3, (2, 1), (12000, 12000), 64, "bf16", (12000, 9111, 17)),
+    "paper-centred-non-causal": (replace(PAPER, causal=0, hash_centre=1, num_projections=12), 1, (4, 2), (12345, 12345), 128, "fp16"),
     "paper-large-node": (replace(PAPER, causal=0), 1, (2, 1), (500, 140_000), 64, "bf16"),
     "paper-large-node-two-digits": (replace(PAPER, causal=0, num_projections=12, num_blocks=3), 1, (1, 1), (500, 140_000), 64, "bf16"),
     "paper-fp32": (PAPER, 1, (2, 1), (9001, 9001), 64, "fp32"),

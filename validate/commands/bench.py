@@ -94,6 +94,7 @@ def command(
     strict_causal: Annotated[
         bool, typer.Option("--strict-causal", help="Choose a query block's keys without a look at its rows behind the first.", **_TUNED)
     ] = False,
+    hash_centre: Annotated[bool, typer.Option("--hash-centre", help="sortlsh: hash queries and keys less their means.", **_TUNED)] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -118,6 +119,7 @@ def command(
         selector=selector, block_size=block_size, num_blocks=num_blocks, pool_size=pool_size, sample_size=sample_size,
         stratified=stratified, local_size=local_size, local_overlap=local_overlap, sinks=sinks, exact_below=exact_below,
         num_projections=num_projections, strict_causal=1 if strict_causal else None,
+        hash_centre=1 if hash_centre else None,
     )  # fmt: skip
     shape = dict(batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, causal=causal)
     if attention == (folder is not None):
