@@ -92,9 +92,9 @@ def test_the_cap_is_in_the_unit_of_the_cost() -> None:
     assert (Budget(keys=300).cap(1000), Budget(keys=300).unit) == (300, "keys")
     assert (Budget(speedup=4).cap(1000), Budget(speedup=4).unit) == (250, "time")
     assert math.isinf(Budget(nats=1).cap(1000)) and Budget(nats=1).unit == "keys" and Budget(nats=1, cost="time").unit == "time"
-    for wrong in (dict(keys=300, cost="time"), dict(speedup=2, cost="keys")):
+    for wrong in ({"keys": 300, "cost": "time"}, {"speedup": 2, "cost": "keys"}):
         with pytest.raises(UsageError, match="do not go together"):
-            Budget(**wrong)
+            budget_from_json(wrong)
 
 
 def test_a_limit_of_one_regime_takes_the_place_of_the_general_one() -> None:

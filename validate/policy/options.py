@@ -87,7 +87,7 @@ class Measurements:
         return made
 
     def _probe(self, what: str, configs: Mapping[int, Config]) -> dict[str, float]:
-        told = {"configs": {str(index): config.attributes() for index, config in configs.items()}}
+        told: dict[str, Any] = {"configs": {str(index): config.attributes() for index, config in configs.items()}}
         if what == TEXT:
             tails, window = TAILS[self.lab.device.type], self.lab.windows[0]
             return self.store.get("probe", {**told, "tails": tails}, lambda: probe(self.lab, configs, REGIMES, window, tails))
