@@ -21,7 +21,7 @@ from hyperattention.reference import exact_attention
 from hyperattention.validate.inputs import Corpus, windows
 from hyperattention.validate.operators import reference_operator
 from hyperattention.validate.policy.calibration import calibration_part, describe_part, unseen_part
-from hyperattention.validate.policy.candidates import EXACT, candidates
+from hyperattention.validate.policy.candidates import EXACT, MOST_KEYS, candidates
 from hyperattention.validate.policy.errors import MOST_HEADS, layer_errors, some_heads
 from hyperattention.validate.policy.fixed import parse_fixed
 from hyperattention.validate.policy.store import Store
@@ -126,7 +126,7 @@ def test_every_setting_approximates_and_no_two_are_alike(causal: bool, length: i
     assert not any(config.is_exact(length, length) for config in made[:-1])
     assert {(c.causal, c.seed, c.scale) for c in made} == {(int(causal), 3, 0.5)}
     keys = [candidate.keys(layer, length) for candidate in found]
-    assert max(keys) == keys[-1] == ((length + 1) / 2 if causal else length)
+    assert keys[-1] == ((length + 1) / 2 if causal else length) and max(keys[:-1]) <= MOST_KEYS * keys[-1]
 
 
 def test_fixed_attributes_hold_for_every_setting() -> None:
