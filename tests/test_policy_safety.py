@@ -166,7 +166,7 @@ def test_a_search_says_how_much_it_measures_before_it_begins(model: Path, tmp_pa
     text = tmp_path / "text"
     text.write_bytes(b"2 + 3 = 5\n" * 3000)
     fixed = dict(exact_below=32, local_size=32, block_size=16, sinks=4)
-    prepared = prepare(Options(str(model), text, Budget(nats=0.1), length=700, input_ids="bytes", fixed=fixed))
+    prepared = prepare(Options(str(model), text, Budget(nats=0.1), length=1155, input_ids="bytes", fixed=fixed))
     asked: list[int] = []
 
     def measure(numbers: list[int]) -> list[float]:
@@ -176,8 +176,8 @@ def test_a_search_says_how_much_it_measures_before_it_begins(model: Path, tmp_pa
     with_interpolation(prepared.candidates, measure)
     settings = len(prepared.candidates) - 1
     assert f"in each layer {settings} settings of the op: the error of {len(asked) - 1} is measured" in prepared.lines()[2]
-    assert 0 < len(asked) - 1 < settings and prepared.tail == 350 == prepared.describe()["tail"]
-    assert [w for w in prepared.warnings() if "trained for 512" in w and "700" in w]
+    assert 0 < len(asked) - 1 < settings and prepared.tail == 512 == prepared.describe()["tail"]
+    assert [w for w in prepared.warnings() if "trained for 512" in w and "1,155" in w]
 
 
 # --- as it was measured ---------------------------------------------------------------------------------------------------
