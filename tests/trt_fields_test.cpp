@@ -44,7 +44,7 @@ void serialised_fields() {
   const auto* before = runtime(*plugin)->getFieldsToSerialize();
   const auto* fields = runtime(*copy)->getFieldsToSerialize();
   const auto* declared = creator->getFieldNames();
-  expect(fields->nbFields == declared->nbFields && fields->nbFields == 16, "16 fields, as declared");
+  expect(fields->nbFields == declared->nbFields && fields->nbFields == 17, "17 fields, as declared");
   for (int32_t i = 0; i < fields->nbFields; ++i) {
     const PluginField& field = fields->fields[i];
     const std::string name = field.name;
