@@ -38,7 +38,10 @@ def command(
         Optional[int],
         typer.Option(help="Positions that attend exactly after an approximate prefill, 1 to half of --length. (default: at most 512)"),
     ] = None,
-    probes: Annotated[int, typer.Option(help="Settings that each layer alone is run through the whole model with, 1 to 64.")] = 2,
+    probes: Annotated[
+        Optional[int],
+        typer.Option(help="Settings that each layer alone is run through the whole model with, 1 to 64. (default: 4 with CUDA, 2 without)"),
+    ] = None,
     rivals: Annotated[
         int,
         typer.Option(

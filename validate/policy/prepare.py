@@ -31,7 +31,8 @@ from hyperattention.validate.policy.store import Store
 from hyperattention.validate.policy.trial import Laboratory
 
 LONGEST = {"cuda": 32768, "cpu": 8192}  # of a calibration window, unless --length says otherwise
-TAIL, WINDOWS, PROBES, PROMPTS = 512, 2, 2, 2
+PROBES = {"cuda": 4, "cpu": 2}  # with 2 the layer that loses most was misjudged (byte-lm-30m, 32k); more take minutes on a processor
+TAIL, WINDOWS, PROMPTS = 512, 2, 2
 NEEDLE_SEED = 2**20  # prompts of a seed that no validation uses by default
 
 
@@ -39,7 +40,8 @@ NEEDLE_SEED = 2**20  # prompts of a seed that no validation uses by default
 class Options:
     """What to search; paths are read, never written into the policy.
 
-    `length` None: as long as the model and the device allow. `tail` None: TAIL, at most half of the length. Raises UsageError for a
+    `length` None: as long as the model and the device allow. `tail` None: TAIL, at most half of the length. `probes`
+    None: PROBES. Raises UsageError for a
     value out of range.
     """
 
@@ -49,7 +51,7 @@ class Options:
     length: int | None = None
     windows: int = WINDOWS
     tail: int | None = None
-    probes: int = PROBES
+    probes: int | None = None
     input_ids: str = "tokens"
     dtype: str | None = None
     device: str = "auto"
@@ -86,6 +88,7 @@ class Prepared:
     rest: Corpus  # of the same text, behind `part`
     candidates: list[Candidate]
     tail: int
+    probes: int
 
     def describe(self) -> dict[str, Any]:
         """The calibration, for policy.json."""
@@ -108,7 +111,7 @@ class Prepared:
             f"{self.source.architecture}, {layers} layers, {self.plan.dtype} on {self.device.type}; budget: {o.budget}",
             f"calibration: tokens 0 to {len(part.ids):,} of {part.name}, {o.windows} windows of {self.length:,}",
             f"in each layer {settings} settings of the op: the error of {asked} is measured, of the others it lies between; then the "
-            f"whole model with one layer approximate, at least {layers * o.probes} times, and with joint choices",
+            f"whole model with one layer approximate, at least {layers * self.probes} times, and with joint choices",
             *([f"then the policy and rivals of equal keys, {o.rivals} of a family, on text behind that"] if o.rivals else []),
         ]
 
@@ -126,7 +129,7 @@ class Prepared:
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that a measurement reads."""
-        return fingerprint.policy(self.source, {**self.describe(), "probes": self.options.probes}, self.library, self.device.type)
+        return fingerprint.policy(self.source, {**self.describe(), "probes": self.probes}, self.library, self.device.type)
 
     def search(self, store: Store, step: Callable[[str], None]) -> Search:
         """Loads the model and the kernels; nothing is measured before `run`."""
@@ -136,7 +139,7 @@ class Prepared:
         operator = native_operator(Library(self.library, "ha_cuda_" if cuda else "ha_cpu_", self.device.type))
         chosen = windows(self.part, self.length, self.options.windows)
         lab = Laboratory(patched, operator, chosen, self._needles(), self.tail, self.device)
-        return Search(lab, self.options.budget, self.candidates, self.options.probes, self._weights(), store, step)
+        return Search(lab, self.options.budget, self.candidates, self.probes, self._weights(), store, step)
 
     def judged(self, search: Search, found: Found) -> dict[str, Any] | None:
         """The policy beside rivals of equal cost on text that the search did not read (rivals.py); None where none were asked for."""
@@ -207,7 +210,8 @@ def prepare(options: Options, say: Callable[[str], None] = lambda text: None) ->
     corpus = load_corpus(options.text, options.input_ids, Path(source.model), source.vocab_size, options.seed, length)
     part = calibration_part(corpus, needed)
     rest = unseen_part(corpus, {"calibration": describe_part(part)}, length)
-    return Prepared(options, source, plan, length, device, part, rest, settings, tail)
+    probes = PROBES[device.type] if options.probes is None else options.probes
+    return Prepared(options, source, plan, length, device, part, rest, settings, tail, probes)
 
 
 def _check_keys(budget: Budget, settings: list[Candidate], plan: ExportPlan, length: int) -> None:
