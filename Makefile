@@ -34,10 +34,11 @@ CUDA_WHEELS = $(BIN)/python -c 'import tomllib; print(*(r for r in tomllib.load(
 	  echo "CUDA compiler: $$wheels"; rm -rf .deps/cuda; $(BIN)/python -m pip install --quiet --no-deps --target .deps/cuda $$wheels || exit 3; fi; \
 	  echo "$$wheels" > $@
 
+# Without MAKEFLAGS: ninja would ask for the jobserver of a parallel make, which only a recursive make is handed.
 native: $(NATIVE)
 $(NATIVE): CMakeLists.txt $(wildcard cmake/* tests/trt_*) $(shell find plugins -type f) .deps/cuda/.installed | .venv/.installed
 	$(BIN)/cmake -S . -B build/dev -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python --log-level=NOTICE
-	$(BIN)/cmake --build build/dev
+	env -u MAKEFLAGS $(BIN)/cmake --build build/dev
 	$(BIN)/cmake --install build/dev --prefix .
 	@touch $@
 
@@ -66,7 +67,7 @@ test-gpu: $(NATIVE)
 # The plugin once more, against the headers of 11.4: either library has to run in either release.
 build/dev/headers-11.4/.built: $(NATIVE)
 	$(BIN)/cmake -S . -B build/dev -DHYPERATTENTION_TENSORRT_VARIANTS=11.4 --log-level=NOTICE
-	$(BIN)/cmake --build build/dev
+	env -u MAKEFLAGS $(BIN)/cmake --build build/dev
 	@touch $@
 
 TENSORRT := $(patsubst %,.deps/tensorrt/%/.installed,10.6 11.2)
