@@ -177,6 +177,7 @@ REPEATED = {
     "paper": (PAPER, 2, (4, 2), (9001, 9001), 64, "bf16", (9001, 8700)),
     "paper-two-digits": (replace(PAPER, num_projections=11), 1, (4, 2), (9001, 9001), 128, "fp16"),
     "paper-fp32": (PAPER, 1, (2, 1), (9001, 9001), 64, "fp32"),
+    "paper-d128": (PAPER, 2, (2, 1), (9001, 9001), 128, "bf16", (9001, 8700)),
 }
 
 
@@ -321,6 +322,7 @@ SANITIZED = [
     Problem(Case("sorted-tall", 450, 600, replace(_SORTED, block_size=64), (2, 1), (64, 64), (600, 431)), "bf16"),
     Problem(Case("sorted-non-causal", 300, 600, replace(_SORTED, block_size=256, causal=0), (1, 1), (64, 64)), "fp16"),
     Problem(Case("sorted-gathered", 200, 600, replace(_SORTED, block_size=64, local_overlap=1), (2, 1), (128, 128), (600, 431)), "bf16"),
+    Problem(Case("sorted-resampled", 280, 1300, replace(_SORTED, block_size=256, causal=0, sample_size=1100), (1, 1), (128, 128)), "bf16"),
     Problem(Case("exact", 200, 390, Config().exact(), (2, 1), (64, 64), (390, 77)), "bf16"),
     Problem(Case("exact", 130, 190, Config().exact(), (2, 1), (128, 128), (190, 77)), "bf16"),
     Problem(Case("exact", 70, 131, Config().exact(), (1, 1), (8, 200)), "fp32"),
