@@ -70,8 +70,7 @@ def judge(model: Infill, given: list[Batch], attend: Any) -> dict[str, float]:
 
 def measure(model: Infill, text: bytes, length: int, rows: int, operator: Operator) -> dict[str, Any]:
     """One length: exact attention and every method with all layers replaced, and each layer alone on the exact model's Q, K, V."""
-    device = next(model.parameters()).device
-    given = [batch(text, length, 1, 10**9 + i).to(device) for i in range(rows)]
+    given = held_out(model, text, length, rows)
     found: dict[str, Any] = {"length": length, "rows": rows, "exact": judge(model, given, exact), "methods": {}}
     captured: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
@@ -91,30 +90,45 @@ def measure(model: Infill, text: bytes, length: int, rows: int, operator: Operat
     return found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_training(parser: argparse.ArgumentParser, seconds: float) -> None:
+    """The options of `trained`, and where the answer goes."""
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=60.0, help="of training")
+    parser.add_argument("--seconds", type=float, default=seconds, help="of training")
     parser.add_argument("--steps", type=int, default=100_000, help="of training, at most")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192])
     parser.add_argument("--tokens", type=int, default=2**16, help="of a training step")
     parser.add_argument("--workers", type=int, default=8, help="processes that make the batches")
-    parser.add_argument("--rows", type=int, default=16, help="judged at each length")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--rate", type=float, default=2e-3, help="of learning")
     parser.add_argument("--text", type=Path, default=TEXT, help="held-out")
-    arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def trained(options: argparse.Namespace, longest: int) -> tuple[Infill, int]:
+    """A model trained on windows of up to `longest` tokens, on a GPU where there is one, and its steps; `options` of `add_training`."""
     torch.manual_seed(SEED)
-    model = Infill(Shape(arguments.hidden, arguments.layers, arguments.heads)).to(device)
+    model = Infill(Shape(options.hidden, options.layers, options.heads)).to("cuda" if torch.cuda.is_available() else "cpu")
     sources = training_text([Path(str(package.__file__)).parent for package in (torch, transformers)], 2**24)
+    with Feed(sources, options.tokens, SEED, options.workers) as feed:
+        steps = train(model, feed.take, longest, options.seconds, options.steps, options.rate, lambda text: print(text, flush=True))
+    return model.eval(), steps
+
+
+def held_out(model: Infill, text: bytes, length: int, rows: int) -> list[Batch]:
+    """Rows of `length` tokens that are judged, always the same, where the model is."""
+    device = next(model.parameters()).device
+    return [batch(text, length, 1, 10**9 + i).to(device) for i in range(rows)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_training(parser, 60.0)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192])
+    parser.add_argument("--rows", type=int, default=16, help="judged at each length")
+    arguments = parser.parse_args()
     begun = time.monotonic()
-    with Feed(sources, arguments.tokens, SEED, arguments.workers) as feed:
-        longest = max(arguments.lengths)
-        steps = train(model, feed.take, longest, arguments.seconds, arguments.steps, arguments.rate, lambda text: print(text, flush=True))
-    model.eval()
+    model, steps = trained(arguments, max(arguments.lengths))
+    device = next(model.parameters()).device
     if device.type == "cuda":
         model.bfloat16()
     operator = native_operator(load_cuda() if device.type == "cuda" else load_cpu())

@@ -17,11 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-import transformers
-from infill_feed import Feed
-from infill_model import Infill, Shape, exact, train
-from infill_run import SEED, TEXT, judge
-from infill_task import Batch, batch, training_text
+from infill_model import Infill, exact
+from infill_run import SEED, add_training, held_out, judge, trained
+from infill_task import Batch
 from study_sortlsh import CAUSAL, METHODS, Problem, logits_of
 from torch import Tensor
 
@@ -46,26 +44,12 @@ def restored(model: Infill, given: list[Batch], name: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=30.0, help="of training")
+    add_training(parser, 30.0)
     parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--tokens", type=int, default=2**16, help="of a training step")
-    parser.add_argument("--workers", type=int, default=8, help="processes that make the batches")
     parser.add_argument("--rows", type=int, default=4, help="of held-out text that are judged")
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--text", type=Path, default=TEXT, help="held-out")
     options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(SEED)
-    model = Infill(Shape(options.hidden, options.layers, options.heads)).to(device)
-    sources = training_text([Path(str(package.__file__)).parent for package in (torch, transformers)], 2**24)
-    with Feed(sources, options.tokens, SEED, options.workers) as feed:
-        steps = train(model, feed.take, options.length, options.seconds, 100_000, 2e-3, lambda text: print(text, flush=True))
-    model.eval()
-    text = options.text.read_bytes()
-    given = [batch(text, options.length, 1, 10**9 + i).to(device) for i in range(options.rows)]
+    model, steps = trained(options, options.length)
+    given = held_out(model, options.text.read_bytes(), options.length, options.rows)
     rows = [{"method": "exact", **judge(model, given, exact), "keys": options.length}]
     for name in METHODS:
         rows.append(restored(model, given, name))
