@@ -64,23 +64,28 @@ def policy_chart(report: dict) -> Chart | None:
     if policy is None:
         return None
     regime = judged_regime(policy)
-    by_name: dict[str, list[Point]] = {CHOSEN: [], UNSEEN: []}
-    rivals: list[Point] = []
-    for row in (row for row in policy_rows(report) if row["name"] != ROUNDING):
-        by_name.get(row["name"], rivals).append(_point(f"{row['name']}, whole model", row["keys"], row[regime]["kl"]["mean"]))
-    (chosen,) = by_name[CHOSEN]
-    own, *beaten = [_point(f"{row['name']}, whole model", row["keys"], row[regime]["kl"]["mean"]) for row in rival_rows(report)] or [None]
+    run: dict[str, list[Point]] = {CHOSEN: [], UNSEEN: []}
+    others: list[Point] = []
+    for row in policy_rows(report):
+        if row["name"] != ROUNDING:
+            run.get(row["name"], others).append(_whole(row, regime))
+    unread = [_whole(row, regime) for row in rival_rows(report)]  # the policy first
+    (chosen,) = run[CHOSEN]
     least = _SMALLEST * chosen.y
     predicted = [_point("predicted", at["keys"], at["predicted_kl"]) for at in policy["pareto"] if at["predicted_kl"] >= least]
     groups = [
         Group("predicted frontier", predicted, 1, joined=True, dashed=True),
-        Group("one setting for all layers", [*rivals, *(point for point in beaten if point is not None)], 3),
+        Group("one setting for all layers", [*others, *unread[1:]], 3),
         Group("chosen", [chosen], 2, ring=True),
-        Group("on text it was not chosen on", [*by_name[UNSEEN], *([own] if own is not None else [])], 4),
+        Group("on text it was not chosen on", [*run[UNSEEN], *unread[:1]], 4),
     ]
     return scatter_chart(
         "KL against keys a query", groups, "keys a query", "KL, nats a token", upright=(policy["exact_keys"], "exact: KL 0")
     )
+
+
+def _whole(row: dict[str, Any], regime: str) -> Point:
+    return _point(f"{row['name']}, whole model", row["keys"], row[regime]["kl"]["mean"])
 
 
 def _point(name: str, keys: float, kl: float) -> Point:

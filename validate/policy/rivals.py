@@ -2,8 +2,8 @@
 
 Rivals are every setting of the search's grid for all layers; every one of them for the layers that the policy approximates, while its
 exact layers stay exact, so that a gain from these alone shows; window + sinks, both ways; and the preset `paper` at whatever it costs.
-The settings of the grid are many: those within 5 % of the policy's keys are
-ranked by the loss predicted on the calibration text, and the best of them are run.
+The settings of the grid are many: those within 5 % of the policy's keys are ranked by the loss predicted on the calibration text, and
+the best of them are run.
 """
 
 from __future__ import annotations
