@@ -32,6 +32,7 @@ from hyperattention.validate.policy.trial import Laboratory
 
 LONGEST = {"cuda": 32768, "cpu": 8192}  # of a calibration window, unless --length says otherwise
 PROBES = {"cuda": 4, "cpu": 2}  # with 2 the layer that loses most was misjudged (byte-lm-30m, 32k); more take minutes on a processor
+JUDGED = {"cuda": 8, "cpu": 1}  # rivals are run on so many times as many windows as the search reads, where the text holds them
 TAIL, WINDOWS, PROMPTS = 512, 2, 2
 NEEDLE_SEED = 2**20  # prompts of a seed that no validation uses by default
 
@@ -150,7 +151,8 @@ class Prepared:
         prompts = self.options.input_ids == "bytes" and self.length >= needle_room(1)
         seed = NEEDLE_SEED + self.options.seed + PROMPTS
         needles = [needle(self.rest, self.length, depth, seed) for depth in DEPTHS] if prompts else []
-        return judged(Field(search, found, self.options.fixed), count, windows(self.rest, self.length, self.options.windows), needles, told)
+        texts = windows(self.rest, self.length, JUDGED[self.device.type] * self.options.windows)
+        return judged(Field(search, found, self.options.fixed), count, texts, needles, told)
 
     def count_rivals(self) -> int:
         """About how many steps `judged` reports."""
