@@ -169,6 +169,8 @@ class MadeUp:
 
     def split(self, ids: torch.Tensor) -> dict[str, float]:
         self.tokens = ids.shape[1]
+        if self.tokens == self.problems.get("stop"):
+            raise KeyboardInterrupt
         parts = {"approximate_ms": len(self.plan.approximate) * 0.1, "exact_ms": (self.depth - len(self.plan.approximate)) * 1.0}
         scaled = {name: value * self.tokens / 1000 for name, value in parts.items()}
         return {"plugin_ms": sum(scaled.values()), **scaled, "profiled_ms": self.time(0)}
@@ -247,6 +249,40 @@ def test_wrong_logits_are_failures(run: Any) -> None:
     wrong = [torch.tensor(values) for values in ([1.0, 1.7], [1.0, float("nan")], [1.5, 2.0])]
     report = run("--depths", "2", "--variants", "exact", logits=dict(zip(LOGITS, wrong, strict=True)))
     assert set(report["failed"]) == {f"exact, 2 layers, {tokens} tokens" for tokens in LOGITS}
+
+
+def test_a_stop_costs_the_number_under_way(run: Any, tmp_path: Path) -> None:
+    """All times are saved, and the profile of the last length, which is made first, for its shapes are still bound."""
+    with pytest.raises(KeyboardInterrupt):
+        run("--depths", "2", "--variants", "exact", stop=32768)
+    short, long = json.loads((tmp_path / "out" / "prefill.json").read_text())["engines"][0]["rows"]
+    assert short == {"tokens": 32768, "ms": short["ms"], "from_torch": 0.0}
+    assert long["tokens"] == 131072 and long["plugin_ms"] > 0
+
+
+@pytest.mark.parametrize("warm_ups", [0, 1, 2])
+@pytest.mark.parametrize("ms, counted", [(200.0, 2), (40.0, 3), (0.5, 20), (0.01, 30)])
+def test_a_median_counts_no_warm_up(monkeypatch: pytest.MonkeyPatch, warm_ups: int, ms: float, counted: int) -> None:
+    """A warm-up takes ten times as long; as many runs count as fit 10 ms, with the bounds on their number."""
+    now = [0.0]
+    runs: list[float] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
+        def record(self) -> None:
+            self.at = now[0]
+
+        def synchronize(self) -> None: ...
+        def elapsed_time(self, other: Any) -> float:
+            return other.at - self.at
+
+    def work() -> None:
+        runs.append(ms * (10 if len(runs) < warm_ups else 1))
+        now[0] += runs[-1]
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert bench_prefill.median_ms(work, 10.0, warm_ups) == pytest.approx(ms, abs=1e-6)
+    assert len(runs) == warm_ups + counted
 
 
 def test_no_depth_begins_that_would_end_too_late(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,19 +34,19 @@ LENGTHS = [4096, 8192, 16384, 32768, 65536, 131072]
 LONG_MS = 150
 
 
-def median_ms(run: Callable[[], object], budget_ms: float) -> float:
-    """Median over as many runs as fit the budget, from 3 (2 for long ones) to 30, after one run that does not count."""
+def median_ms(run: Callable[[], object], budget_ms: float, warm_ups: int = 1) -> float:
+    """Median over as many runs as fit the budget, from 3 (2 for long ones) to 30, after `warm_ups` that do not count."""
     times: list[float] = []
     least = 3
-    while len(times) <= least or (sum(times[1:]) < budget_ms and len(times) <= 30):
+    while len(times) < warm_ups + least or (sum(times[warm_ups:]) < budget_ms and len(times) < warm_ups + 30):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()
         stop.record()
         stop.synchronize()
         times.append(start.elapsed_time(stop))
-        least = 2 if len(times) > 1 and times[-1] >= LONG_MS else least
-    return statistics.median(times[1:])
+        least = 2 if len(times) > warm_ups and times[-1] >= LONG_MS else least
+    return statistics.median(times[warm_ups:])
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
