@@ -17,13 +17,16 @@ import prefill_table
 import pytest
 import torch
 from prefill_model import VARIANTS, Model, Shape, prepare, write_variant
+from prefill_split import split
 from tiny import SMALL
 
+from hyperattention.errors import EnvironmentFault
 from hyperattention.export.files import MODEL, TWIN
 from hyperattention.export.onnx_graph import hyper_nodes
 from hyperattention.export.patch import install
 from hyperattention.export.plan import ExportPlan
 from hyperattention.library import ort_library_path
+from hyperattention.validate.bench_profile import Launch
 from hyperattention.validate.ort_session import open_session, run_bound, session_options
 
 # Matrices above the size up to which the exporter folds a transposition into a copy of the weight.
@@ -81,6 +84,25 @@ def test_the_limits_of_the_targets_shape() -> None:
         ]
         found = prefill_table.compare(rows, {tokens: layer})
         assert [round(row["limit"], 2) for row in found] == [half, every]
+
+
+def launches(*names: str) -> list[Launch]:
+    """Each takes 2 ms and begins 1 ms after the one before has ended; "ours" and "product" stand for kernels' names."""
+    full = {"ours": "void ha::hopper_attend_kernel<int>(ha::Args)", "product": "sm90_xmma_gemm_bf16bf16_bf16f32"}
+    return [Launch(full.get(name, name), 0.003 * i, 0.003 * i + 0.002) for i, name in enumerate(names)]
+
+
+def test_a_run_is_split_by_its_launches() -> None:
+    """A layer is what lies between two products: its gaps count, and a fill inside; a copy behind it does not."""
+    run = launches("product", "ours", "Memset (Device)", "ours", "Memcpy DtoD", "product", "product", "ours", "ours")
+    found = split(run, ["approximate", "exact"])
+    assert found == pytest.approx({"plugin_ms": 13.0, "approximate_ms": 8.0, "exact_ms": 5.0, "profiled_ms": 26.0})
+
+
+@pytest.mark.parametrize("seen", [(), ("product",), ("product", "ours", "product"), ("ours", "product", "ours", "product", "ours")])
+def test_a_profiler_that_saw_other_layers_is_an_error(seen: tuple[str, ...]) -> None:
+    with pytest.raises(EnvironmentFault, match=f"saw {len(seen)} launches.* 2 layers"):
+        split(launches(*seen), ["exact", "exact"])
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +196,9 @@ class MadeUp:
         parts = {"approximate_ms": len(self.plan.approximate) * 0.1, "exact_ms": (self.depth - len(self.plan.approximate)) * 1.0}
         scaled = {name: value * self.tokens / 1000 for name, value in parts.items()}
         return {"plugin_ms": sum(scaled.values()), **scaled, "profiled_ms": self.time(0)}
+
+    def split_by_layers(self, ids: torch.Tensor) -> dict[str, float]:
+        raise EnvironmentFault("no profiler")
 
     def _layer(self) -> float:
         return 1.0 - 0.9 * len(self.plan.approximate) / self.depth

@@ -47,6 +47,16 @@ class Launch:
     def seconds(self) -> float:
         return self.stop - self.start
 
+    @property
+    def ours(self) -> bool:
+        """Whether it is a kernel of this library."""
+        return "ha::" in self.name
+
+    @property
+    def moves(self) -> bool:
+        """Whether it is a copy or fill, which anybody may have asked for."""
+        return self.name.startswith(("Memset", "Memcpy"))
+
 
 @dataclass(frozen=True)
 class Ceilings:

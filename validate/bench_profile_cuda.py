@@ -52,24 +52,33 @@ class CudaRecorder:
 
     def record(self, calls: Sequence[Callable[[], object]]) -> list[list[Launch]]:
         """Raises EnvironmentFault where the profiler did not see every call."""
-        from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
-        from torch.profiler import ProfilerActivity, profile
 
-        torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
+        def run() -> None:
             for call in calls:
                 for _ in range(_FILLS):
                     self.scratch.fill_(1)
                 call()
-            torch.cuda.synchronize()
-        seen = [event for event in profiler.events() or () if event.device_type == DeviceType.CUDA]
-        launches = [Launch(event.name, event.time_range.start / 1e6, event.time_range.end / 1e6) for event in seen]
-        found = grouped(launches)
+
+        found = grouped(launches_of(run))
         if len(found) != len(calls):
             raise EnvironmentFault(
                 f"the profiler recorded {len(found)} of {len(calls)} runs; CUPTI has to be usable (no other profiler may be attached)"
             )
         return found
+
+
+def launches_of(run: Callable[[], object]) -> list[Launch]:
+    """All that the device did for `run`, which may return before it is done, in order of their start."""
+    from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
+        run()
+        torch.cuda.synchronize()
+    seen = [event for event in profiler.events() or () if event.device_type == DeviceType.CUDA]
+    launches = [Launch(event.name, event.time_range.start / 1e6, event.time_range.end / 1e6) for event in seen]
+    return sorted(launches, key=lambda launch: launch.start)
 
 
 def grouped(launches: Sequence[Launch]) -> list[list[Launch]]:
@@ -81,7 +90,7 @@ def grouped(launches: Sequence[Launch]) -> list[list[Launch]]:
             if not marked:
                 groups.append([])
             marked = True
-        elif groups and ("ha::" in launch.name or launch.name.startswith(("Memset", "Memcpy"))):
+        elif groups and (launch.ours or launch.moves):
             groups[-1].append(launch)
             marked = False
     return groups
