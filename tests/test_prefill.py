@@ -285,31 +285,6 @@ def test_a_stop_costs_the_number_under_way(run: Any, tmp_path: Path) -> None:
     assert long["tokens"] == 131072 and long["plugin_ms"] > 0
 
 
-@pytest.mark.parametrize("warm_ups", [0, 1, 2])
-@pytest.mark.parametrize("ms, counted", [(200.0, 2), (40.0, 3), (0.5, 20), (0.01, 30)])
-def test_a_median_counts_no_warm_up(monkeypatch: pytest.MonkeyPatch, warm_ups: int, ms: float, counted: int) -> None:
-    """A warm-up takes ten times as long; as many runs count as fit 10 ms, with the bounds on their number."""
-    now = [0.0]
-    runs: list[float] = []
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None: ...
-        def record(self) -> None:
-            self.at = now[0]
-
-        def synchronize(self) -> None: ...
-        def elapsed_time(self, other: Any) -> float:
-            return other.at - self.at
-
-    def work() -> None:
-        runs.append(ms * (10 if len(runs) < warm_ups else 1))
-        now[0] += runs[-1]
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    assert bench_prefill.median_ms(work, 10.0, warm_ups) == pytest.approx(ms, abs=1e-6)
-    assert len(runs) == warm_ups + counted
-
-
 def test_no_depth_begins_that_would_end_too_late(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every look at the clock finds it ten seconds later, so that two layers take some hundreds."""
     monkeypatch.setattr(bench_prefill, "time", SimpleNamespace(perf_counter=itertools.count(0.0, 10.0).__next__))

@@ -3,16 +3,16 @@
     PYTHONPATH=. python tests/gpu/bench_attention.py --json OUT/attention.json [--upstream DIR] [--lengths 8192 131072] [--dims 64 128]
 
 Inputs are bf16, batch 1. Every time is the median of CUDA events after a warm-up, in milliseconds; calls of 150 ms and more
-are timed twice, others at least three times. `forward` is our kernels without a runtime, `select` and `attend` its stages. The
-outputs of both runtimes have to equal the kernels' bit for bit. Writes OUT/attention.json and, beside it, attention.md with the
-tables. Exit code 1 when a runtime failed or a target of bench_table.py is missed. About three minutes on an H200.
+are timed twice, others at least three times. `forward` is our kernels without a runtime, `select` and `attend` its stages; these
+and both runtimes take turns. The outputs of the runtimes have to equal the kernels' bit for bit. Writes OUT/attention.json and,
+beside it, attention.md with the tables. Exit code 1 when a runtime failed or a target of bench_table.py is missed. About three
+minutes on an H200.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -25,28 +25,13 @@ from bench_backends import make_backends
 from bench_rivals import Rival, find_rivals
 from bench_table import MASKS, check_targets, markdown, verdict
 from engine_parts import Heads
+from gpu_timing import Turn, median_ms, medians_ms
 from torch import Tensor
 
 from hyperattention.config import PRESETS, Config
 from hyperattention.library import build_info, load_cuda, ort_library_path, trt_library_path
 
 LENGTHS = [4096, 8192, 16384, 32768, 65536, 131072]
-LONG_MS = 150
-
-
-def median_ms(run: Callable[[], object], budget_ms: float, warm_ups: int = 1) -> float:
-    """Median over as many runs as fit the budget, from 3 (2 for long ones) to 30, after `warm_ups` that do not count."""
-    times: list[float] = []
-    least = 3
-    while len(times) < warm_ups + least or (sum(times[warm_ups:]) < budget_ms and len(times) < warm_ups + 30):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-        least = 2 if len(times) > warm_ups and times[-1] >= LONG_MS else least
-    return statistics.median(times[warm_ups:])
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
@@ -91,30 +76,27 @@ class Bench:
         return self.measure(runs)
 
     def approximate(self, q: Tensor, k: Tensor, v: Tensor, config: Config, backends: dict[str, Any]) -> dict[str, Any]:
-        """One preset: the kernels, their stages, both runtimes."""
+        """One preset: the kernels, their stages, both runtimes, which take turns: clocks differ by more than they do."""
         library, n = self.library, k.shape[2]
         runs: dict[str, Callable[[], object]] = {"forward": lambda: library.forward(q, k, v, config)}
         if not config.is_exact(q.shape[2], n):
             plan = library.select(q, k, v, config)
             runs |= {"select": lambda: library.select(q, k, v, config), "attend": lambda: library.attend(q, k, v, config, plan)}
-        row = self.measure(runs) | {"workspace": library.workspace_size(q, k, v, config), "engine_memory": {}}
+        row: dict[str, Any] = {"peak": {name: peak_bytes(run) for name, run in runs.items()}, "errors": {}, "engine_memory": {}}
+        row["workspace"] = library.workspace_size(q, k, v, config)
+        turns = {name: Turn(run) for name, run in runs.items()}
         wanted = library.forward(q, k, v, config)[0]
         for name, backend in backends.items():
             try:
-                row["ms"][name] = self.runtime(backend, q, k, v, wanted)
+                backend.bind(q, k, v)
+                backend.launch()
+                torch.cuda.synchronize()
+                assert torch.equal(backend.output, wanted), "the output is not the kernels'"
+                turns[name] = Turn(backend.launch, backend.stream)
                 row["engine_memory"][name] = backend.workspace()
             except Exception as error:  # recorded and counted; the other columns are still worth their time
                 row["errors"][name] = f"{type(error).__name__}: {error}"[:300]
-        return row
-
-    def runtime(self, backend: Any, q: Tensor, k: Tensor, v: Tensor, wanted: Tensor) -> float:
-        """Milliseconds of one call of a runtime, whose output has to be `wanted`."""
-        backend.bind(q, k, v)
-        with torch.cuda.stream(backend.stream):
-            ms = median_ms(backend.launch, self.budget_ms)
-        torch.cuda.synchronize()
-        assert torch.equal(backend.output, wanted), "the output is not the kernels'"
-        return ms
+        return row | {"ms": medians_ms(turns, self.budget_ms)}
 
 
 def bench_head_size(bench: Bench, dim: int, causal: int, options: argparse.Namespace, report: dict[str, Any]) -> list[dict[str, Any]]:

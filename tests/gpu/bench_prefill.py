@@ -27,7 +27,7 @@ from typing import Any
 
 import prefill_table
 import torch
-from bench_attention import median_ms
+from gpu_timing import median_ms
 from prefill_model import VARIANTS, Model, Shape, prepare, write_variant
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -206,7 +206,7 @@ class Bench:
                     try:
                         row |= split(ids)
                         break
-                    except EnvironmentFault as error:  # the time stands without it
+                    except (EnvironmentFault, RuntimeError) as error:  # the time stands without it
                         self.fail(f"{name}, {row['tokens']} tokens, {split.__name__}", error)
                 self.say(f"{name}: " + ", ".join(f"{key} {value:,.5g}" for key, value in row.items()))
                 self.save()

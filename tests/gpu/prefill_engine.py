@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tensorrt as trt
 import torch
-from bench_attention import median_ms
+from gpu_timing import median_ms
 from prefill_split import split
 from torch import Tensor
 
