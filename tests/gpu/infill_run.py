@@ -1,12 +1,13 @@
-"""Ground truth for non-causal attention: a small infilling model is trained, and its attention replaced.
+"""Ground truth for non-causal attention: a small model is trained on a task that needs it, and its attention replaced.
 
-    PYTHONPATH=. python tests/gpu/infill_run.py --out OUT.json [--seconds 60] [--lengths 4096 8192] [--text HELD_OUT]
+    PYTHONPATH=. python tests/gpu/infill_run.py --task copies --out OUT.json [--seconds 60] [--lengths 4096 8192 16384] [--text HELD_OUT]
 
-Trained on the Python sources of torch and transformers with planted far copies (infill_task.py), up to the longest of --lengths. Judged on
-held-out text, with all layers replaced, by exact attention, `blocks`, `sortlsh` and a window with sinks at the keys per query of `blocks`:
-nats of the hidden bytes, and the share of hidden bytes of copies that are restored; and each layer's own error. Exit code 1 where exact
-attention itself does not restore the copies: then there is no ground truth. About 90 s on an H200, ten minutes on one processor core with
---seconds 600 --lengths 1024 2048 --tokens 1024 --hidden 96 --layers 2 --heads 2 --rate 3e-3 --workers 1.
+Tasks (infill_task.py): `copies` in Python sources (of torch and transformers for the training, held-out text for the judging), where
+neighbours look for the same place, and `recall`, where each row looks for a place of its own. Trained on windows up to the longest of
+--lengths. All layers are replaced by `blocks`, by `sortlsh` as it is and with the keys per query of `blocks`, and by a window with
+sinks of those keys: nats of the hidden bytes, the share of those to be found that are restored, and each layer's own error. --out is
+written after each length. Exit code 1 where exact attention itself does not restore them: then there is no ground truth.
+On one processor core: --seconds 600 --lengths 1024 2048 --tokens 1024 --hidden 96 --layers 2 --heads 2 --rate 3e-3.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from infill_feed import Feed
-from infill_model import Infill, Shape, exact, train
-from infill_task import Batch, batch, training_text
+from infill_model import Attend, Infill, Shape, exact, train
+from infill_task import Batch, as_tensor, copies, recall, training_text
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
@@ -34,44 +35,64 @@ from hyperattention.validate.metrics import tensor_error
 from hyperattention.validate.operators import Operator, native_operator
 from hyperattention.validate.window import window_config, window_operator
 
-RESTORED = 0.7  # hidden bytes of copies that exact attention has to restore; without finding the copy 0.02 are right
+RESTORED = 0.7  # hidden bytes to be found that exact attention has to restore; of those guessed 0.02 are right
 SEED = 0
 TEXT = Path(__file__).parents[1] / "data" / "heldout.txt"
+TASKS = ("copies", "recall")
 
 
 def methods(operator: Operator, length: int) -> dict[str, tuple[Config, Operator, float]]:
     """Of each method its attributes, who computes it, and its keys a query."""
     blocks = replace(PRESETS["blocks"], causal=0, exact_below=256)
     lsh = replace(PRESETS["paper"], causal=0, exact_below=256)
+    budget = keys_per_query(blocks, length)
+    more = max((replace(lsh, num_blocks=n) for n in range(1, 9)), key=lambda c: (k := keys_per_query(c, length)) * (k <= budget))
     found = {
         "blocks": blocks,
         "blocks, strided samples only": replace(blocks, num_blocks=0),
         "sortlsh (paper)": lsh,
-        "sortlsh, stratified": replace(lsh, stratified=1, sinks=64),
+        "sortlsh, hash_centre": replace(lsh, hash_centre=1),
+        "sortlsh, stratified, 64 sinks": replace(lsh, stratified=1, sinks=64),
+        "sortlsh, 1024 samples": replace(lsh, sample_size=1024),
+        "sortlsh, keys of blocks": more,
+        "sortlsh, keys of blocks, hash_centre": replace(more, hash_centre=1),
+        "sortlsh, keys of blocks, hash_centre, 14 bits": replace(more, hash_centre=1, num_projections=14),
     }
     rows = {name: (config, operator, keys_per_query(config, length)) for name, config in found.items()}
     return rows | {"window + sinks": (blocks, window_operator(operator), window_keys(window_config(blocks, length), length))}
 
 
-def judge(model: Infill, given: list[Batch], attend: Any) -> dict[str, float]:
-    """Over all rows: nats of hidden bytes in copies and elsewhere, and the share of hidden copies restored."""
-    nats: dict[str, list[Tensor]] = {"copies": [], "text": []}
+def answers(model: Infill, inputs: Tensor, attend: Attend) -> Tensor:
+    """Logits as in training, in bf16 on a GPU; `attend` itself computes in what it is given."""
+    device, bf16 = inputs.device.type, inputs.device.type == "cuda"
+
+    def as_given(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        with torch.autocast(device, enabled=False):
+            return attend(q, k, v, layer)
+
+    with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=bf16):
+        return model(inputs, as_given)
+
+
+def judge(model: Infill, given: list[Batch], attend: Attend) -> dict[str, float]:
+    """Over all rows: nats of the hidden bytes to be found and, where there are any, of the others; and the share of the first restored."""
+    nats: dict[str, list[Tensor]] = {"nats_found": [], "nats_text": []}
     right = []
     for one in given:
-        with torch.inference_mode():
-            logits = model(one.inputs, attend)[one.hidden].float()
-        target, copied = one.targets[one.hidden], one.copied[one.hidden]
+        logits = answers(model, one.inputs, attend)[one.hidden].float()
+        target, found = one.targets[one.hidden], one.found[one.hidden]
         loss = -log_softmax(logits, -1).gather(-1, target[:, None])[:, 0].double()
-        nats["copies"].append(loss[copied])
-        nats["text"].append(loss[~copied])
-        right.append((logits.argmax(-1) == target)[copied].double())
-    return {f"nats_{name}": float(torch.cat(found).mean()) for name, found in nats.items()} | {"restored": float(torch.cat(right).mean())}
+        nats["nats_found"].append(loss[found])
+        nats["nats_text"].append(loss[~found])
+        right.append((logits.argmax(-1) == target)[found].double())
+    told = {name: torch.cat(losses) for name, losses in nats.items()}
+    return {name: float(loss.mean()) for name, loss in told.items() if len(loss)} | {"restored": float(torch.cat(right).mean())}
 
 
-def measure(model: Infill, text: bytes, length: int, rows: int, operator: Operator) -> dict[str, Any]:
-    """One length: exact attention and every method with all layers replaced, and each layer alone on the exact model's Q, K, V."""
-    given = held_out(model, text, length, rows)
-    found: dict[str, Any] = {"length": length, "rows": rows, "exact": judge(model, given, exact), "methods": {}}
+def measure(model: Infill, given: list[Batch], operator: Operator) -> dict[str, Any]:
+    """Windows of one length: exact attention and every method with all layers replaced; and each layer's own error on the exact Q, K, V."""
+    length = given[0].inputs.shape[1]
+    found: dict[str, Any] = {"length": length, "rows": len(given), "exact": judge(model, given, exact), "methods": {}}
     captured: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def keep(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
@@ -79,8 +100,7 @@ def measure(model: Infill, text: bytes, length: int, rows: int, operator: Operat
         captured.append((q, k, v, o))
         return o
 
-    with torch.inference_mode():
-        model(given[0].inputs, keep)
+    answers(model, given[0].inputs, keep)
     for name, (config, run, keys) in methods(operator, length).items():
         configs = [replace(config, seed=layer_seed(SEED, layer)) for layer in range(len(model.blocks))]
         with torch.inference_mode():
@@ -91,56 +111,84 @@ def measure(model: Infill, text: bytes, length: int, rows: int, operator: Operat
 
 
 def add_training(parser: argparse.ArgumentParser, seconds: float) -> None:
-    """The options of `trained`, and where the answer goes."""
+    """The options of `trained` and `held_out`, and where the answer goes."""
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--task", choices=TASKS, default="copies")
     parser.add_argument("--seconds", type=float, default=seconds, help="of training")
     parser.add_argument("--steps", type=int, default=100_000, help="of training, at most")
     parser.add_argument("--tokens", type=int, default=2**16, help="of a training step")
-    parser.add_argument("--workers", type=int, default=8, help="processes that make the batches")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--rate", type=float, default=2e-3, help="of learning")
     parser.add_argument("--text", type=Path, default=TEXT, help="held-out")
+    parser.add_argument("--weights", type=Path, help="where the trained model is written to, in bf16")
+    parser.add_argument("--trained", action="store_true", help="read --weights in the place of training")
+
+
+def batches(task: str, text: Callable[[], bytes], rng: torch.Generator) -> Callable[[int, int], Batch]:
+    """(length, rows) to a batch of `task`, made where `rng` draws; `text` is read where the task has one."""
+    if task == "recall":
+        return lambda length, rows: recall(length, rows, rng)
+    source = as_tensor(text()).to(rng.device)
+    return lambda length, rows: copies(source, length, rows, rng)
 
 
 def trained(options: argparse.Namespace, longest: int) -> tuple[Infill, int]:
     """A model trained on windows of up to `longest` tokens, on a GPU where there is one, and its steps; `options` of `add_training`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(SEED)
-    model = Infill(Shape(options.hidden, options.layers, options.heads)).to("cuda" if torch.cuda.is_available() else "cpu")
-    sources = training_text([Path(str(package.__file__)).parent for package in (torch, transformers)], 2**24)
-    with Feed(sources, options.tokens, SEED, options.workers) as feed:
-        steps = train(model, feed.take, longest, options.seconds, options.steps, options.rate, lambda text: print(text, flush=True))
+    text = options.task == "copies"
+    model = Infill(Shape(options.hidden, options.layers, options.heads, reach=4 if text else 0, keys=not text)).to(device)
+    if options.trained:
+        model.load_state_dict(torch.load(options.weights, map_location=device))
+        return model.eval(), 0
+    folders = [Path(str(package.__file__)).parent for package in (torch, transformers)]
+    make = batches(options.task, lambda: training_text(folders, 2**24), torch.Generator(device).manual_seed(SEED))
+
+    def take(length: int) -> Batch:
+        return make(length, max(1, options.tokens // length))
+
+    steps = train(model, take, longest, options.seconds, options.steps, options.rate, lambda told: print(told, flush=True))
+    if options.weights:
+        torch.save({name: value.bfloat16() for name, value in model.state_dict().items()}, options.weights)
     return model.eval(), steps
 
 
-def held_out(model: Infill, text: bytes, length: int, rows: int) -> list[Batch]:
-    """Rows of `length` tokens that are judged, always the same, where the model is."""
-    device = next(model.parameters()).device
-    return [batch(text, length, 1, 10**9 + i).to(device) for i in range(rows)]
+def held_out(model: Infill, options: argparse.Namespace, length: int, rows: int) -> list[Batch]:
+    """`rows` windows of `length` tokens that are judged, always the same, where the model is."""
+    make = batches(options.task, options.text.read_bytes, torch.Generator().manual_seed(10**9 + length))
+    return [make(length, 1).to(next(model.parameters()).device) for _ in range(rows)]
+
+
+def table(row: dict[str, Any]) -> str:
+    """What was measured at one length, a line each method."""
+    lines = []
+    for name, told in {"exact": row["exact"], **row["methods"]}.items():
+        errors = " ".join(f"{e:.3f}" for e in told.get("layers_relative_l2", []))
+        nats = ", ".join(f"{told[key]:.4f}" for key in ("nats_found", "nats_text") if key in told)
+        keys = told.get("keys_per_query", row["length"])
+        lines.append(f"{row['length']} {name}: restored {told['restored']:.4f}, nats {nats}, keys a query {keys:.0f}, errors {errors}")
+    return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_training(parser, 60.0)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384])
     parser.add_argument("--rows", type=int, default=16, help="judged at each length")
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     begun = time.monotonic()
-    model, steps = trained(arguments, max(arguments.lengths))
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        model.bfloat16()
-    operator = native_operator(load_cuda() if device.type == "cuda" else load_cpu())
-    record = {"steps": steps, "training_s": round(time.monotonic() - begun, 1), "parameters": sum(p.numel() for p in model.parameters())}
-    record |= {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "dtype": str(next(model.parameters()).dtype)}
-    record["lengths"] = [measure(model, arguments.text.read_bytes(), n, arguments.rows, operator) for n in arguments.lengths]
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
-    for row in record["lengths"]:
-        for name, told in {"exact": row["exact"], **row["methods"]}.items():
-            errors = " ".join(f"{e:.3f}" for e in told.get("layers_relative_l2", []))
-            print(f"{row['length']} {name}: restored {told['restored']:.4f}, nats in copies {told['nats_copies']:.4f}, in text "
-                  f"{told['nats_text']:.4f}, keys a query {told.get('keys_per_query', row['length']):.0f}, errors {errors}")  # fmt: skip
+    model, steps = trained(options, max(options.lengths))
+    cuda = next(model.parameters()).is_cuda
+    operator = native_operator(load_cuda() if cuda else load_cpu())
+    record = {"task": options.task, "steps": steps, "training_s": round(time.monotonic() - begun, 1)}
+    record |= {"parameters": sum(p.numel() for p in model.parameters()), "dtype": "bf16" if cuda else "fp32"}
+    record |= {"device": torch.cuda.get_device_name() if cuda else "cpu", "lengths": []}
+    for length in options.lengths:
+        record["lengths"].append(measure(model, held_out(model, options, length, options.rows), operator))
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        print(table(record["lengths"][-1]), flush=True)
     return int(min(row["exact"]["restored"] for row in record["lengths"]) < RESTORED)
 
 

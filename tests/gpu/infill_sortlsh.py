@@ -1,9 +1,9 @@
 """The variants of tests/study_sortlsh.py on a model that attends in both directions: what they restore, at equal keys a query.
 
-    PYTHONPATH=. python tests/gpu/infill_sortlsh.py --out OUT.json [--seconds 30] [--length 4096] [--rows 4]
+    PYTHONPATH=. python tests/gpu/infill_sortlsh.py --out OUT.json [--task recall] [--seconds 30] [--length 4096] [--rows 4]
 
-The infilling model of infill_run.py, trained for so many seconds; all of its layers are replaced by each variant, by `blocks` and by a
-window with sinks. Beside them what exact attention restores: where that is little, the rest says little.
+The model of infill_run.py, trained for so many seconds or read (--weights FILE --trained); all of its layers are replaced by each
+variant, by `blocks` and by a window with sinks. Beside them what exact attention restores: where that is little, the rest says little.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4, help="of held-out text that are judged")
     options = parser.parse_args()
     model, steps = trained(options, options.length)
-    given = held_out(model, options.text.read_bytes(), options.length, options.rows)
+    given = held_out(model, options, options.length, options.rows)
     rows = [{"method": "exact", **judge(model, given, exact), "keys": options.length}]
     for name in METHODS:
         rows.append(restored(model, given, name))
     for row in rows:
-        told = " | ".join(f"{row[name]:.3f}" for name in ("restored", "nats_copies", "nats_text"))
+        told = " | ".join(f"{row[name]:.3f}" for name in ("restored", "nats_found", "nats_text") if name in row)
         print(f"| {row['method']} | {row['keys']:.0f} | {told} |", flush=True)
     options.out.write_text(json.dumps({"steps": steps, "length": options.length, "rows": rows}, indent=1) + "\n")
 
