@@ -55,6 +55,7 @@ MISTAKES = {
     "barrier not published": "a barrier that was not published",
     "fewer bytes expected": "deadlock",
     "end before a load has landed": "the block ended before a load had landed",
+    "end before its copies have landed": "a thread ended with a copy in flight that a barrier counts",
     "one arrival missing": "deadlock",
     "one arrival too many": "shared memory changed under a product",
     "copies not waited for": "shared memory changed under a product",

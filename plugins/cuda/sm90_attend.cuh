@@ -87,7 +87,7 @@ HA_KERNEL((Walk::Shape::kTable.threads()), 1) hopper_kernel(const HA_CONSTANT Ho
   } else {
     Loader<T, P, Walk> loader{block, g, thread - kTable.planners};
     each([&](int turn, int64_t slice, int64_t) { loader.run(turn, slice); });
-    loader.publish_all();
+    loader.finish();
   }
 }
 

@@ -46,7 +46,14 @@ struct Loader {
     for (; j < total; ++j) load_step(j, total, kv_slice, length);
   }
 
-  // Announces what has been gathered; the last of a thread's duties. Of nodes, copies announce themselves when they land.
+  // The last of a thread's duties: none of its copies is under way when it ends.
+  HA_DEVICE void finish() {
+    if constexpr (kNodes) copy_commit(), copy_wait<0>();
+    else publish_all();
+  }
+
+ private:
+  // Announces what has been gathered. Of nodes, copies announce themselves when they land.
   HA_DEVICE void publish_all() {
     if constexpr (!kNodes) {
       copy_wait<0>();
@@ -54,7 +61,6 @@ struct Loader {
     }
   }
 
- private:
   // Step j of a tile's.
   HA_DEVICE void load_step(int j, int total, int64_t kv_slice, int length) {
     const HopperArgs& args = block.args;

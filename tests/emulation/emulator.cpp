@@ -42,6 +42,7 @@ void run_fiber() {
   (*block.body)();
   for (const auto& group : self().groups) require(group.empty(), "a thread ended with a copy in flight");
   require(self().open.empty(), "a thread ended with a copy that was never committed");
+  require(!self().counted, "a thread ended with a copy in flight that a barrier counts");
   require(self().commits.empty(), "a thread ended with a product in flight");
   self().done = true;
   ++block.progress;
@@ -179,6 +180,7 @@ void copy_async(uint32_t target, const void* source, bool valid) {
 void copy_commit() {
   self().groups.push_back(std::move(self().open));
   self().open.clear();
+  self().committed = true;
 }
 void copy_wait(int pending) {
   auto& groups = self().groups;
@@ -186,6 +188,7 @@ void copy_wait(int pending) {
     for (const Copy& copy : groups.front()) land(copy, block.current);
     groups.erase(groups.begin());
   }
+  if (!pending && self().committed) wait_until("copies", 0, [] { return !self().counted; });
 }
 void land(const Copy& copy, int thread) {
   if (copy.valid) std::memcpy(block.base + copy.target, copy.source, 16);

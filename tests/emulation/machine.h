@@ -29,6 +29,8 @@ struct Fiber {
   int64_t place = 0;
   std::vector<Copy> open;                 // not committed
   std::vector<std::vector<Copy>> groups;  // committed, not landed
+  int counted = 0;                        // batches under way that a barrier counts
+  bool committed = false;                 // and all of them are
   int registers = 0;
   uint64_t fenced = 0;             // when it last ordered writes before products
   bool ready = false;              // product_begin is behind it

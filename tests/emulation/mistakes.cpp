@@ -45,6 +45,7 @@ void run(const std::string& mistake, Data& data) {
   }
   if (!is("one arrival missing") || thread != 5) barrier_arrive_copied(kCopied);
   else copy_commit(), copy_wait<0>();
+  if (is("end before its copies have landed") && thread == 5) return;
   if (is("one arrival too many") && thread == 5) barrier_arrive(kCopied);
   barrier_wait(kLoaded, 0);
   if (!is("copies not waited for")) barrier_wait(kCopied, 0);

@@ -75,9 +75,12 @@ void barrier_arrive_copied(uint32_t barrier) {
   }
   block.flying.push_back([copies = std::move(self().open), thread = block.current, barrier] {
     for (const Copy& copy : copies) land(copy, thread);
+    --block.fibers[thread].counted;
     arrive(barrier, 1);
   });
   self().open.clear();
+  self().committed = false;
+  ++self().counted;
 }
 void barrier_wait(uint32_t address, int parity) {
   const PhaseBarrier& barrier = barrier_at(address);
@@ -85,7 +88,11 @@ void barrier_wait(uint32_t address, int parity) {
   fall_behind();
 }
 
-bool barrier_test(uint32_t address, int parity) { return barrier_at(address).phase != parity; }
+bool barrier_test(uint32_t address, int parity) {
+  const bool done = barrier_at(address).phase != parity;
+  if (done) fall_behind();
+  return done;
+}
 
 void sync_named(int id, int threads) { meet(named(id, threads), threads, "sync_named", id, [] {}); }
 void arrive_named(int id, int threads) {
