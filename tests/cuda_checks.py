@@ -24,7 +24,7 @@ from random_cases import check_random_case
 
 from hyperattention.config import PRESETS, Config
 from hyperattention.library import load_cuda
-from hyperattention.native import Library
+from hyperattention.native import Library, _Call
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -82,6 +82,14 @@ HEAD_SIZE_CASES = [
 ]
 HEAD_SIZE_PROBLEMS = [p for dims in HEAD_SIZES for dtype in DTYPES for p in problems(HEAD_SIZE_CASES, dims, dtype)]
 
+# For plans that name no row of their nodes, on Hopper: nodes of several tiles, of one, and one that holds every row.
+_SPARE = sorted_config(block_size=64, local_size=100, sample_size=70)
+NO_ROWS = [
+    Problem(Case("no-rows", 500, 500, _SPARE, (2, 1), (64, 64), (500, 211)), "bf16"),
+    Problem(Case("no-rows-chunk", 150, 330, replace(_SPARE, local_size=256), (1, 1), (128, 128)), "fp16"),
+    Problem(Case("no-rows-non-causal", 130, 300, replace(_SPARE, causal=0), (1, 1), (64, 64)), "bf16"),
+]
+
 PADDING = {
     "approximate": config(),
     "approximate-non-causal": config(causal=0),
@@ -92,6 +100,13 @@ PADDING = {
     "exact": config(exact_below=4096),
     "exact-non-causal": config(exact_below=4096, causal=0),
 }
+
+
+def params(library: Library, c: Config, heads: tuple[int, int, int], rows: tuple[int, int], dims: tuple[int, int], dtype: str) -> _Call:
+    """A call with B, Hq and Hkv, Sq and Sk, D and Dv, whose tensors are never read."""
+    (batch, heads_q, heads_kv), (seq_q, seq_k), (size, size_v) = heads, rows, dims
+    shapes = (heads_q, seq_q, size), (heads_kv, seq_k, size), (heads_kv, seq_k, size_v)
+    return _Call(library, *(torch.empty(batch, *shape, dtype=DTYPES[dtype]) for shape in shapes), c, None)
 
 
 def check_plan(library: Library, problem: Problem, device: str) -> None:
@@ -121,6 +136,22 @@ def check_attention(library: Library, problem: Problem, device: str) -> None:
         assert_within_twin(mine.cpu(), exact, twin, name)
     for name, mine, again in zip(("o", "lse"), found, stages.forward(), strict=True):
         assert_equal_bits(again, mine, f"{name} of forward")
+
+
+def check_plan_of_no_rows(library: Library, problem: Problem, device: str) -> None:
+    """A `sortlsh` plan whose entries are no row or key of their node is read as one of -1, which means none: all of it ends, inside its
+    tensors, and rows that no node holds (without overlap those of the first local block) are what they are under their own plan."""
+    case = problem.case
+    stages = Stages(library, problem.inputs(device), case.config)
+    plan = expected_plan(case, DTYPES[problem.dtype]).selection.to(device)
+    foreign = torch.randint(max(case.seq_q, case.seq_k), 2**31 - 1, plan.shape, dtype=torch.int32).to(device)
+    found, none, own = (stages.attend(p) for p in (foreign, torch.full_like(foreign, -1), plan))
+    for name, mine, wanted in zip(("o", "lse"), found, none, strict=True):
+        assert_equal_bits(mine, wanted, name)
+    free = torch.arange(case.seq_q, device=device) + case.seq_k - case.seq_q < case.config.local_size * case.config.causal
+    for name, mine, wanted in zip(("o", "lse"), found, own, strict=True):
+        assert_equal_bits(mine[:, :, free], wanted[:, :, free], f"{name} of rows of no node")
+        assert not torch.equal(mine, wanted), f"{name}: no node adds to it, whatever the plan names"
 
 
 def check_padding(library: Library, c: Config, poison: float, device: str) -> None:

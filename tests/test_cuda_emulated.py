@@ -18,11 +18,13 @@ from cuda_checks import (
     CHUNK_PROBLEMS,
     DTYPES,
     HEAD_SIZE_PROBLEMS,
+    NO_ROWS,
     PADDING,
     Problem,
     check_attention,
     check_padding,
     check_plan,
+    check_plan_of_no_rows,
     check_without_lse,
 )
 from native import Stages, assert_equal_bits
@@ -276,12 +278,14 @@ def test_a_plan_that_names_no_block_is_cut_short(library: Library) -> None:
 
 
 def test_a_sorted_plan_of_no_rows_is_passed_over(library: Library) -> None:
-    """Entries that are no row or key of their node are read as the -1 that means none."""
-    problem = SORTED_CASES[0]
-    stages = Stages(library, problem.inputs("cpu"), problem.case.config)
-    foreign = torch.randint(330, 2**31 - 1, stages.select().shape, dtype=torch.int32)
-    for mine, wanted in zip(stages.attend(foreign), stages.attend(torch.full_like(foreign, -1)), strict=True):
-        assert_equal_bits(mine, wanted, "output")
+    check_plan_of_no_rows(library, SORTED_CASES[0], "cpu")
+
+
+@pytest.mark.parametrize("problem", NO_ROWS, ids=str)
+def test_a_sorted_plan_of_no_rows_is_passed_over_on_hopper(hopper: Library, problem: Problem) -> None:
+    before = products(hopper)
+    check_plan_of_no_rows(hopper, problem, "cpu")
+    assert products(hopper) > before
 
 
 @pytest.mark.parametrize(

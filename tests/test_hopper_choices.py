@@ -11,20 +11,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cuda_checks import DTYPES
+from cuda_checks import DTYPES, params
 from operator_cases import sorted_config
 
-from hyperattention.config import PRESETS, Config
+from hyperattention.config import PRESETS
 from hyperattention.errors import UsageError
-from hyperattention.native import Library, _Call
-
-
-def params(library: Library, c: Config, heads: tuple[int, int, int], rows: tuple[int, int], dims: tuple[int, int], dtype: str) -> _Call:
-    """A call with B, Hq and Hkv, Sq and Sk, D and Dv, whose tensors are never read."""
-    (batch, heads_q, heads_kv), (seq_q, seq_k), (size, size_v) = heads, rows, dims
-    shapes = (heads_q, seq_q, size), (heads_kv, seq_k, size), (heads_kv, seq_k, size_v)
-    return _Call(library, *(torch.empty(batch, *shape, dtype=DTYPES[dtype]) for shape in shapes), c, None)
-
+from hyperattention.native import Library
 
 LISTLESS = dict(num_blocks=0, sample_size=0)
 TAKEN = {

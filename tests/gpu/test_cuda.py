@@ -17,6 +17,7 @@ from cuda_checks import (
     CHUNK_PROBLEMS,
     DTYPES,
     HEAD_SIZE_PROBLEMS,
+    NO_ROWS,
     PADDING,
     PLAN_PROBLEMS,
     PROBLEMS,
@@ -24,6 +25,7 @@ from cuda_checks import (
     check_attention,
     check_padding,
     check_plan,
+    check_plan_of_no_rows,
     check_without_lse,
     random_failure,
 )
@@ -336,3 +338,8 @@ SANITIZED = [
 def test_sanitizer(library: Library, problem: Problem) -> None:
     check_plan(library, problem, "cuda")
     check_attention(library, problem, "cuda")
+
+
+@pytest.mark.parametrize("problem", NO_ROWS, ids=str)
+def test_sanitizer_of_plans_of_no_rows(library: Library, problem: Problem) -> None:
+    check_plan_of_no_rows(library, problem, "cuda")
