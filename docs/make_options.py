@@ -55,7 +55,8 @@ def commands() -> Iterator[tuple[str, Callable[..., Any]]]:
 def rows(function: Callable[..., Any]) -> list[Row]:
     """The arguments and options of a command in the order of its function."""
     hints = get_type_hints(function, include_extras=True)
-    return [row(name, hints[name], parameter.default) for name, parameter in inspect.signature(function).parameters.items()]
+    defaults = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+    return [row(name, hints[name], default) for name, default in defaults.items() if hints[name] is not typer.Context]
 
 
 def row(name: str, hint: Any, default: Any) -> Row:

@@ -8,26 +8,20 @@ from typing import Annotated, Any, Optional
 import typer
 from rich.markup import escape
 
-from hyperattention.config import PRESETS, RANGES, SELECTORS
+from hyperattention.config import PRESETS
 from hyperattention.errors import UsageError
 from hyperattention.export import budget as budgets
-from hyperattention.export import entry, gate_options
+from hyperattention.export import entry, gate_options, op_options
 from hyperattention.export.choices import DEVICES, DTYPES, FEATURES, INPUT_IDS, KEEP_EXACT, LANGUAGE_TASKS, check_device
 
-_PANELS = ("Attributes of the op", "Shapes", "Validation", "Automatic policy")
-_TUNED, _SHAPES, _CHECKS, _AUTO = (dict[str, Any](rich_help_panel=name) for name in _PANELS)
+_SHAPES, _CHECKS, _AUTO = (dict[str, Any](rich_help_panel=name) for name in ("Shapes", "Validation", "Automatic policy"))
 
 app = typer.Typer(pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
 
 
-def _attribute(name: str, text: str) -> Any:
-    low, high = RANGES[name]
-    defaults = ", ".join(f"{preset}: {getattr(PRESETS[preset], name)}" for preset in ("blocks", "paper"))
-    return typer.Option(f"--{name.replace('_', '-')}", help=f"{text} {low} to {high}. ({defaults})", **_TUNED)
-
-
 @app.command(epilog=entry.epilog("export-model models/byte-lm-4m out --input-ids bytes --text held-out.txt"))
 def export_model(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory as transformers saves it, or FILE.py:FUNCTION (runs it).")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make. A finished output is replaced.")],
     layers: Annotated[
@@ -73,23 +67,19 @@ def export_model(
     dim: Annotated[
         Optional[list[str]], typer.Option(metavar="NAME=MIN,OPT,MAX", help="Range of a dimension that FUNCTION names.", **_SHAPES)
     ] = None,
-    selector: Annotated[
-        Optional[str], typer.Option(autocompletion=entry.one_of(*SELECTORS), help="How heavy keys are found: blocks or sortlsh.", **_TUNED)
-    ] = None,
-    block_size: Annotated[Optional[int], _attribute("block_size", "Keys of a block.")] = None,
-    num_blocks: Annotated[Optional[int], _attribute("num_blocks", "Heavy blocks of each query block.")] = None,
-    pool_size: Annotated[Optional[int], _attribute("pool_size", "Rows averaged for the selection.")] = None,
-    sample_size: Annotated[Optional[int], _attribute("sample_size", "Sampled keys of the residual.")] = None,
-    stratified: Annotated[Optional[int], _attribute("stratified", "One sample a slice.")] = None,
-    local_size: Annotated[Optional[int], _attribute("local_size", "Keys of a local block.")] = None,
-    local_overlap: Annotated[Optional[int], _attribute("local_overlap", "The local block before too.")] = None,
-    sinks: Annotated[Optional[int], _attribute("sinks", "First keys, always exact.")] = None,
-    exact_below: Annotated[Optional[int], _attribute("exact_below", "At most this many keys: exact attention.")] = None,
-    num_projections: Annotated[Optional[int], _attribute("num_projections", "Hash bits of sortlsh.")] = None,
-    strict_causal: Annotated[
-        bool, typer.Option("--strict-causal", help="Choose a query block's keys without a look at its rows behind the first.", **_TUNED)
-    ] = False,
-    hash_centre: Annotated[bool, typer.Option("--hash-centre", help="sortlsh: hash queries and keys less their means.", **_TUNED)] = False,
+    selector: op_options.Selector = None,
+    block_size: op_options.BlockSize = None,
+    num_blocks: op_options.NumBlocks = None,
+    pool_size: op_options.PoolSize = None,
+    sample_size: op_options.SampleSize = None,
+    stratified: op_options.Stratified = None,
+    local_size: op_options.LocalSize = None,
+    local_overlap: op_options.LocalOverlap = None,
+    sinks: op_options.Sinks = None,
+    exact_below: op_options.ExactBelow = None,
+    num_projections: op_options.NumProjections = None,
+    strict_causal: op_options.StrictCausal = False,
+    hash_centre: op_options.HashCentre = False,
     budget: Annotated[
         Optional[list[str]], typer.Option(metavar="NAME=VALUE", help=f"{budgets.help_text()} (default: {budgets.DEFAULT})", **_AUTO)
     ] = None,
@@ -146,12 +136,6 @@ def export_model(
     from hyperattention.export.validation import check_material
 
     reporter = Reporter(quiet, as_json)
-    attributes = dict(
-        selector=selector, block_size=block_size, num_blocks=num_blocks, pool_size=pool_size, sample_size=sample_size,
-        stratified=stratified, local_size=local_size, local_overlap=local_overlap, sinks=sinks, exact_below=exact_below,
-        num_projections=num_projections, strict_causal=1 if strict_causal else None,
-        hash_centre=1 if hash_centre else None,
-    )  # fmt: skip
     ranges = planning.named_ranges(dim or [], batch)
     source = open_source(
         model,
@@ -161,7 +145,7 @@ def export_model(
         say=lambda text: reporter.say(escape(text)),
     ).ranged(ranges, (min_seq, opt_seq, max_seq))
     check_out(out, source.directory)
-    given = {name: value for name, value in attributes.items() if value is not None}
+    given = op_options.given(context.params)
     passed_on = ("--allow-pickle",) * allow_pickle + ("--trust-remote-code",) * trust_remote_code
     searched_dtype = automatic.searched_dtype(dtype, device)
     searched = ("--input-ids", input_ids, "--device", device, "--seed", str(seed), *searched_dtype, *passed_on)

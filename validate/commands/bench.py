@@ -9,22 +9,19 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from hyperattention.config import PRESETS, RANGES, SELECTORS, Config
+from hyperattention.config import PRESETS, Config
 from hyperattention.errors import UsageError
+from hyperattention.export import op_options
 from hyperattention.export.choices import DEVICES, DTYPES
 from hyperattention.export.entry import AsJson, Quiet, numbers, one_of
 from hyperattention.export.interrupt import EXIT_CODE as INTERRUPTED
 
 EXAMPLE = "hyperattention bench --attention --preset blocks,paper --lengths 4096,32768,131072"
-_ALONE, _MODEL, _TUNED = (dict[str, Any](rich_help_panel=name) for name in ("With --attention", "With OUT", "Attributes of the op"))
-
-
-def _attribute(name: str) -> Any:
-    low, high = RANGES[name]
-    return typer.Option(f"--{name.replace('_', '-')}", help=f"{low} to {high}. (default: the preset's)", **_TUNED)
+_ALONE, _MODEL = (dict[str, Any](rich_help_panel=name) for name in ("With --attention", "With OUT"))
 
 
 def command(
+    context: typer.Context,
     folder: Annotated[Optional[Path], typer.Argument(metavar="OUT", help="Folder that export-model wrote.")] = None,
     attention: Annotated[bool, typer.Option("--attention", help="Time the op alone, on random Q, K, V; no OUT is needed.")] = False,
     profile: Annotated[
@@ -78,23 +75,19 @@ def command(
     ] = None,
     causal: Annotated[Optional[bool], typer.Option("--causal/--full", help="Causal mask or none. (default: causal)", **_ALONE)] = None,
     rivals: Annotated[Optional[str], typer.Option(help="all, none, or names with commas. (default: all)", **_ALONE)] = None,
-    selector: Annotated[
-        Optional[str], typer.Option(autocompletion=one_of(*SELECTORS), help="blocks or sortlsh. (default: the preset's)", **_TUNED)
-    ] = None,
-    block_size: Annotated[Optional[int], _attribute("block_size")] = None,
-    num_blocks: Annotated[Optional[int], _attribute("num_blocks")] = None,
-    pool_size: Annotated[Optional[int], _attribute("pool_size")] = None,
-    sample_size: Annotated[Optional[int], _attribute("sample_size")] = None,
-    stratified: Annotated[Optional[int], _attribute("stratified")] = None,
-    local_size: Annotated[Optional[int], _attribute("local_size")] = None,
-    local_overlap: Annotated[Optional[int], _attribute("local_overlap")] = None,
-    sinks: Annotated[Optional[int], _attribute("sinks")] = None,
-    exact_below: Annotated[Optional[int], _attribute("exact_below")] = None,
-    num_projections: Annotated[Optional[int], _attribute("num_projections")] = None,
-    strict_causal: Annotated[
-        bool, typer.Option("--strict-causal", help="Choose a query block's keys without a look at its rows behind the first.", **_TUNED)
-    ] = False,
-    hash_centre: Annotated[bool, typer.Option("--hash-centre", help="sortlsh: hash queries and keys less their means.", **_TUNED)] = False,
+    selector: op_options.Selector = None,
+    block_size: op_options.BlockSize = None,
+    num_blocks: op_options.NumBlocks = None,
+    pool_size: op_options.PoolSize = None,
+    sample_size: op_options.SampleSize = None,
+    stratified: op_options.Stratified = None,
+    local_size: op_options.LocalSize = None,
+    local_overlap: op_options.LocalOverlap = None,
+    sinks: op_options.Sinks = None,
+    exact_below: op_options.ExactBelow = None,
+    num_projections: op_options.NumProjections = None,
+    strict_causal: op_options.StrictCausal = False,
+    hash_centre: op_options.HashCentre = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -115,12 +108,7 @@ def command(
     elif len(sizes) > 1:
         raise UsageError(f"--head-dim names {len(sizes)} sizes; it takes one, and several with --profile")
 
-    tuned = dict(
-        selector=selector, block_size=block_size, num_blocks=num_blocks, pool_size=pool_size, sample_size=sample_size,
-        stratified=stratified, local_size=local_size, local_overlap=local_overlap, sinks=sinks, exact_below=exact_below,
-        num_projections=num_projections, strict_causal=1 if strict_causal else None,
-        hash_centre=1 if hash_centre else None,
-    )  # fmt: skip
+    tuned = op_options.given(context.params)
     shape = dict(batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, causal=causal)
     if attention == (folder is not None):
         raise UsageError("bench takes either an OUT or --attention; " + ("both were given" if attention else "neither was given"))
@@ -182,8 +170,7 @@ def _presets(text: str, tuned: dict[str, Any]) -> dict[str, Config]:
     allowed = [name for name in PRESETS if name != "exact"]
     if not names or not set(names) <= set(allowed):
         raise UsageError(f"--preset is {text!r}; it takes {' or '.join(allowed)}, or several with commas (the exact path is always timed)")
-    attributes = {name: value for name, value in tuned.items() if value is not None}
-    return {name: replace(PRESETS[name], **attributes) for name in dict.fromkeys(names)}
+    return {name: replace(PRESETS[name], **tuned) for name in dict.fromkeys(names)}
 
 
 def _rivals(text: str) -> tuple[str, ...]:
