@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.markup import escape
 
 from hyperattention.config import PRESETS
-from hyperattention.errors import UsageError
 from hyperattention.export import budget as budgets
 from hyperattention.export import entry, gate_options, op_options
-from hyperattention.export.choices import DEVICES, DTYPES, FEATURES, INPUT_IDS, KEEP_EXACT, LANGUAGE_TASKS, check_device
+from hyperattention.export.choices import DEVICES, DTYPES, FEATURES, INPUT_IDS, KEEP_EXACT, LANGUAGE_TASKS
+
+if TYPE_CHECKING:
+    from hyperattention.export import automatic, pipeline
+    from hyperattention.export.console import Reporter
+    from hyperattention.export.plan import ExportPlan
+    from hyperattention.export.source import Source
 
 _SHAPES, _CHECKS, _AUTO = (dict[str, Any](rich_help_panel=name) for name in ("Shapes", "Validation", "Automatic policy"))
 
@@ -128,15 +135,18 @@ def export_model(
     gate failed, OUT is kept with the report that says why. A run that fails or is interrupted leaves nothing, with --resume what it
     had finished.
     """
-    from hyperattention.export import automatic, memory, pipeline
+    from hyperattention.export import automatic, pipeline
     from hyperattention.export import plan as planning
     from hyperattention.export.console import Reporter
     from hyperattention.export.folder import check_out
     from hyperattention.export.source import Trust, default_dtype, open_source, parse_image_size
-    from hyperattention.export.validation import check_material
+    from hyperattention.export.validation import Request
 
     reporter = Reporter(quiet, as_json)
-    ranges = planning.named_ranges(dim or [], batch)
+    entry.check_file("--text", text, "held-out plain text")
+    entry.check_file("--inputs", inputs, "an .npz file with one array for each input of the model")
+    entry.check_file("--timing-cache", timing_cache, "timing.cache of an earlier export with an engine")
+    attributes, ranges = op_options.given(context.params), planning.named_ranges(dim or [], batch)
     source = open_source(
         model,
         task=task,
@@ -145,16 +155,19 @@ def export_model(
         say=lambda text: reporter.say(escape(text)),
     ).ranged(ranges, (min_seq, opt_seq, max_seq))
     check_out(out, source.directory)
-    given = op_options.given(context.params)
-    passed_on = ("--allow-pickle",) * allow_pickle + ("--trust-remote-code",) * trust_remote_code
+    trusted = ("--allow-pickle",) * allow_pickle + ("--trust-remote-code",) * trust_remote_code
     searched_dtype = automatic.searched_dtype(dtype, device)
-    searched = ("--input-ids", input_ids, "--device", device, "--seed", str(seed), *searched_dtype, *passed_on)
-    asked = automatic.request(
-        layers, preset, budget or [], budget_regime, budget_cost, policy, text, calibration_length, fixed=given, further=searched
+    searched = ("--input-ids", input_ids, "--device", device, "--seed", str(seed), *searched_dtype, *trusted)
+    search = automatic.request(
+        layers, preset, budget or [], budget_regime, budget_cost, policy, text, calibration_length, fixed=attributes, further=searched
     )
-    decided: dict[str, Any] = dict(
+    checks = Request(validate, text, inputs, lengths, device, tuple(gate or ()), further=trusted)
+    options = pipeline.Options(out, checks, require_engine, resume, triton, timing_cache)
+    plan_for = functools.partial(
+        planning.make_plan,
+        source,
         preset=preset,
-        attributes=given,
+        attributes=attributes,
         dtype=dtype or default_dtype(source),
         seq=planning.sequence_range(source, min_seq, opt_seq, max_seq),
         batch=planning.parse_batch(batch or "1"),
@@ -162,77 +175,63 @@ def export_model(
         seed=seed,
         keep_exact=keep_exact,
     )
-    plan = planning.make_plan(source, layers="all" if asked else layers, **decided)
-    given_checks = [("--text", text), ("--inputs", inputs), ("--lengths", lengths or None), ("--device", device)]
-    checks = [(option, str(value)) for option, value in given_checks if value is not None] + [("--gate", limit) for limit in gate or []]
-    options = pipeline.Options(
-        out=out,
-        require_engine=require_engine,
-        resume=resume,
-        triton=triton,
-        timing_cache=timing_cache,
-        validate=validate,
-        validation=tuple(part for check in checks for part in check) + passed_on,
-    )
+    if search is None:
+        plan, found = plan_for(layers=layers), {}
+    else:
+        plan, found = _plan_by_policy(search, plan_for, source, options, dry_run, reporter)
+    idle = planning.idle_attributes(preset, attributes) + checks.idle_options(search is not None and search.measures)
+    found |= _announce(plan, source, [*planning.warnings(plan, source.max_positions), *idle], reporter)
+    pipeline.check_validation(source, plan, checks)
+    if dry_run:
+        for name, reason in found["missing"].items():
+            reporter.say(escape(f"missing: {name}: {reason}"))
+        if found["engine_obstacle"] is not None:
+            reporter.say(escape(f"no engine from this plan: {found['engine_obstacle']}"))
+    else:
+        found |= pipeline.run(source, plan, options, reporter)
+        reporter.say(f"{escape(str(out))} is ready" + (f"; report: {escape(str(out))}/report/report.html" if validate else ""))
+    reporter.answer(found)
 
-    def check(plan: planning.ExportPlan) -> None:
-        if validate and input_ids == "bytes" and text is None and inputs is None:
-            raise UsageError("--input-ids bytes: the validation needs held-out text; give --text FILE, or --no-validate")
-        if text is not None and not text.is_file():
-            raise UsageError(f"--text: there is no file {text}; give held-out plain text")
-        if inputs is not None and not inputs.is_file():
-            raise UsageError(f"--inputs: there is no file {inputs}; give an .npz file with one array for each input of the model")
-        if timing_cache is not None and not timing_cache.is_file():
-            raise UsageError(f"--timing-cache: there is no file {timing_cache}; give timing.cache of an earlier export with an engine")
-        check_material(source, plan, text, inputs)
-        gate_options.parse_gates(gate or [], gate_options.kind_of(plan.task))
-        _check_validation(lengths, device, plan.seq)
-        if validate and device == "cuda":
-            pipeline.check_validation_on_cuda(pipeline.missing_parts(), pipeline.engine_obstacle(source, plan))
 
-    search: dict[str, Any] = {}
-    if asked is not None and asked.measures:
-        check(plan)  # a wrong option is found before a policy is measured
+def _plan_by_policy(
+    search: automatic.Request,
+    plan_for: Callable[..., ExportPlan],
+    source: Source,
+    options: pipeline.Options,
+    dry_run: bool,
+    reporter: Reporter,
+) -> tuple[ExportPlan, dict[str, Any]]:
+    """The plan that a policy decides, read or measured here; of a dry run, which measures none, also what the search would do."""
+    from hyperattention.export import automatic, pipeline
+
+    every = plan_for(layers="all")
+    if search.measures:
+        pipeline.check_validation(source, every, options.validation)  # a wrong option is found before a policy is measured
         if dry_run:
-            plan, search = automatic.undecided(plan), {"policy": automatic.dry_run(asked, source, reporter)}
-        else:
-            pipeline.check_environment(source, plan, options, pipeline.missing_parts())
-    if asked is not None and not search:
-        chosen = automatic.choose(asked, source, out, resume, reporter)
-        reporter.say(escape(chosen.summary()))
-        plan = planning.make_plan(source, layers=layers, policy=chosen, **decided)
-    warnings = planning.warnings(plan, source.max_positions) + planning.idle_attributes(preset, given)
-    if not validate:
-        used = ("--text", "--device") if asked is not None and asked.measures else ()
-        idle = dict.fromkeys(option for option, value in checks if value != "auto" and option not in used)
-        warnings += [f"{option} has no effect: --no-validate measures nothing" for option in idle]
-    items, missing, obstacle = memory.predict(source, plan), pipeline.missing_parts(), pipeline.engine_obstacle(source, plan)
+            return automatic.undecided(every), {"policy": automatic.dry_run(search, source, reporter)}
+        pipeline.check_environment(source, every, options, pipeline.missing_parts())
+    chosen = automatic.choose(search, source, options.out, options.resume, reporter)
+    reporter.say(escape(chosen.summary()))
+    return plan_for(layers=automatic.AUTO, policy=chosen), {}
+
+
+def _announce(plan: ExportPlan, source: Source, warnings: list[str], reporter: Reporter) -> dict[str, Any]:
+    """Shows the plan, the memory it is predicted to take, and the warnings; the same, and what the machine lacks, as JSON values."""
+    from hyperattention.export import memory, pipeline
+
+    missing, items = pipeline.missing_parts(), memory.predict(source, plan)
     items.append(memory.Item("disk", pipeline.disk_bytes(source, plan, missing), "at most, beside OUT, while the export runs"))
     reporter.plan(plan, source.architecture)
     reporter.memory(items)
     for warning in warnings:
         reporter.warn(warning)
-    check(plan)
-    planned = {"plan": plan.to_json(), "memory": [vars(item) for item in items], "missing": missing}
-    planned |= {"engine_obstacle": obstacle, "warnings": warnings, **search}
-    if dry_run:
-        for name, reason in missing.items():
-            reporter.say(escape(f"missing: {name}: {reason}"))
-        if obstacle is not None:
-            reporter.say(escape(f"no engine from this plan: {obstacle}"))
-        reporter.answer(planned)
-        return
-    done = pipeline.run(source, plan, options, reporter)
-    reporter.say(f"{escape(str(out))} is ready" + (f"; report: {escape(str(out))}/report/report.html" if validate else ""))
-    reporter.answer({**planned, **done})
-
-
-def _check_validation(lengths: str, device: str, seq: tuple[int, int, int]) -> None:
-    """The validation's options, which it would refuse itself only after the whole export. Raises UsageError and EnvironmentFault."""
-    for length in entry.numbers("--lengths", lengths):
-        if not max(2, seq[0]) <= length <= seq[2]:
-            raise UsageError(f"--lengths names {length}; the plan takes {max(2, seq[0])} to {seq[2]} (--min-seq, --max-seq)")
-    check_device(device)
+    return {
+        "plan": plan.to_json(),
+        "memory": [vars(item) for item in items],
+        "missing": missing,
+        "engine_obstacle": pipeline.engine_obstacle(source, plan),
+        "warnings": warnings,
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -7,6 +7,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -46,6 +47,12 @@ def numbers(option: str, text: str) -> tuple[int, ...]:
     if text and not re.fullmatch(r" *[0-9]{1,9} *(, *[0-9]{1,9} *)*", text):
         raise UsageError(f"{option} is {text!r}; it takes numbers with commas between them, such as 8192,32768")
     return tuple(int(part) for part in text.split(",")) if text else ()
+
+
+def check_file(option: str, path: Path | None, what: str) -> None:
+    """Raises UsageError where `path`, which an option named (None: not given), is no file; `what` says what to give."""
+    if path is not None and not path.is_file():
+        raise UsageError(f"{option}: there is no file {path}; give {what}")
 
 
 def one_of(*values: str) -> Callable[[str], list[str]]:

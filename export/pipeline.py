@@ -23,7 +23,7 @@ from hyperattention.export.memory import workspace_bytes
 from hyperattention.export.plan import ExportPlan
 from hyperattention.export.stages import Stages
 from hyperattention.export.triton import write_repository
-from hyperattention.export.validation import validate
+from hyperattention.export.validation import Request, validate
 from hyperattention.library import build_info, check_interface, ort_library_path, trt_library_path
 
 if TYPE_CHECKING:
@@ -32,12 +32,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """What the stages need beside the plan. `validation` holds further arguments of `hyperattention validate`."""
+    """What the stages need beside the plan."""
 
     out: Path
+    validation: Request = Request()
     require_engine: bool = False
-    validate: bool = True
-    validation: tuple[str, ...] = ()
     resume: bool = False
     triton: bool = False
     timing_cache: Path | None = None
@@ -98,15 +97,20 @@ def check_environment(source: "Source", plan: ExportPlan, options: Options, miss
             raise UsageError(f"--require-engine: {obstacle}")
     if options.triton and "ONNX Runtime library" in missing and "engine" in missing:
         raise EnvironmentFault(f"--triton: neither of its backends could serve the result: {missing['ONNX Runtime library']}")
-    if options.validate and "ONNX Runtime library" in missing and "engine" in missing:
+    if options.validation.wanted and "ONNX Runtime library" in missing and "engine" in missing:
         raise EnvironmentFault(f"the result cannot be validated: {missing['ONNX Runtime library']}, or pass --no-validate")
 
 
-def check_validation_on_cuda(missing: dict[str, str], obstacle: str | None) -> None:
-    """Before any work, for --device cuda: an engine, or ONNX Runtime's CUDA provider, will be there to be validated.
+def check_validation(source: "Source", plan: ExportPlan, asked: Request) -> None:
+    """Before any work: the validation takes what was asked of it and, with --device cuda, will have an engine, or ONNX Runtime's CUDA
+    provider, to measure.
 
-    Raises UsageError where the CUDA kernels do not take the plan, EnvironmentFault where neither runtime is there.
+    Raises UsageError for an option that does not fit, EnvironmentFault where the device or both runtimes are missing.
     """
+    asked.check(source, plan)
+    if not asked.wanted or asked.device != "cuda":
+        return
+    obstacle, missing = engine_obstacle(source, plan), missing_parts()
     if obstacle is not None:
         raise UsageError(f"--device cuda: {obstacle}; leave --device out, or give cpu")
     if "engine" in missing and not _has_cuda_provider():
@@ -163,8 +167,8 @@ def _stages(
     model = {"name": source.name, "architecture": source.architecture, "parameters": source.num_parameters}
     bundle.write_draft(folder, plan, model, engine, {path.name: build_info(path) for path in libraries})
     failed = None
-    if options.validate:
-        reads = fingerprint.validation(stages.digests_of("ONNX", "side files", "engine"), plan, weights, options.validation)
+    if options.validation.wanted:
+        reads = fingerprint.validation(stages.digests_of("ONNX", "side files", "engine"), plan, weights, options.validation.arguments())
         found = stages.run("validation", reads, lambda: _validate(source.model, folder, options, reporter))
         reporter.gates(found)
         failed = found["failed"]
@@ -204,4 +208,4 @@ def _engine(plan: ExportPlan, folder: Path, timing_cache: Path | None, reporter:
 
 def _validate(model: str, folder: Path, options: Options, reporter: Reporter) -> dict[str, Any]:
     with reporter.stage("validation"):
-        return validate(model, folder, options.validation, reporter)
+        return validate(model, folder, options.validation.arguments(), reporter)

@@ -3,18 +3,61 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hyperattention.errors import UsageError
 from hyperattention.export import child
 from hyperattention.export.bundle import REPORT
+from hyperattention.export.choices import check_device
 from hyperattention.export.console import Reporter
-from hyperattention.export.gate_options import LANGUAGE, kind_of
+from hyperattention.export.entry import numbers
+from hyperattention.export.gate_options import LANGUAGE, kind_of, parse_gates
 from hyperattention.export.plan import ExportPlan
 from hyperattention.export.source import Source
 
 VALIDATE = (sys.executable, "-m", "hyperattention.validate", "run")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line says of the validation; `further` are options that `hyperattention validate` takes as they are."""
+
+    wanted: bool = True
+    text: Path | None = None
+    inputs: Path | None = None
+    lengths: str = ""
+    device: str = "auto"
+    gates: tuple[str, ...] = ()
+    further: tuple[str, ...] = ()
+
+    def arguments(self) -> tuple[str, ...]:
+        """The arguments behind `hyperattention validate OUT --model MODEL`."""
+        return tuple(part for option in self._given() for part in option) + self.further
+
+    def check(self, source: Source, plan: ExportPlan) -> None:
+        """Before any work, what the validation would refuse only after the whole export. Raises UsageError and EnvironmentFault."""
+        if self.wanted and plan.input_ids == "bytes" and self.text is None and self.inputs is None:
+            raise UsageError("--input-ids bytes: the validation needs held-out text; give --text FILE, or --no-validate")
+        check_material(source, plan, self.text, self.inputs)
+        parse_gates(self.gates, kind_of(plan.task))
+        low, high = max(2, plan.seq[0]), plan.seq[2]
+        for length in numbers("--lengths", self.lengths):
+            if not low <= length <= high:
+                raise UsageError(f"--lengths names {length}; the plan takes {low} to {high} (--min-seq, --max-seq)")
+        check_device(self.device)
+
+    def idle_options(self, searched: bool) -> list[str]:
+        """One sentence for each option given that nothing reads; where a policy is `searched`, that reads the text and the device."""
+        read = ("--text", "--device") if searched else ()
+        idle = dict.fromkeys(option for option, value in self._given() if value != "auto" and option not in read)
+        return [f"{option} has no effect: --no-validate measures nothing" for option in idle] if not self.wanted else []
+
+    def _given(self) -> list[tuple[str, str]]:
+        """The options and their values."""
+        values = (("--text", self.text), ("--inputs", self.inputs), ("--lengths", self.lengths or None), ("--device", self.device))
+        return [(option, str(value)) for option, value in values if value is not None] + [("--gate", limit) for limit in self.gates]
 
 
 def reads_text(source: Source, plan: ExportPlan) -> bool:

@@ -225,7 +225,7 @@ def test_validation_options_are_passed_on(model: Path, tmp_path: Path, export: R
     text.write_text("text")
     gates = ("--gate", "delta-nats=0.5", "--gate", "kl=0.25")
     assert export(model, tmp_path / "out", "--text", text, "--lengths", "64,128", "--device", "cpu", *gates).code == 0
-    passed = seen[0].validation
+    passed = seen[0].validation.arguments()
     given = ["--text", str(text), "--lengths", "64,128", "--device", "cpu"]
     assert list(passed) == [*given, *gates]
 

@@ -29,6 +29,7 @@ from hyperattention.export.cli import main
 from hyperattention.export.plan import ExportPlan
 from hyperattention.export.source import Input
 from hyperattention.export.triton import write_repository
+from hyperattention.export.validation import Request
 from hyperattention.library import ORT_LIBRARY, TRT_LIBRARY
 
 # onnx's own names beside Triton's.
@@ -243,6 +244,6 @@ def test_a_type_that_triton_does_not_have(tmp_path: Path) -> None:
 
 def test_neither_backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     nothing: Any = None
-    options = pipeline.Options(tmp_path / "out", validate=False, triton=True)
+    options = pipeline.Options(tmp_path / "out", Request(wanted=False), triton=True)
     with pytest.raises(EnvironmentFault, match="--triton: neither of its backends could serve the result: not built"):
         pipeline.check_environment(nothing, nothing, options, {"ONNX Runtime library": "not built", "engine": "no GPU"})
