@@ -9,17 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from statistics import median
 
 import torch
 from torch import Tensor
 
 from hyperattention.errors import UsageError
-from hyperattention.validate.baseline import Baseline, approximating
+from hyperattention.validate.baseline import Baseline
 from hyperattention.validate.feeds import Feed, Material, without_padding
-from hyperattention.validate.hard_inputs import hard_rows
-from hyperattention.validate.layers import layer_rows
-from hyperattention.validate.look_ahead_runs import measure_look_ahead
+from hyperattention.validate.first_feed import Layers, look_at_layers, run_exact_twin
 from hyperattention.validate.metrics import estimate, tensor_error
 from hyperattention.validate.workbench import Measured, Workbench, check_finite, not_finite, nothing_approximates, time_row, timed
 
@@ -86,8 +83,7 @@ def measure_features(bench: Workbench, material: Material, length: int, count: i
 
     Raises UsageError where exact attention itself answers NaN or infinity, and where no output is floating.
     """
-    found, layers, baseline, hard_inputs, exact_twin, exact_s, takes_exact_path = _Found(), [], [], [], None, None, True
-    look_ahead: dict | None = None
+    found, layers, baseline, exact_twin, exact_s, takes_exact_path = _Found(), Layers(), [], None, None, True
     feeds = material.feeds(bench.plan, length, count)
     for number, given in enumerate(feeds):
         at = f"{length:,} tokens, input {number + 1} of {len(feeds)}"
@@ -98,21 +94,16 @@ def measure_features(bench: Workbench, material: Material, length: int, count: i
         found.torch_s += timed(bench.exact, given, bench.repeats)
         takes_exact_path &= nothing_approximates(bench.plan, captured)
         if number == 0:
-            layers = layer_rows(bench.operator, bench.kernels, captured, length, bench.step)
-            if hard:
-                hard_inputs = hard_rows(bench.operator, captured, bench.step, material.kind)
-                look_ahead = measure_look_ahead(bench, captured, None)
-            approximated = approximating(captured)
-            baseline = [Baseline(bench, length).row(layers, approximated)] if approximated else []
-        captured.clear()
+            layers = look_at_layers(bench, captured, length, hard, material.kind, None)
+            if layers.approximated:
+                baseline = [Baseline(bench, length).row(layers.rows, layers.approximated)]
+        captured.clear()  # Q, K and V of every layer: room for what follows
         bench.step(f"{at}: ours ({bench.backend.backend})")
         found.add(judged(bench.backend.infer(given), given), exact)
         found.ours_s += timed(bench.backend, given, bench.repeats)
-        if number == 0 and bench.backend_exact is not None:
-            bench.step(f"{at}: exact twin ({bench.backend_exact.backend})")
-            other = judged(bench.backend_exact.infer(given), given)
-            exact_s = median(timed(bench.backend_exact, given, bench.repeats))
-            exact_twin = _worst(other, exact)
+        if number == 0 and (twin := run_exact_twin(bench, given, at)) is not None:
+            answer, exact_s = twin
+            exact_twin = _worst(judged(answer, given), exact)
     if not found.outputs:
         raise UsageError(f"the outputs {', '.join(bench.plan.outputs)} are integers or booleans; return a floating output to be compared")
     row = {
@@ -123,7 +114,8 @@ def measure_features(bench: Workbench, material: Material, length: int, count: i
         "not_finite": found.broken,
         "exact_twin": exact_twin,
     }
-    return Measured(row, time_row(bench, length, found.ours_s, exact_s, found.torch_s), layers, baseline, hard_inputs, look_ahead)
+    time = time_row(bench, length, found.ours_s, exact_s, found.torch_s)
+    return Measured(row, time, layers.rows, baseline, layers.hard_inputs, layers.look_ahead)
 
 
 def _summary(name: str, metrics: list[RowMetrics]) -> dict:
