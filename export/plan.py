@@ -13,7 +13,7 @@ from hyperattention.config import INT32_MAX, PRESETS, Config, layer_seed
 from hyperattention.errors import UnsupportedModel, UsageError
 from hyperattention.export.choices import DTYPES, INPUT_IDS, KEEP_EXACT, TASKS, choice
 from hyperattention.export.policy import Policy
-from hyperattention.export.source import Input, Range, Source
+from hyperattention.export.source import AttentionLayer, Input, Range, Source
 
 AUTO = "auto"  # of --layers: a policy chooses
 MODES = ("approximate", "exact", "native")
@@ -229,6 +229,37 @@ def _ranges(source: Source, decided: dict[str, Range]) -> dict[str, Range]:
     return {name: ranges[name] for name in names}
 
 
+def _base_config(preset: str, attributes: Mapping[str, int | float | str]) -> Config:
+    """The preset with the attributes given, before any layer's own mask, scale and seed. Raises UsageError."""
+    base = Config.from_attributes({**PRESETS[preset].attributes(), **attributes})
+    if "causal" in attributes:
+        raise UsageError("causal is no option: whether a layer is causal, the model itself says")
+    return base.exact() if preset == "exact" else base
+
+
+def _unreplaced(layer: AttentionLayer, by_number: bool) -> LayerPlan:
+    """A layer that the operator cannot stand in for. Raises UnsupportedModel where it was asked for `by_number`."""
+    if by_number:
+        raise UnsupportedModel(f"layer {layer.index} ({layer.name}) cannot be replaced: {layer.problem}; leave it out of --layers")
+    return LayerPlan(layer.index, layer.name, "native", str(layer.problem), None)
+
+
+def _node_config(base: Config, layer: AttentionLayer, taken: bool, seed: int) -> Config:
+    """`base` with the layer's own mask, scale and seed. Raises UsageError for a strict plan of a layer that is not causal and `taken`."""
+    if base.strict_causal and not layer.causal and taken:
+        raise UsageError(
+            f"--strict-causal: layer {layer.index} ({layer.name}) is not causal: all rows see all keys; leave out option or layer"
+        )
+    scale = 0.0 if abs(layer.scale * layer.head_dim**0.5 - 1) < 1e-6 else layer.scale
+    return replace(
+        base,
+        causal=int(layer.causal),
+        scale=base.scale or scale,
+        seed=layer_seed(seed, layer.index),
+        strict_causal=base.strict_causal and int(layer.causal),
+    )
+
+
 def make_plan(
     source: Source,
     *,
@@ -252,11 +283,7 @@ def make_plan(
     choice("--preset", preset, tuple(PRESETS))
     if not 0 <= seed <= INT32_MAX:
         raise UsageError(f"--seed is {seed}; it takes 0 to {INT32_MAX}")
-    base = Config.from_attributes({**PRESETS[preset].attributes(), **(attributes or {})})
-    if "causal" in (attributes or {}):
-        raise UsageError("causal is no option: whether a layer is causal, the model itself says")
-    if preset == "exact":
-        base = base.exact()
+    base = _base_config(preset, attributes or {})
     if (layers == AUTO) != (policy is not None):
         raise UsageError(f"--layers {layers}: auto, and only auto, takes a policy, which `hyperattention policy` measures")
     settings = {layer.index: layer for layer in policy.layers} if policy is not None else {}
@@ -269,26 +296,16 @@ def make_plan(
         _check_cache(source, lengths[2])
     decided = []
     for order, layer in enumerate(source.layers):
+        taken = order in chosen
         if layer.problem is not None:
-            if order in chosen and layers[0].isdigit():
-                raise UnsupportedModel(f"layer {layer.index} ({layer.name}) cannot be replaced: {layer.problem}; leave it out of --layers")
-            decided.append(LayerPlan(layer.index, layer.name, "native", layer.problem, None))
+            decided.append(_unreplaced(layer, by_number=taken and layers[0].isdigit()))
             continue  # its sizes and scale may be none that a Config takes
-        scale = 0.0 if abs(layer.scale * layer.head_dim**0.5 - 1) < 1e-6 else layer.scale
-        if base.strict_causal and not layer.causal and order in chosen:
-            raise UsageError(
-                f"--strict-causal: layer {layer.index} ({layer.name}) is not causal: all rows see all keys; leave out option or layer"
-            )
-        strict = base.strict_causal and int(layer.causal)
-        config = replace(
-            base, causal=int(layer.causal), scale=base.scale or scale, seed=layer_seed(seed, layer.index), strict_causal=strict
-        )
         setting = settings.get(layer.index)
-        why = setting.reason if setting is not None else f"{'' if order in chosen else 'not '}chosen by --layers {layers}"
-        if order in chosen:
-            mode = "exact" if preset == "exact" else "approximate"
+        why = setting.reason if setting is not None else f"{'' if taken else 'not '}chosen by --layers {layers}"
+        config = _node_config(base, layer, taken, seed)
+        if taken:
             own = replace(config, **setting.attributes) if setting is not None and setting.attributes is not None else config
-            decided.append(LayerPlan(layer.index, layer.name, mode, why, own))
+            decided.append(LayerPlan(layer.index, layer.name, "exact" if preset == "exact" else "approximate", why, own))
         elif keep_exact == "op":
             decided.append(LayerPlan(layer.index, layer.name, "exact", why, config.exact()))
         else:
