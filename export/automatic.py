@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from hyperattention.errors import AccuracyFailed, UsageError
 from hyperattention.export import child, interrupt
 from hyperattention.export.budget import BOTH, Budget, parse_budget
-from hyperattention.export.plan import AUTO, MAX_SEQUENCE, ExportPlan
+from hyperattention.export.plan import AUTO, ExportPlan
 from hyperattention.export.policy import FILE, Policy, read_policy
+from hyperattention.export.shape_options import MAX_SEQUENCE
 
 if TYPE_CHECKING:
     from hyperattention.export.console import Reporter

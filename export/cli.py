@@ -135,7 +135,7 @@ def export_model(
     gate failed, OUT is kept with the report that says why. A run that fails or is interrupted leaves nothing, with --resume what it
     had finished.
     """
-    from hyperattention.export import automatic, pipeline
+    from hyperattention.export import automatic, pipeline, shape_options
     from hyperattention.export import plan as planning
     from hyperattention.export.console import Reporter
     from hyperattention.export.folder import check_out
@@ -146,7 +146,7 @@ def export_model(
     entry.check_file("--text", text, "held-out plain text")
     entry.check_file("--inputs", inputs, "an .npz file with one array for each input of the model")
     entry.check_file("--timing-cache", timing_cache, "timing.cache of an earlier export with an engine")
-    attributes, ranges = op_options.given(context.params), planning.named_ranges(dim or [], batch)
+    attributes, ranges = op_options.given(context.params), shape_options.named_ranges(dim or [], batch)
     source = open_source(
         model,
         task=task,
@@ -169,8 +169,8 @@ def export_model(
         preset=preset,
         attributes=attributes,
         dtype=dtype or default_dtype(source),
-        seq=planning.sequence_range(source, min_seq, opt_seq, max_seq),
-        batch=planning.parse_batch(batch or "1"),
+        seq=shape_options.sequence_range(source, min_seq, opt_seq, max_seq),
+        batch=shape_options.parse_batch(batch or "1"),
         input_ids=input_ids,
         seed=seed,
         keep_exact=keep_exact,

@@ -22,7 +22,8 @@ from hyperattention.export.function_dims import Axes, Axis, axis_names, fit, ran
 from hyperattention.export.function_export import Flat, export_program
 from hyperattention.export.function_graph import Call, find_calls
 from hyperattention.export.function_model import GraphModel, converted, main_dtype, replace_attention
-from hyperattention.export.plan import DEFAULT_LONGEST, ExportPlan
+from hyperattention.export.plan import ExportPlan
+from hyperattention.export.shape_options import DEFAULT_LONGEST
 from hyperattention.export.source import AttentionLayer, Input, Range, Source
 
 Bounds = dict[str, tuple[int, int | None]]

@@ -13,14 +13,11 @@ from hyperattention.config import INT32_MAX, PRESETS, Config, layer_seed
 from hyperattention.errors import UnsupportedModel, UsageError
 from hyperattention.export.choices import DTYPES, INPUT_IDS, KEEP_EXACT, TASKS, choice
 from hyperattention.export.policy import Policy
+from hyperattention.export.shape_options import MAX_BATCH, MAX_SEQUENCE, SEQUENCE, check_range, sequence_range
 from hyperattention.export.source import AttentionLayer, Input, Range, Source
 
 AUTO = "auto"  # of --layers: a policy chooses
 MODES = ("approximate", "exact", "native")
-MAX_SEQUENCE = 2**24  # the kernels' tests stop here; positions fit in 32 bits
-MAX_BATCH = 4096
-DEFAULT_LONGEST = 32768
-_SEQUENCE = "the sequence range (--min-seq, --opt-seq, --max-seq)"
 _CHOICES = {"task": TASKS, "dtype": DTYPES, "input_ids": INPUT_IDS, "keep_exact": KEEP_EXACT}
 _READ_BY = {"pool_size": "blocks", "num_projections": "sortlsh"}  # attributes that only one selector reads
 # Python's \d and isdigit take digits of every script, and superscripts.
@@ -134,52 +131,6 @@ def parse_layers(spec: str, count: int) -> frozenset[int]:
     raise UsageError(f"--layers is {spec!r}; it takes auto, all, none, odd, even, first:N, last:N, or numbers such as 0-3,7")
 
 
-def check_range(option: str, values: Sequence[int], highest: int) -> Range:
-    """(min, opt, max), checked. Raises UsageError."""
-    low, opt, high = values
-    if not 1 <= low <= opt <= high <= highest:
-        raise UsageError(f"{option} is min {low}, opt {opt}, max {high}; it takes 1 <= min <= opt <= max <= {highest}")
-    return (low, opt, high)
-
-
-def sequence_range(source: Source, low: int | None, opt: int | None, high: int | None) -> Range:
-    """Key lengths from --min-seq, --opt-seq and --max-seq, each None where not given: 1, a quarter of the longest, and what the model
-    was trained for (at most 131,072). Raises UsageError where the model's input is of a fixed size and one was given.
-    """
-    if source.keys is not None:
-        if (low, opt, high) != (None, None, None) and "sequence" not in source.dims:
-            raise UsageError(f"--min-seq, --opt-seq and --max-seq: the input of {source.name} is of fixed size; leave them out")
-        return source.keys
-    low = 1 if low is None else low
-    longest = min(source.max_positions or DEFAULT_LONGEST, 4 * DEFAULT_LONGEST) if high is None else high
-    usual = max(low, longest // 4) if opt is None else opt
-    return check_range(_SEQUENCE, (low, usual, longest), MAX_SEQUENCE)
-
-
-def parse_batch(text: str) -> Range:
-    """Rows as N or min,opt,max. Raises UsageError."""
-    parts = text.split(",")
-    if len(parts) not in (1, 3) or not all(re.fullmatch("[0-9]{1,9}", part.strip()) for part in parts):
-        raise UsageError(f"--batch is {text!r}; it takes one number, or min,opt,max such as 1,4,8")
-    numbers = [int(part) for part in parts]
-    low, opt, high = numbers if len(numbers) == 3 else numbers * 3
-    return (low, opt, high)
-
-
-def named_ranges(dims: Sequence[str], batch: str | None) -> dict[str, Range]:
-    """Ranges by dimension from `--dim NAME=N` or `--dim NAME=min,opt,max`, repeated, and from --batch. Raises UsageError."""
-    found: dict[str, Range] = {} if batch is None else {"batch": parse_batch(batch)}
-    for option in dims:
-        match = re.fullmatch(r"([^\W\d]\w*)=([0-9]{1,9})(?:,([0-9]{1,9}),([0-9]{1,9}))?", "".join(option.split()))
-        if match is None:
-            raise UsageError(f"--dim is {option!r}; it takes NAME=N, or NAME=min,opt,max such as frames=1,512,3000")
-        if match[1] in found:
-            raise UsageError(f"--dim names {match[1]!r}, which has a range already; give each dimension once")
-        low, opt, high = (int(part or match[2]) for part in match.group(2, 3, 4))
-        found[match[1]] = check_range(f"--dim {match[1]}", (low, opt, high), MAX_SEQUENCE)
-    return found
-
-
 def warnings(plan: ExportPlan, max_positions: int | None) -> list[str]:
     """What is allowed and probably not meant."""
     found = list(plan.policy_notes)
@@ -288,7 +239,7 @@ def make_plan(
         raise UsageError(f"--layers {layers}: auto, and only auto, takes a policy, which `hyperattention policy` measures")
     settings = {layer.index: layer for layer in policy.layers} if policy is not None else {}
     chosen = parse_layers(layers, len(source.layers)) if policy is None else policy.places(source)
-    lengths = source.keys or check_range(_SEQUENCE, seq or sequence_range(source, None, None, None), MAX_SEQUENCE)
+    lengths = source.keys or check_range(SEQUENCE, seq or sequence_range(source, None, None, None), MAX_SEQUENCE)
     if source.position_limit is not None and lengths[2] > source.position_limit:
         raise UsageError(f"--max-seq is {lengths[2]}; {source.name} has learned positions for {source.position_limit} tokens and no more")
     rows = source.rows or check_range("--batch", batch, MAX_BATCH)

@@ -18,7 +18,8 @@ from hyperattention.errors import HyperAttentionError, UnsupportedModel, UsageEr
 from hyperattention.export.load import TransformersSource, inspect_source, load_model
 from hyperattention.export.memory import predict
 from hyperattention.export.patch import install, padding_mask
-from hyperattention.export.plan import ExportPlan, make_plan, parse_batch, parse_layers, warnings
+from hyperattention.export.plan import ExportPlan, make_plan, parse_layers, warnings
+from hyperattention.export.shape_options import parse_batch
 
 ROWS = 150
 

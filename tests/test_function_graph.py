@@ -12,7 +12,8 @@ import torch
 
 from hyperattention.errors import ExportFailed, UnsupportedModel, UsageError
 from hyperattention.export.function import FunctionSource
-from hyperattention.export.plan import make_plan, named_ranges
+from hyperattention.export.plan import make_plan
+from hyperattention.export.shape_options import named_ranges
 from hyperattention.export.source import Input, open_source
 
 FILE = Path(function_models.__file__)

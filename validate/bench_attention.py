@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hyperattention.config import MOST_HEAD_DIM, PRESETS, Config
 from hyperattention.errors import UsageError
-from hyperattention.export.plan import MAX_BATCH
+from hyperattention.export.shape_options import MAX_BATCH
 from hyperattention.export.source import torch_dtype
 from hyperattention.library import load_cpu, load_cuda
 from hyperattention.validate.bench_node import RIVAL_NODES, Heads, RivalNode, op_model

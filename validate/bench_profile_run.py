@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hyperattention.errors import EnvironmentFault, UsageError
-from hyperattention.export.plan import MAX_SEQUENCE
+from hyperattention.export.shape_options import MAX_SEQUENCE
 from hyperattention.library import load_cuda
 from hyperattention.validate import environment
 from hyperattention.validate.bench_attention import Inputs

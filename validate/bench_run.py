@@ -15,7 +15,7 @@ import torch
 from hyperattention.config import Config
 from hyperattention.errors import EnvironmentFault, UsageError
 from hyperattention.export.choices import DTYPES, check_device, choice
-from hyperattention.export.plan import MAX_SEQUENCE
+from hyperattention.export.shape_options import MAX_SEQUENCE
 from hyperattention.export.source import Trust
 from hyperattention.library import ort_library_path, trt_library_path
 from hyperattention.validate import bench_attention, environment

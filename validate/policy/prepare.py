@@ -16,7 +16,8 @@ from hyperattention.export.budget import Budget
 from hyperattention.export.choices import DEVICES, DTYPES, check_device, choice
 from hyperattention.export.gate_options import LANGUAGE, kind_of
 from hyperattention.export.patch import Patched
-from hyperattention.export.plan import MAX_SEQUENCE, ExportPlan, make_plan
+from hyperattention.export.plan import ExportPlan, make_plan
+from hyperattention.export.shape_options import MAX_SEQUENCE
 from hyperattention.export.source import AttentionLayer, Source, Trust, default_dtype, open_source
 from hyperattention.library import ort_library_path, trt_library_path
 from hyperattention.native import Library
