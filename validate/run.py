@@ -9,22 +9,27 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
+import torch
+
 from hyperattention.config import INT32_MAX
 from hyperattention.errors import UsageError
 from hyperattention.export.bundle import REPORT, Bundle
 from hyperattention.export.choices import DEVICES, choice
 from hyperattention.export.gate_options import LANGUAGE, kind_of
 from hyperattention.export.patch import Patched
+from hyperattention.export.plan import ExportPlan
 from hyperattention.export.source import Source, Trust, reopen
 from hyperattention.validate import environment
 from hyperattention.validate.approximation import every_position
 from hyperattention.validate.backends import BACKENDS, check_engines, choose, make_runners, prove, prove_first
 from hyperattention.validate.describe import plan_notes, plan_summary, result_notes
+from hyperattention.validate.feeds import Material
 from hyperattention.validate.gates import Limits, judge
 from hyperattention.validate.material import LENGTHS, check_lengths, choose_material
 from hyperattention.validate.measure import EXTRA_SEEDS, Extent, measure
 from hyperattention.validate.needle import choose_grid
 from hyperattention.validate.operators import native_library, native_operator, reference_operator
+from hyperattention.validate.provenance import Proof
 from hyperattention.validate.report import SCHEMA
 from hyperattention.validate.runners import TorchRunner
 from hyperattention.validate.signature import length_range
@@ -73,6 +78,25 @@ class Options:
             )
 
 
+@dataclass(frozen=True)
+class _Subject:
+    """What is measured, opened and checked before any work: the folder, its model, what that reads, and where it runs.
+
+    plan: the folder's, in fp32 where a half-precision target is judged through its twin. kind: "ort" or "tensorrt". tail: positions
+    that attend exactly after an approximate prefill, 0 for a model without a vocabulary. notes: for the report.
+    """
+
+    bundle: Bundle
+    plan: ExportPlan
+    source: Source
+    material: Material
+    extent: Extent
+    tail: int
+    device: torch.device
+    kind: str
+    notes: list[str]
+
+
 def validate(options: Options, counted: Callable[[int], Callable[[str], None]], say: Callable[[str], None] = lambda text: None) -> dict:
     """Measures the folder and returns the report, gates and verdict included. `say` gets one sentence before foreign code runs.
 
@@ -81,54 +105,12 @@ def validate(options: Options, counted: Callable[[int], Callable[[str], None]], 
     Raises EnvironmentFault where the backend cannot run or ran something else than was built, UsageError for bad options.
     """
     started = time.monotonic()
-    bundle = Bundle.open(options.folder)
-    check_files(bundle)
-    device, backend_kind = choose(bundle, options.device, options.backend)
-    plan, notes = bundle.plan, check_engines(bundle, options.exact_engine) if backend_kind == "tensorrt" else []
-    if device.type == "cpu" and plan.dtype != "fp32":
-        notes.append(
-            f"The {plan.dtype} target was validated through its fp32 twin: ONNX Runtime's CPU provider has no {plan.dtype} arithmetic."
-        )
-        plan = replace(plan, dtype="fp32")
-    source = reopen(_model(options, bundle), plan, trust=options.trust, say=say)
-    check_model_fits(bundle, source)
-    material, lengths = choose_material(source, plan, options.text, options.inputs, options.lengths, options.seed)
-    extent = _extent(options, lengths)
-    check_lengths(plan, extent.time_lengths)
-    choose_grid(plan, material, extent.windows, extent.needle, device.type == "cuda")  # refused before any work
-    notes += plan_notes(plan, material.note)
-    beyond = [n for n in extent.time_lengths if source.max_positions and n > source.max_positions]
-    if beyond:
-        notes.append(f"Past {source.max_positions:,} tokens, which the model was trained for, only the time was measured.")
-    busy = environment.busy_note()
-    notes += [busy] if busy else []
-    rival = bool(plan.approximate) if backend_kind == "ort" else options.exact_engine is not None
-    step = counted(count_steps(plan, material, extent, plan.dtype != bundle.plan.dtype, rival, device.type == "cuda"))
-    step("loading the model")
-    patched = source.load(plan, device)
-    with contextlib.ExitStack() as stack:
-        backend, backend_exact = make_runners(
-            bundle, plan, patched, backend_kind, device, options.exact_engine, options.threads, stack, step
-        )
-        step("proving that the library runs")
-        low, high = length_range(plan)
-        prove_first(backend, material.stretched(plan, max(low, min(64, high))))
-        kernels = native_library(bundle, device) if plan.planned else None
-        operator = native_operator(kernels) if kernels else reference_operator()
-        # A language model is scored at every position, also where its graph answers the last one alone.
-        forward = every_position(patched) if isinstance(patched, Patched) and kind_of(plan.task) == LANGUAGE else None
-        exact = stack.enter_context(TorchRunner(patched, None, "torch exact", forward, device))
-        definition = stack.enter_context(TorchRunner(patched, reference_operator(), "torch reference", device=device))
-        scorer = stack.enter_context(TorchRunner(patched, operator, "torch native", forward, device))
-        stack.enter_context(backend)
-        if backend_exact is not None:
-            stack.enter_context(backend_exact)
-        repeats = 5 if device.type == "cuda" else 0
-        tail = min(options.tail, min(lengths) // 2) if forward else 0
-        bench = Workbench(patched, plan, exact, backend, backend_exact, scorer, operator, kernels, tail, repeats, step)
-        measured = measure(bench, definition, material, extent)
-        step("proving what ran in all of it")
-        proofs = prove([backend, *([backend_exact] if backend_exact else [])])
+    subject = _open(options, say)
+    bundle, plan, source, busy = subject.bundle, subject.plan, subject.source, environment.busy_note()
+    rival = bool(plan.approximate) if subject.kind == "ort" else options.exact_engine is not None
+    twin = plan.dtype != bundle.plan.dtype
+    step = counted(count_steps(plan, subject.material, subject.extent, twin, rival, subject.device.type == "cuda"))
+    measured, proofs, backend = _measure(subject, options, step)
     report = {
         "schema": SCHEMA,
         "kind": kind_of(plan.task),
@@ -145,19 +127,70 @@ def validate(options: Options, counted: Callable[[int], Callable[[str], None]], 
         "target_dtype": bundle.plan.dtype,
         "plan_summary": plan_summary(plan),
         "inputs": {
-            **material.describe(),
+            **subject.material.describe(),
             "seed": options.seed,
-            "lengths": list(extent.windows),
+            "lengths": list(subject.extent.windows),
             "windows": [row["windows"] for row in measured["approximation"]],
-            "tail": tail or None,
+            "tail": subject.tail or None,
         },
-        "backend": backend.backend,
+        "backend": backend,
         "provenance": [proof.to_json() for proof in proofs],
         **measured,
-        "environment": {**environment.describe(device, bundle.libraries), "busy": busy},
-        "notes": notes + result_notes(plan, measured),
+        "environment": {**environment.describe(subject.device, bundle.libraries), "busy": busy},
+        "notes": [*subject.notes, *([busy] if busy else []), *result_notes(plan, measured)],
     }
     return judge(report, options.limits)
+
+
+def _open(options: Options, say: Callable[[str], None]) -> _Subject:
+    """Everything that the options name. Raises UsageError and EnvironmentFault for what cannot be measured."""
+    bundle = Bundle.open(options.folder)
+    check_files(bundle)
+    device, kind = choose(bundle, options.device, options.backend)
+    plan, notes = bundle.plan, check_engines(bundle, options.exact_engine) if kind == "tensorrt" else []
+    if device.type == "cpu" and plan.dtype != "fp32":
+        notes.append(
+            f"The {plan.dtype} target was validated through its fp32 twin: ONNX Runtime's CPU provider has no {plan.dtype} arithmetic."
+        )
+        plan = replace(plan, dtype="fp32")
+    source = reopen(_model(options, bundle), plan, trust=options.trust, say=say)
+    check_model_fits(bundle, source)
+    material, lengths = choose_material(source, plan, options.text, options.inputs, options.lengths, options.seed)
+    extent = _extent(options, lengths)
+    check_lengths(plan, extent.time_lengths)
+    choose_grid(plan, material, extent.windows, extent.needle, device.type == "cuda")  # refuses what cannot be planted
+    notes += plan_notes(plan, material.note)
+    if any(source.max_positions and length > source.max_positions for length in extent.time_lengths):
+        notes.append(f"Past {source.max_positions:,} tokens, which the model was trained for, only the time was measured.")
+    tail = min(options.tail, min(lengths) // 2) if kind_of(plan.task) == LANGUAGE else 0
+    return _Subject(bundle, plan, source, material, extent, tail, device, kind, notes)
+
+
+def _measure(subject: _Subject, options: Options, step: Callable[[str], None]) -> tuple[dict, list[Proof], str]:
+    """The parts of report.json that are numbers, what proves that the library made them, and the backend's name."""
+    bundle, plan, device, material = subject.bundle, subject.plan, subject.device, subject.material
+    step("loading the model")
+    patched = subject.source.load(plan, device)
+    with contextlib.ExitStack() as stack:
+        backend, backend_exact = make_runners(
+            bundle, plan, patched, subject.kind, device, options.exact_engine, options.threads, stack, step
+        )
+        step("proving that the library runs")
+        low, high = length_range(plan)
+        prove_first(backend, material.stretched(plan, max(low, min(64, high))))
+        kernels = native_library(bundle, device) if plan.planned else None
+        operator = native_operator(kernels) if kernels else reference_operator()
+        # A language model is scored at every position, also where its graph answers the last one alone.
+        forward = every_position(patched) if isinstance(patched, Patched) and kind_of(plan.task) == LANGUAGE else None
+        exact = stack.enter_context(TorchRunner(patched, None, "torch exact", forward, device))
+        definition = stack.enter_context(TorchRunner(patched, reference_operator(), "torch reference", device=device))
+        scorer = stack.enter_context(TorchRunner(patched, operator, "torch native", forward, device))
+        runners = [stack.enter_context(runner) for runner in (backend, backend_exact) if runner is not None]
+        repeats = 5 if device.type == "cuda" else 0
+        bench = Workbench(patched, plan, exact, backend, backend_exact, scorer, operator, kernels, subject.tail, repeats, step)
+        measured = measure(bench, definition, material, subject.extent)
+        step("proving what ran in all of it")
+        return measured, prove(runners), backend.backend
 
 
 def _model(options: Options, bundle: Bundle) -> str:
