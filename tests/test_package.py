@@ -76,7 +76,7 @@ def test_the_sdist_holds_what_a_build_needs(sdist: Path) -> None:
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     folders = ("plugins/", "cmake/", "export/", "validate/")
     wanted = {name for name in listed if name.startswith(folders) and (ROOT / name).is_file()}
-    wanted |= {"CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "hyperattention/op.py", "PKG-INFO"}
+    wanted |= {"CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "THIRD_PARTY_NOTICES.md", "hyperattention/op.py", "PKG-INFO"}
     assert wanted <= names, sorted(wanted - names)
     elsewhere = ("tests/", "models/", ".ci/", ".deps/", ".venv/", "build/", "out/")
     stray = {name for name in names if name.startswith(elsewhere) or name.endswith(".so")}

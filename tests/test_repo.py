@@ -200,6 +200,8 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     }
     assert expected <= names
     assert not {name for name in names if not name.startswith("hyperattention/") or "/tests/" in name}
+    kept = {name.split("/licenses/")[1] for name in wheel.namelist() if "/licenses/" in name}
+    assert kept == {"LICENSE", "THIRD_PARTY_NOTICES.md"}
     entry_points = wheel.read(next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))).decode()
     assert {"export-model", "hyperattention"} <= set(re.findall(r"^([\w-]+) *=", entry_points, re.M))
 
