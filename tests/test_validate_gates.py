@@ -14,7 +14,7 @@ import validation_bench as vb
 
 from hyperattention.errors import EnvironmentFault, UsageError
 from hyperattention.export import gate_options
-from hyperattention.validate import approximation
+from hyperattention.validate import approximation, first_feed
 from hyperattention.validate.feeds import feed
 from hyperattention.validate.gates import Limits, evaluate, judge, verdict
 from hyperattention.validate.implementation import check_length, one_ulp_off, op_cases
@@ -51,7 +51,7 @@ def test_a_right_operator_passes_every_gate(healthy: dict) -> None:
     ids=str,
 )
 def test_a_broken_operator_trips_its_gates(broken: vb.Broken, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(approximation, "measure_look_ahead", lambda *_: None)  # half of the time, and no gate reads it
+    monkeypatch.setattr(first_feed, "measure_look_ahead", lambda *_: None)  # half of the time, and no gate reads it
     monkeypatch.setattr(approximation, "has_twin", lambda *_: False)
     report = vb.measured(broken.kernels())
     assert vb.failing(report) == broken.trips
