@@ -114,6 +114,9 @@ def test_which_layer_is_judged() -> None:
     assert judged_layer([full, chunk, exact, near]) is None
     padded = judged_layer([full, captured(lengths=torch.tensor([200, 331], dtype=torch.int32)), captured()])
     assert padded is not None and padded.lengths is None and padded.q.shape[:3] == (1, 4, 200)
+    noise, choosing = captured(replace(CONFIG, num_blocks=0)), captured()  # samples alone cannot look ahead
+    for given, wanted in (([noise, choosing], choosing), ([noise], noise)):
+        assert (judged := judged_layer(given)) is not None and judged.config == wanted.config
 
 
 # --- the whole model -------------------------------------------------------------------------------------------------

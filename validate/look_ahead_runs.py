@@ -22,7 +22,7 @@ MODEL_PLACES = {"cpu": 1, "cuda": 4}  # tokens of the whole model that are chang
 
 
 def measure_look_ahead(bench: Workbench, captured: Sequence[Captured], ids: Tensor | None) -> dict | None:
-    """report.json's `look_ahead`: the operator on the first layer of `captured` that `judged_layer` takes, and, where ids int [1, S]
+    """report.json's `look_ahead`: the operator on the layer of `captured` that `judged_layer` takes, and, where ids int [1, S]
     are given, the whole model on as many of them as that layer has rows. None where no causal layer approximates.
     """
     layer = judged_layer(captured)
@@ -48,8 +48,9 @@ def look_ahead_steps(whole_model: bool) -> int:
 
 def judged_layer(captured: Sequence[Captured]) -> Captured | None:
     """The first captured causal call of as many rows as keys that approximates, its first batch row without padding and not more
-    heads and tokens than its device is given (`hard_inputs.CPU`, `GPU`); None where there is none."""
-    for c in captured:
+    heads and tokens than its device is given (`hard_inputs.CPU`, `GPU`); None where there is none. Layers that choose blocks come
+    before those of samples alone, which a policy may give and which cannot look ahead."""
+    for c in sorted(captured, key=lambda call: call.config.num_blocks == 0):
         if c.config.causal and c.q.shape[2] == c.k.shape[2] and not c.is_exact:
             c = first_row(c, GPU if c.q.is_cuda else CPU)
             if not c.is_exact and approximates(c.config, c.k.shape[2]):
