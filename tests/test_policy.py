@@ -16,6 +16,7 @@ from hyperattention.config import Config
 from hyperattention.errors import UsageError
 from hyperattention.export import automatic
 from hyperattention.export.bundle import Bundle
+from hyperattention.export.files import digest
 from hyperattention.export.load import inspect_source
 from hyperattention.export.onnx_graph import hyper_nodes
 from hyperattention.export.plan import make_plan
@@ -80,8 +81,11 @@ def test_the_choice_holds_its_budget_by_what_was_measured(budget: str, policy: R
 
 def test_a_policy_is_deterministic_and_an_interrupted_search_goes_on(policy: Runner, tmp_path: Path) -> None:
     once, again = tmp_path / "once.json", tmp_path / "again.json"
-    first = json.loads(policy("--budget", "keys=250", "--out", once, "--json").out)
-    lines = Path(f"{once}.jsonl").read_text().splitlines()
+    foreign = {"key": "of another model", "kind": "op", "what": 0, "found": 0, "digest": digest(["of another model", 0])}
+    Path(f"{once}.jsonl").write_text(json.dumps(foreign) + "\n")
+    anew = policy("--budget", "keys=250", "--out", once, "--json", "--resume")
+    assert "its measurements (1) are of another model" in anew.err and "none was taken over" in anew.err
+    first, lines = json.loads(anew.out), Path(f"{once}.jsonl").read_text().splitlines()[1:]
     assert first["measured"] == len(lines) > 6 and first["taken_over"] == 0
     half = "\n".join([*lines[:5], lines[5][:40]])
     Path(f"{again}.jsonl").write_text(half)

@@ -113,12 +113,15 @@ def command(
         return
     measured = measurements(out)
     store = Store(measured, prepared.fingerprint(), resume)
+    held = len(store.found)
     kept = f"what was measured is kept in {measured}; --resume goes on from there"
     with reporter.stage("policy"), interrupt.undoing(lambda: kept if store.made else None):
         search = prepared.search(store, reporter.step)
         search.step = reporter.counted(search.count_steps() + prepared.count_rivals())
         policy = as_policy(prepared, search, search.run())
     write_policy(policy, out)
+    if held and not store.reused:
+        reporter.warn(f"{measured}: its measurements ({held}) are of another model, text, build or kind of machine; none was taken over")
     for line in lines(policy):
         reporter.say(escape(line))
     reporter.say(f"{escape(str(out))}: {store.made} measurements made, {store.reused} taken over")

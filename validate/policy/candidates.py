@@ -84,9 +84,11 @@ def candidates(length: int, causal: bool, fixed: Mapping[str, Any]) -> list[Cand
             found.setdefault(_read(config), Candidate(attributes))
     if not found:
         said = ", ".join(f"{name} {value}" for name, value in fixed.items()) or "the preset"
+        exact = fixed.get("exact_below", PRESETS["blocks"].exact_below)
+        why = f"up to exact_below, {exact:,}, all are exact" if length <= exact else "none reads few enough of exact attention's keys"
         raise UsageError(
-            f"no setting approximates at {length:,} tokens under {said} (exact_below, local_size); measure at a longer --length, or fix "
-            f"other attributes"
+            f"no setting approximates at {length:,} tokens under {said}: {why}; measure at a longer --length, or fix other attributes "
+            f"(exact_below, local_size)"
         )
     return [*found.values(), EXACT]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hyperattention.errors import UsageError
-from hyperattention.export.budget import REGIMES
+from hyperattention.export.budget import REGIMES, budget_from_json
 from hyperattention.export.files import digest
 from hyperattention.export.identity import identity
 from hyperattention.export.policy import LayerPolicy, Policy, read_policy
@@ -67,7 +67,7 @@ def finished(prepared: Prepared, file: Path) -> Policy | None:
 
 def lines(policy: Policy) -> list[str]:
     """What a console shows of a policy: its sum, then a line for each regime, then the settings it was compared with."""
-    found = [policy.summary(), *_regimes("this policy", policy.verified)]
+    found = [policy.summary(), *_regimes("this policy", policy.verified), *_unproven(policy)]
     if policy.times is not None:
         exact, ours = policy.times["exact_ms"], policy.times["ms"]
         found.append(f"  attention of all layers: {ours:.3g} ms, exact {exact:.3g} ms ({exact / ours:.2f}x)")
@@ -76,6 +76,20 @@ def lines(policy: Policy) -> list[str]:
     for rival in policy.fixed:
         found += _regimes(f"all layers {_shown(rival['attributes'])}: {rival['keys']:,.0f} keys", rival["verified"])
     return [*found, *(_rivals(policy.rivals) if policy.rivals is not None else [])]
+
+
+def _unproven(policy: Policy) -> list[str]:
+    """Limits of loss and KL that the means keep and two standard errors above them do not."""
+    budget, found = budget_from_json(policy.budget), []
+    for regime in (regime for regime in REGIMES if regime in policy.verified):
+        for name, key in (("nats", "delta_nats"), ("kl", "kl")):
+            limit, told = budget.limit(name, regime), policy.verified[regime][key]
+            if limit is not None and told["mean"] <= limit and told["se"] is not None and told["mean"] + 2 * told["se"] > limit:
+                found.append(
+                    f"  {name} <= {limit:g} {regime.replace('_', ' ')}: kept by the mean alone, the limit lies within two standard errors; "
+                    f"more --windows prove it"
+                )
+    return found
 
 
 def _rivals(judged: dict[str, Any]) -> list[str]:
