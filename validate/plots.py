@@ -6,6 +6,7 @@ beside colour, and never draws what it has no number for.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from html import escape
 WIDTH, HEIGHT = 420, 268
 LEFT, RIGHT, TOP, BOTTOM = 82, 14, 14, 46
 _LABEL_GAP = 46  # least distance between two labels under the axis
+_TEXT_WIDTH, _TEXT_HEIGHT, _TEXT_ROOM = 8, 13, 8  # of a letter on a phone, at most; of a line of text; around it, with a mark's size
 
 
 @dataclass(frozen=True)
@@ -111,10 +113,36 @@ def line_chart(
     parts += [part for s in shown for part in _band(s, x_axis, y_axis)]
     parts += [part for s in shown for part in _line(s, x_axis, y_axis)]
     if limit is not None:
-        y = y_axis(limit)
-        parts.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="limit-text" x="{WIDTH - RIGHT}" y="{y - 5:.1f}" text-anchor="end">gate {tick(limit)}</text>')
+        parts += _limit(y_axis(limit), f"gate {tick(limit)}", [[(x_axis(x), y_axis(y)) for x, y in s.points] for s in shown])
     return Chart("".join(parts) + "</svg>", [(s.name, swatch(s.colour, s.dashed)) for s in shown], limit is not None)
+
+
+def _limit(y: float, text: str, lines: list[list[tuple[float, float]]]) -> list[str]:
+    """A limit's line, with its text where no line of the chart runs: above or below it, at its right or left end or amid."""
+    width = _TEXT_WIDTH * len(text)
+    starts = {"end": WIDTH - RIGHT - width, "start": LEFT + 4, "middle": (LEFT + WIDTH - RIGHT - width) / 2}
+    places = [(anchor, base) for base in (y - 5, y + 17) for anchor in starts]
+
+    def room(place: tuple[str, float]) -> float:
+        """From the text to the nearest line, in pixels; more than enough is enough."""
+        anchor, base = place
+        left, top = starts[anchor], base - _TEXT_HEIGHT
+        gaps = [math.hypot(max(left - x, x - left - width, 0), max(top - v, v - base, 0)) for line in lines for x, v in _along(line)]
+        return min(*gaps, _TEXT_ROOM)
+
+    anchor, base = max(places, key=room)  # the first of the best
+    x = starts[anchor] + {"end": width, "start": 0, "middle": width / 2}[anchor]
+    return [
+        f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>',
+        f'<text class="limit-text" x="{x:g}" y="{base:.1f}" text-anchor="{anchor}">{text}</text>',
+    ]
+
+
+def _along(line: list[tuple[float, float]], pieces: int = 32) -> list[tuple[float, float]]:
+    """Points of a line of straight pieces, its corners among them."""
+    shares = [i / pieces for i in range(pieces)]
+    between = [(a + (c - a) * t, b + (d - b) * t) for (a, b), (c, d) in itertools.pairwise(line) for t in shares]
+    return [*between, line[-1]]
 
 
 def _finite(s: Series, log_y: bool) -> Series:
