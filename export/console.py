@@ -135,12 +135,14 @@ class Reporter:
         if self.quiet:
             return
         verdict = found.get("verdict")
-        for line in [verdict.get("headline"), verdict.get("speed")] if isinstance(verdict, dict) else [verdict]:
+        told = [verdict.get("headline"), verdict.get("speed"), *verdict.get("small_print", ())] if isinstance(verdict, dict) else [verdict]
+        for line in told:
             if line:
                 self.out.print(str(line), markup=False)
         for gate in found.get("gates", []):
             mark = "[green]pass[/]" if gate["passed"] else "[yellow]note[/]" if gate.get("advisory") else "[red]FAIL[/]"
-            judged = f"{gate['name']:<12} {gate['value']:.4g} {gate['sense']} {gate['limit']:.4g}  ({gate['where']})"
+            spread = "" if gate.get("se") is None else f" ± {gate['se']:.2g}"
+            judged = f"{gate['name']:<12} {gate['value']:.4g}{spread} {gate['sense']} {gate['limit']:.4g}  ({gate['where']})"
             self.out.print(f"  {mark}  {escape(judged)}")
 
 

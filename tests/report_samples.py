@@ -8,8 +8,8 @@ from hyperattention.config import Config
 from hyperattention.export import policy as policies
 from hyperattention.export.files import digest
 from hyperattention.export.gate_options import Limits
-from hyperattention.validate.gates import judge
 from hyperattention.validate.report import SCHEMA
+from hyperattention.validate.verdict import judge
 
 LENGTHS = (8192, 12345, 32768)
 EDGES = [10.0 ** (n / 4) for n in range(-16, 5)]

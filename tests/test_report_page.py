@@ -110,7 +110,7 @@ def test_tables_say_what_the_json_says(kind: str) -> None:
     found = page(report)
     for row, gate in zip(found.table("Gate", "Worst value"), report["gates"], strict=True):
         assert row[0].startswith(gate["name"]) and row[4] == gate["where"] and ("pass" in row[1]) == gate["passed"]
-        close(row[2], [gate["value"]])
+        close(row[2], [gate["value"], *([gate["se"]] if gate["se"] is not None else [])])
         close(row[3], [gate["limit"]])
     for row, time in zip(found.table("Tokens", "PyTorch exact"), report["time"], strict=True):
         assert numbers(row[0]) == [time["length"]]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import report_samples as samples
 import torch
 import validation_bench as vb
 from tiny import SMALL
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from hyperattention.export.bundle import write_draft
+from hyperattention.export.gate_options import Limits
 from hyperattention.export.onnx_graph import export_onnx
 from hyperattention.export.plan import ExportPlan, make_plan
 from hyperattention.export.source import Source, open_source
@@ -28,11 +30,12 @@ from hyperattention.validate import cli
 from hyperattention.validate.arrays import load_examples
 from hyperattention.validate.describe import plan_summary
 from hyperattention.validate.features import as_rows, row_metrics
-from hyperattention.validate.gates import Limits, evaluate, judge, verdict
+from hyperattention.validate.gates import evaluate
 from hyperattention.validate.measure import Extent, measure
 from hyperattention.validate.operators import Operator, one_thread, reference_operator
 from hyperattention.validate.report import read
 from hyperattention.validate.runners import OrtRunner, TorchRunner
+from hyperattention.validate.verdict import judge
 from hyperattention.validate.workbench import Workbench
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -360,7 +363,7 @@ def test_a_right_operator_passes_every_gate(healthy: dict) -> None:
 def test_a_broken_operator_trips_its_gates(broken: vb.Broken, tower: tuple[Source, Any]) -> None:
     report = measured(tower, broken.kernels())
     assert failing(report) == broken.trips
-    assert not verdict(report, evaluate(report, Limits()))["safe"]
+    assert judge({**samples.report("features"), **report}, Limits())["verdict"]["safe"] is False
 
 
 # --- row metrics -------------------------------------------------------------------------------------------------------

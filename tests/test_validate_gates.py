@@ -14,12 +14,14 @@ import validation_bench as vb
 
 from hyperattention.errors import EnvironmentFault, UsageError
 from hyperattention.export import gate_options
+from hyperattention.export.gate_options import Limits
 from hyperattention.validate import approximation, first_feed
 from hyperattention.validate.feeds import feed
-from hyperattention.validate.gates import Limits, evaluate, judge, verdict
+from hyperattention.validate.gates import evaluate
 from hyperattention.validate.implementation import check_length, one_ulp_off, op_cases
 from hyperattention.validate.inputs import windows
 from hyperattention.validate.provenance import engine_proof, ort_proof
+from hyperattention.validate.verdict import judge
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def test_a_broken_operator_trips_its_gates(broken: vb.Broken, monkeypatch: pytes
     monkeypatch.setattr(approximation, "has_twin", lambda *_: False)
     report = vb.measured(broken.kernels())
     assert vb.failing(report) == broken.trips
-    assert not verdict(report, vb.gates(report))["safe"]
+    assert judge({**samples.report(), **report}, Limits())["verdict"]["safe"] is False
 
 
 @pytest.mark.parametrize(

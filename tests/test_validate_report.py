@@ -18,8 +18,8 @@ from report_page import Page
 from hyperattention.errors import AccuracyFailed, UsageError
 from hyperattention.export.gate_options import Limits
 from hyperattention.validate import cli
-from hyperattention.validate.gates import fastest_exact, judge
 from hyperattention.validate.report import SCHEMA, read, render, write
+from hyperattention.validate.verdict import fastest_exact, judge
 
 KINDS = ("language", "features")
 SCHEMA_FILE = vb.ROOT / "docs" / "report.schema.json"

@@ -16,8 +16,8 @@ from hyperattention.export.bundle import MANIFEST, REPORT, Bundle
 from hyperattention.export.gate_options import LANGUAGE
 from hyperattention.validate import compare_parts as parts
 from hyperattention.validate.configs import configs
-from hyperattention.validate.gates import fastest_exact
 from hyperattention.validate.report import INCOMPLETE, read
+from hyperattention.validate.verdict import fastest_exact
 
 ERROR, TIME = "error", "time"
 _PLAN = ("task", "preset", "dtype", "input_ids", "seed", "keep_exact", "seq", "batch", "inputs", "outputs", "dims")

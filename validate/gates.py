@@ -1,16 +1,17 @@
-"""The gates: limits on the numbers of report.json, and the verdict that follows from them.
-
-Everything here works on the report alone, so that a saved report can be judged again under other limits without a model.
-"""
+"""The gates: limits on the numbers of report.json. They work on the report alone, so that a saved one can be judged again (verdict.py)."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from hyperattention.errors import UsageError
+from hyperattention.export.budget import REGIMES
 from hyperattention.export.gate_options import LANGUAGE, Limits
 
+ALL, PREFILL = REGIMES
 NEEDLE_ADVICE = 0.95  # of the planted keys that exact attention recalls
 
 
@@ -27,13 +28,27 @@ class Gate:
     passed: bool
     meaning: str
     advisory: bool = False  # shown, and never the reason of a verdict
+    se: float | None = None  # standard error of the value, where it is a mean of many tokens
+
+    @property
+    def close(self) -> bool:
+        """Whether the limit lies within two standard errors of the value: another text may fall on its other side."""
+        return self.se is not None and abs(self.value - self.limit) <= 2 * self.se
 
 
-def _gate(name: str, group: str, found: list[tuple[float, str]], limit: float, sense: str, meaning: str) -> Gate:
-    """The worst of `found` (value, where); NaN is the worst of all and never passes."""
+class Found(NamedTuple):
+    """A value that is held against a gate, where it was found, and its standard error."""
+
+    value: float
+    where: str
+    se: float | None = None
+
+
+def _gate(name: str, group: str, found: Sequence[Found], limit: float, sense: str, meaning: str) -> Gate:
+    """The worst of `found`; NaN is the worst of all and never passes."""
     sign = 1 if sense == "<=" else -1
-    value, where = max(found, key=lambda pair: math.inf if math.isnan(pair[0]) else sign * pair[0])
-    return Gate(name, group, value, limit, sense, where, sign * value <= sign * limit, meaning)
+    worst = max(found, key=lambda one: math.inf if math.isnan(one.value) else sign * one.value)
+    return Gate(name, group, worst.value, limit, sense, worst.where, sign * worst.value <= sign * limit, meaning, se=worst.se)
 
 
 def evaluate(report: dict, limits: Limits) -> list[Gate]:
@@ -53,31 +68,35 @@ def _implementation_gates(report: dict, limits: Limits) -> list[Gate]:
     if report["plan_summary"]["op_layers"]:
         if not ops:
             raise UsageError("the report holds no per-op comparison; run the validation again")
-        chosen = [(float(row["plan_differences"]), row["case"]) for row in ops]
+        chosen = [Found(float(row["plan_differences"]), row["case"]) for row in ops]
         chosen += [
-            (float(row["plan_differences"]), f"layer {row['layer']}, last rows of {row['length']:,} tokens")
+            Found(float(row["plan_differences"]), f"layer {row['layer']}, last rows of {row['length']:,} tokens")
             for row in report["layers"]
             if row["plan_differences"] is not None
         ]
         meaning = "keys and samples chosen differently from the reference, on captured Q, K, V"
         gates.append(_gate("selection", "implementation", chosen, 0.0, "<=", meaning))
-        ratios = [(row["ratio"], row["case"]) for row in ops]
+        ratios = [Found(row["ratio"], row["case"]) for row in ops]
         meaning = "error of the op against float64, over the error of plain low-precision PyTorch under the same plan"
         gates.append(_gate("op error", "implementation", ratios, limits.op_error, "<=", meaning))
     if not models:
         raise UsageError("the report holds no comparison of the whole model with its reference; run the validation again")
-    ratios = [(row["ratio"], row["case"]) for row in models]
+    ratios = [Found(row["ratio"], row["case"]) for row in models]
     meaning = "backend against reference, over two reference runs whose embeddings and floating inputs differ by one ulp"
     return [*gates, _gate("model error", "implementation", ratios, limits.model_error, "<=", meaning)]
 
 
 def _token_gates(approximation: list[dict], limits: Limits) -> list[Gate]:
-    """A language model by its next token."""
-    tails = [(row["prefill_exact_decode"], f"{row['length']:,} tokens") for row in approximation]
+    """A language model by its next token, as it is deployed."""
+    return token_gates(approximation, limits, PREFILL, "approximate prefill, exact decode, against exact attention")
+
+
+def token_gates(approximation: list[dict], limits: Limits, regime: str, said: str) -> list[Gate]:
+    """Loss, KL and first choices in one of REGIMES (export/budget.py), `said` in words, at the worst length."""
 
     def gate(name: str, key: str, limit: float, sense: str, meaning: str) -> Gate:
-        regime = "approximate prefill, exact decode, against exact attention"
-        return _gate(name, "approximation", [(t[key]["mean"], where) for t, where in tails], limit, sense, f"{meaning}: {regime}")
+        found = [Found(row[regime][key]["mean"], f"{row['length']:,} tokens", row[regime][key]["se"]) for row in approximation]
+        return _gate(name, "approximation", found, limit, sense, f"{meaning}: {said}")
 
     return [
         gate("delta nats", "delta_nats", limits.delta_nats, "<=", "loss added"),
@@ -91,8 +110,8 @@ def _feature_gates(approximation: list[dict], limits: Limits) -> list[Gate]:
     found = [(output, f"{output['name']} at {row['length']:,} tokens") for row in approximation for output in row["outputs"]]
     if not found:
         raise UsageError("the report compares no output with exact attention; run the validation again")
-    cosines = [(output["cosine"]["mean"], where) for output, where in found]
-    distances = [(abs(output["norm_ratio"]["mean"] - 1.0), where) for output, where in found]
+    cosines = [Found(output["cosine"]["mean"], where, output["cosine"]["se"]) for output, where in found]
+    distances = [Found(abs(output["norm_ratio"]["mean"] - 1.0), where, output["norm_ratio"]["se"]) for output, where in found]
     against = "output rows against exact attention's"
     return [
         _gate("cosine", "approximation", cosines, limits.cosine, ">=", f"mean cosine of {against}"),
@@ -110,7 +129,7 @@ def _needle_gate(report: dict, limits: Limits) -> list[Gate]:
             found = "exact attention recalls less than half of the planted keys" if rows else "the report holds no planted keys"
             raise UsageError(f"--gate needle: {found}, so nothing can be judged; leave the gate out, or run the validation with --needle")
         return []
-    shares = [(row["prefill_exact_decode"]["mean"] / row["exact"]["mean"], f"{row['kind']} at {row['length']:,} tokens") for row in able]
+    shares = [Found(row[PREFILL]["mean"] / row["exact"]["mean"], f"{row['kind']} at {row['length']:,} tokens") for row in able]
     limit = NEEDLE_ADVICE if limits.needle is None else limits.needle
     meaning = "share kept of the planted keys that exact attention recalls: approximate prefill, exact decode"
     return [replace(_gate("needle", "needle", shares, limit, ">=", meaning), advisory=advisory)]
@@ -127,109 +146,3 @@ def _hard_gate(report: dict, limits: Limits) -> list[Gate]:
     share, limit = 1 - len(failed) / len(rows), 1.0 if limits.hard is None else limits.hard
     where, meaning = ", ".join(failed) or f"all {len(rows)} pass", "share of the hard inputs that pass"
     return [Gate("hard", "hard inputs", share, limit, ">=", where, share >= limit, meaning, advisory)]
-
-
-def judge(report: dict, limits: Limits) -> dict:
-    """The report with its gates and verdict under `limits`; works on a saved report as well."""
-    gates = evaluate(report, limits)
-    judged = {**report, "limits": asdict(limits), "gates": [asdict(g) for g in gates]}
-    return {**judged, "verdict": verdict(judged, gates)}
-
-
-def verdict(report: dict, gates: list[Gate]) -> dict:
-    """Safe, not safe or not judged (None), how much faster and from which length, in words and numbers; the first thing a reader sees."""
-    failed = [g for g in gates if not g.passed and not g.advisory]
-    time = [row for row in report["time"] if row.get("ours_s") and fastest_exact(row)]
-    approximate = [row for row in report["approximation"] if not row["exact"]]
-    judged = [row for row in time if not row["time_only"]]  # a speed counts where the accuracy was measured too
-    longest = judged[-1] if judged else None
-    speedup = fastest_exact(longest) / longest["ours_s"] if longest else None
-    from_length, before = _break_even(judged if approximate else [])  # what nothing approximates is not faster by our doing
-    real = report["inputs"]["kind"] != "random"
-    return {
-        "safe": (True if real else None) if not failed else False,  # None: random inputs can condemn, but not clear
-        "failed": [g.name for g in failed],
-        "headline": _headline(failed, bool(approximate), report),
-        "small_print": _small_print(gates, report["environment"].get("busy") if speedup else None),
-        "speed": _speed(longest, speedup, from_length, [row for row in time if row["time_only"]], bool(approximate), report),
-        "speedup": speedup,
-        "speedup_length": longest["length"] if longest else None,
-        "faster_from": from_length,
-        "not_faster_at": before,
-        "exact_below": report["plan_summary"]["exact_below"],
-        "measured_approximate": bool(approximate),
-    }
-
-
-def _break_even(timed: list[dict]) -> tuple[int | None, int | None]:
-    """The shortest length from which every longer one is faster, and the one before it, which is not; None where there is none."""
-    faster = None
-    for row in reversed(timed):
-        if fastest_exact(row) <= row["ours_s"]:
-            return faster, row["length"]
-        faster = row["length"]
-    return faster, None
-
-
-def _small_print(gates: list[Gate], busy: str | None) -> list[str]:
-    """What stands below the headline: gates that are advice and fail, and a warning about the speed."""
-    failed = [g for g in gates if g.advisory and not g.passed]
-    hard = [f"Advice, not a gate: of the hard inputs, {g.where} fails." for g in failed if g.name == "hard"]
-    lost = [f"Advice, not a gate: of the planted keys, {1 - g.value:.0%} are lost ({g.where})." for g in failed if g.name == "needle"]
-    return [*lost, *hard, *([busy] if busy else [])]
-
-
-_NOT_JUDGED = {
-    "language": "Not judged on text: random tokens are the easiest input for any approximation; give held-out text with --text FILE.",
-    "features": "Not judged on real inputs: random ones are the easiest for any approximation; give real ones with --inputs FILE.npz.",
-}
-
-
-def _headline(failed: list[Gate], approximate: bool, report: dict) -> str:
-    summary = report["plan_summary"]
-    if any(g.group == "implementation" for g in failed):
-        return "Not safe: the backend does not compute what the operator's definition says."
-    if any(g.group == "approximation" for g in failed):
-        return "Not safe: the output is too far from exact attention."
-    if any(g.name == "needle" for g in failed):
-        return "Not safe: fewer of the planted keys are recalled than were asked for."
-    if failed:
-        return "Not safe: fewer of the hard inputs pass than were asked for."
-    if report["inputs"]["kind"] == "random":
-        return _NOT_JUDGED[report["kind"]]
-    if not summary["approximate_layers"]:
-        return "Safe, and exact: no layer is approximated."
-    if not approximate:
-        return f"Exact at every length measured: nothing above {summary['exact_below']} tokens was run."
-    lengths = [row["length"] for row in report["approximation"] if not row["exact"]]
-    span = f"{lengths[0]:,} to {lengths[-1]:,}" if len(lengths) > 1 else f"{lengths[0]:,}"
-    return f"Safe at {span} tokens: every gate holds."
-
-
-def fastest_exact(row: dict) -> float | None:
-    """Seconds of the fastest exact attention measured at this length, on the same device: the backend's own, or PyTorch's."""
-    return min((row[key] for key in ("exact_s", "torch_exact_s") if row.get(key)), default=None)
-
-
-def _speed(
-    longest: dict | None, speedup: float | None, from_length: int | None, beyond: list[dict], approximate: bool, report: dict
-) -> str:
-    if longest is None or speedup is None:
-        return "Speed against exact attention was not measured."
-    summary = report["plan_summary"]
-    part = f"{len(summary['approximate_layers'])} of {summary['layers']} layers approximate"
-    where = f"{longest['length']:,} tokens (whole model, {part}, {longest['backend']})"
-    text = f"{speedup:.2f}x the speed of the fastest exact attention measured at {where}"
-    if not approximate:
-        text = f"{_unapproximated(summary)}: {text}"
-    else:
-        text = f"No faster at the lengths measured: {text}" if from_length is None else f"{text}; faster from {from_length:,} tokens on"
-    timed = [f"{fastest_exact(row) / row['ours_s']:.2f}x at {row['length']:,} tokens" for row in beyond]
-    return f"{text}. Time only, accuracy not measured: {', '.join(timed)}." if timed else f"{text}."
-
-
-def _unapproximated(summary: dict) -> str:
-    """Whose a difference in time is where nothing was approximated: the runtime's, and where the op ran, its exact kernels'."""
-    whose = "the runtime's and our exact kernels'" if summary["op_layers"] else "the runtime's"
-    where = " at the lengths measured" if summary["approximate_layers"] else ""
-    return f"No layer approximates{where}; the difference is {whose}"

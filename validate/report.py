@@ -13,6 +13,7 @@ from hyperattention.errors import UsageError
 from hyperattention.export.budget import budget_from_json
 from hyperattention.export.console import jsonable
 from hyperattention.export.gate_options import FEATURES, LANGUAGE
+from hyperattention.validate.caveats import over_everywhere
 from hyperattention.validate.charts import bin_text, charts, hardest_heads, row_histogram
 from hyperattention.validate.cost_charts import judged_regime, policy_rows, rival_rows, setting_text
 from hyperattention.validate.report_format import FILTERS
@@ -73,7 +74,7 @@ def render(report: dict, template: str) -> str:
     """The report through one of the templates."""
     html = template.endswith(".html.jinja")
     parts = {"charts": charts(report) if html else {}, "heads": hardest_heads(report)}
-    parts |= {"histogram": row_histogram(report), "bin_text": bin_text}
+    parts |= {"histogram": row_histogram(report), "bin_text": bin_text, "over": over_everywhere(report)}
     policy = report["plan"].get("policy")
     if policy:
         parts |= {

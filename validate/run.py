@@ -15,7 +15,7 @@ from hyperattention.config import INT32_MAX
 from hyperattention.errors import UsageError
 from hyperattention.export.bundle import REPORT, Bundle
 from hyperattention.export.choices import DEVICES, choice
-from hyperattention.export.gate_options import LANGUAGE, kind_of
+from hyperattention.export.gate_options import LANGUAGE, Limits, kind_of
 from hyperattention.export.patch import Patched
 from hyperattention.export.plan import ExportPlan
 from hyperattention.export.source import Source, Trust, reopen
@@ -24,7 +24,6 @@ from hyperattention.validate.approximation import every_position
 from hyperattention.validate.backends import BACKENDS, check_engines, choose, make_runners, prove, prove_first
 from hyperattention.validate.describe import plan_notes, plan_summary, result_notes
 from hyperattention.validate.feeds import Material
-from hyperattention.validate.gates import Limits, judge
 from hyperattention.validate.material import LENGTHS, check_lengths, choose_material
 from hyperattention.validate.measure import EXTRA_SEEDS, Extent, measure
 from hyperattention.validate.needle import choose_grid
@@ -34,6 +33,7 @@ from hyperattention.validate.report import SCHEMA
 from hyperattention.validate.runners import TorchRunner
 from hyperattention.validate.signature import length_range
 from hyperattention.validate.steps import count_steps
+from hyperattention.validate.verdict import judge
 from hyperattention.validate.workbench import Workbench
 
 WINDOWS = (4, 2, 1)

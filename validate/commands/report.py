@@ -28,8 +28,8 @@ def command(
     """
     from hyperattention.export.bundle import REPORT
     from hyperattention.export.console import Reporter
-    from hyperattention.validate.gates import judge
     from hyperattention.validate.report import INCOMPLETE, read
+    from hyperattention.validate.verdict import judge
 
     if gate and not recheck:
         raise UsageError("--gate changes what a report is judged by; add --recheck to judge it again, or leave --gate out")
