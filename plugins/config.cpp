@@ -14,14 +14,12 @@
 #ifndef HA_ARCHITECTURES
 #define HA_ARCHITECTURES "[]"
 #endif
+#define HA_TEXT_(x) #x
+#define HA_TEXT(x) HA_TEXT_(x)  // of what the macro x stands for
 
 namespace ha {
 namespace {
 thread_local std::string last_error;
-
-std::string range_text(const std::string& name, const std::string& value, int64_t low, int64_t high) {
-  return name + " is " + value + "; it takes an integer from " + std::to_string(low) + " to " + std::to_string(high);
-}
 
 void require(bool ok, const std::string& message) {
   if (!ok) throw Error(HA_INVALID, message);
@@ -60,11 +58,15 @@ int32_t parse_selector(const std::string& name) {
 
 const char* selector_name(int32_t selector) { return selector == HA_SORTLSH ? "sortlsh" : "blocks"; }
 
+int64_t in_range(const char* name, int64_t value, int64_t low, int64_t high) {
+  if (value < low || value > high)
+    throw Error(HA_INVALID, std::string(name) + " is " + std::to_string(value) + "; it takes an integer from " + std::to_string(low) +
+                                " to " + std::to_string(high));
+  return value;
+}
+
 void check_attributes(const HaAttributes& a) {
-  for (const auto& field : kFields) {
-    const int64_t value = a.*field.member;
-    require(value >= field.low && value <= field.high, range_text(field.name, std::to_string(value), field.low, field.high));
-  }
+  for (const auto& field : kFields) in_range(field.name, a.*field.member, field.low, field.high);
   require(a.scale == 0 || (a.scale >= 1e-20f && a.scale <= 1e20f),
           "scale is " + std::to_string(a.scale) + "; it takes 0 for 1/sqrt(head size), or a number from 1e-20 to 1e+20");
   require(a.selector == HA_BLOCKS || a.selector == HA_SORTLSH,
@@ -87,16 +89,13 @@ void check(const HaParams& p) {
   check_attributes(p.attributes);
   require(p.dtype == HA_FLOAT32 || p.dtype == HA_FLOAT16 || p.dtype == HA_BFLOAT16,
           "dtype is " + std::to_string(p.dtype) + "; it takes 0 (float32), 1 (float16) or 2 (bfloat16)");
-  const auto size = [](const char* name, int64_t value, int64_t low, int64_t high) {
-    require(value >= low && value <= high, range_text(name, std::to_string(value), low, high));
-  };
-  size("batch", p.batch, 0, INT32_MAX);
-  size("heads_q", p.heads_q, 1, INT32_MAX);
-  size("heads_kv", p.heads_kv, 1, INT32_MAX);
-  size("seq_q", p.seq_q, 0, INT32_MAX);
-  size("seq_k", p.seq_k, 0, INT32_MAX);
-  size("head_dim", p.head_dim, 1, 256);
-  size("head_dim_v", p.head_dim_v, 1, 256);
+  in_range("batch", p.batch, 0, INT32_MAX);
+  in_range("heads_q", p.heads_q, 1, INT32_MAX);
+  in_range("heads_kv", p.heads_kv, 1, INT32_MAX);
+  in_range("seq_q", p.seq_q, 0, INT32_MAX);
+  in_range("seq_k", p.seq_k, 0, INT32_MAX);
+  in_range("head_dim", p.head_dim, 1, 256);
+  in_range("head_dim_v", p.head_dim_v, 1, 256);
   require(p.heads_q % p.heads_kv == 0, std::to_string(p.heads_q) + " query heads over " + std::to_string(p.heads_kv) +
                                            " key heads; the first must be a multiple of the second");
 }
@@ -114,8 +113,8 @@ void set_last_error(const std::string& message) noexcept {
 extern "C" const char* ha_last_error(void) { return ha::last_error.c_str(); }
 
 extern "C" const char* ha_build_info(void) {
-  return "{\"version\": \"" HA_VERSION "\", \"abi\": 4, \"build_id\": \"" HA_BUILD_ID "\", \"backends\": " HA_BACKENDS
-         ", \"architectures\": " HA_ARCHITECTURES ", \"compiler\": \"" __VERSION__ "\"}";
+  return "{\"version\": \"" HA_VERSION "\", \"abi\": " HA_TEXT(HA_ABI_VERSION) ", \"build_id\": \"" HA_BUILD_ID
+         "\", \"backends\": " HA_BACKENDS ", \"architectures\": " HA_ARCHITECTURES ", \"compiler\": \"" __VERSION__ "\"}";
 }
 
 extern "C" int ha_check(const HaParams* params) {

@@ -28,7 +28,9 @@ HaAttributes default_attributes();
 // Selector by its ONNX name; throws Error for one that is unknown or not built.
 int32_t parse_selector(const std::string& name);
 const char* selector_name(int32_t selector);
-// Throws Error(HA_INVALID), naming field, value and range.
+// `value`, checked. Throws Error(HA_INVALID), naming it, its value and the range.
+int64_t in_range(const char* name, int64_t value, int64_t low, int64_t high);
+// The same for every attribute, and for those that have to fit together.
 void check_attributes(const HaAttributes& attributes);
 void check(const HaParams& params);
 

@@ -12,11 +12,7 @@ class NodeAttributes {
     for (const auto& field : kFields) {
       int64_t value = field.fallback;
       if (!read(api_.KernelInfoGetAttribute_int64, field.name, value)) refuse_other_type(field.name, "an integer");
-      if (value < field.low || value > field.high) {
-        throw Error(HA_INVALID, std::string(field.name) + " is " + std::to_string(value) + "; it takes an integer from " +
-                                    std::to_string(field.low) + " to " + std::to_string(field.high));
-      }
-      attributes.*field.member = int32_t(value);
+      attributes.*field.member = int32_t(in_range(field.name, value, field.low, field.high));
     }
     if (!read(api_.KernelInfoGetAttribute_float, "scale", attributes.scale)) refuse_other_type("scale", "a float");
     std::string selector;

@@ -39,11 +39,7 @@ inline int64_t integer(const nvinfer1::PluginField& field) {
 }
 
 inline int32_t ranged(const nvinfer1::PluginField& field, int64_t low, int64_t high) {
-  const int64_t value = integer(field);
-  if (value < low || value > high)
-    throw Error(HA_INVALID, std::string(field.name) + " is " + std::to_string(value) + "; it takes an integer from " +
-                                std::to_string(low) + " to " + std::to_string(high));
-  return static_cast<int32_t>(value);
+  return static_cast<int32_t>(in_range(field.name, integer(field), low, high));
 }
 
 inline float number(const nvinfer1::PluginField& field) {
