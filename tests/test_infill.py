@@ -94,7 +94,7 @@ def test_the_model_learns_and_its_attention_is_replaced(task: str) -> None:
     model, said = Infill(Shape(hidden=32, layers=2, heads=2, reach=2, keys=task == "recall")), list[str]()
     given = infill_run.batches(task, vb.TEXT.read_bytes, seeded(0))(128, 4)
     before = infill_run.judge(model, [given], exact)
-    assert set(before) == {"nats_found", "restored"} | ({"nats_text"} if task == "copies" else set())
+    assert set(before) == {"nats_found", "restored", "restored_error"} | ({"nats_text"} if task == "copies" else set())
     assert train(model, lambda length: given, 128, 100.0, 60, 2e-3, said.append) == 60 and said[-1].startswith("step 60, ")
     after = infill_run.judge(model, [given], exact)
     assert after["nats_found"] < before["nats_found"] - 0.5
@@ -138,7 +138,23 @@ def test_judge_counts_what_is_to_be_found() -> None:
     found = infill_run.judge(Half(), [made], exact)  # type: ignore[arg-type]
     even = made.found & (torch.arange(256) % 2 == 0)
     assert found["restored"] == pytest.approx(float(even.sum() / made.found.sum()))
-    assert found["nats_found"] == pytest.approx(50 * (1 - found["restored"]), rel=1e-5)
+    assert found["nats_found"] == pytest.approx(50 * (1 - found["restored"]), rel=1e-5) and found["restored_error"] == 0
+
+
+def test_the_error_of_a_share_is_that_of_the_mean_of_batches() -> None:
+    rows = [copies(TEXT, 256, 1, seeded(seed)) for seed in range(5)]
+
+    class Last(torch.nn.Module):
+        """Answers what its input has one place to the right."""
+
+        def forward(self, ids: Tensor, attend: object) -> Tensor:
+            return 50.0 * torch.nn.functional.one_hot(ids.roll(-1, 1) % 64, VOCABULARY)
+
+    given = [Batch(row.inputs, row.inputs.roll(-1, 1) % 64 + (torch.rand(1, 256, generator=seeded(n)) < 0.1 * n), row.found, row.hidden)
+             for n, row in enumerate(rows)]  # fmt: skip
+    found = infill_run.judge(Last(), given, exact)  # type: ignore[arg-type]
+    shares = [float((row.targets == row.inputs.roll(-1, 1) % 64)[row.found].double().mean()) for row in given]
+    assert found["restored_error"] == pytest.approx(torch.tensor(shares).double().std().item() / 5**0.5) and found["restored_error"] > 0.01
 
 
 def test_every_method_is_measured_beside_exact_attention() -> None:

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, gelu, pad, scaled_dot_product_att
 # (q, k, v [B,H,n,D], layer) -> o [B,H,n,D]
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 SHORTEST = 256  # windows that a training begins with, at least
-GROWING = (0.3, 0.8)  # the share of the training at which windows begin to grow, and from which on they are of full length
+GROWING = (0.2, 0.65)  # the share of the training at which windows begin to grow, and from which on they are of full length
 
 
 @dataclass(frozen=True)

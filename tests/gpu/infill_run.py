@@ -4,8 +4,8 @@
 
 Tasks (infill_task.py): `copies` in Python sources (of torch and transformers for the training, held-out text for the judging), where
 neighbours look for the same place, and `recall`, where each row looks for a place of its own. Trained on windows up to the longest of
---lengths. All layers are replaced by `blocks`, by `sortlsh` as it is and with the keys per query of `blocks`, and by a window with
-sinks of those keys: nats of the hidden bytes, the share of those to be found that are restored, and each layer's own error. --out is
+--lengths. All layers are replaced by `blocks`, by `sortlsh` as it is and with the keys per query of `blocks`, by both with more, and
+by a window with sinks: nats of the hidden bytes, the share of those to be found that are restored, and each layer's own error. --out is
 written after each length. Exit code 1 where exact attention itself does not restore them: then there is no ground truth.
 On one processor core: --seconds 600 --lengths 1024 2048 --tokens 1024 --hidden 96 --layers 2 --heads 2 --rate 3e-3.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -52,11 +53,14 @@ def methods(operator: Operator, length: int) -> dict[str, tuple[Config, Operator
         "blocks, strided samples only": replace(blocks, num_blocks=0),
         "sortlsh (paper)": lsh,
         "sortlsh, hash_centre": replace(lsh, hash_centre=1),
-        "sortlsh, stratified, 64 sinks": replace(lsh, stratified=1, sinks=64),
         "sortlsh, 1024 samples": replace(lsh, sample_size=1024),
         "sortlsh, keys of blocks": more,
         "sortlsh, keys of blocks, hash_centre": replace(more, hash_centre=1),
         "sortlsh, keys of blocks, hash_centre, 14 bits": replace(more, hash_centre=1, num_projections=14),
+    }
+    found |= {f"blocks, {n} blocks": replace(blocks, num_blocks=n) for n in (16, 32, 64)}
+    found |= {
+        f"sortlsh, {n} blocks, hash_centre, 14 bits": replace(lsh, num_blocks=n, hash_centre=1, num_projections=14) for n in (2, 8, 16)
     }
     rows = {name: (config, operator, keys_per_query(config, length)) for name, config in found.items()}
     return rows | {"window + sinks": (blocks, window_operator(operator), window_keys(window_config(blocks, length), length))}
@@ -75,7 +79,10 @@ def answers(model: Infill, inputs: Tensor, attend: Attend) -> Tensor:
 
 
 def judge(model: Infill, given: list[Batch], attend: Attend) -> dict[str, float]:
-    """Over all rows: nats of the hidden bytes to be found and, where there are any, of the others; and the share of the first restored."""
+    """Over all batches: nats of the hidden bytes to be found and, where there are any, of the others; and the share of the first restored.
+
+    restored_error: the standard error of that share, from one batch to the next; 0 of a single one.
+    """
     nats: dict[str, list[Tensor]] = {"nats_found": [], "nats_text": []}
     right = []
     for one in given:
@@ -86,7 +93,9 @@ def judge(model: Infill, given: list[Batch], attend: Attend) -> dict[str, float]
         nats["nats_text"].append(loss[~found])
         right.append((logits.argmax(-1) == target)[found].double())
     told = {name: torch.cat(losses) for name, losses in nats.items()}
-    return {name: float(loss.mean()) for name, loss in told.items() if len(loss)} | {"restored": float(torch.cat(right).mean())}
+    spread = torch.stack([one.mean() for one in right if len(one)]).std(correction=0) / math.sqrt(max(1, len(right) - 1))
+    restored = {"restored": float(torch.cat(right).mean()), "restored_error": float(spread)}
+    return {name: float(loss.mean()) for name, loss in told.items() if len(loss)} | restored
 
 
 def measure(model: Infill, given: list[Batch], operator: Operator) -> dict[str, Any]:
@@ -167,8 +176,8 @@ def table(row: dict[str, Any]) -> str:
     for name, told in {"exact": row["exact"], **row["methods"]}.items():
         errors = " ".join(f"{e:.3f}" for e in told.get("layers_relative_l2", []))
         nats = ", ".join(f"{told[key]:.4f}" for key in ("nats_found", "nats_text") if key in told)
-        keys = told.get("keys_per_query", row["length"])
-        lines.append(f"{row['length']} {name}: restored {told['restored']:.4f}, nats {nats}, keys a query {keys:.0f}, errors {errors}")
+        keys, share = told.get("keys_per_query", row["length"]), f"{told['restored']:.4f} +- {told['restored_error']:.4f}"
+        lines.append(f"{row['length']} {name}: restored {share}, nats {nats}, keys a query {keys:.0f}, errors {errors}")
     return "\n".join(lines)
 
 
