@@ -51,6 +51,7 @@ def methods(operator: Operator, length: int) -> dict[str, tuple[Config, Operator
     found = {
         "blocks": blocks,
         "blocks, strided samples only": replace(blocks, num_blocks=0),
+        "blocks, pool_size 2": replace(blocks, pool_size=2),
         "sortlsh (paper)": lsh,
         "sortlsh, hash_centre": replace(lsh, hash_centre=1),
         "sortlsh, 1024 samples": replace(lsh, sample_size=1024),
