@@ -30,6 +30,7 @@ from hyperattention.validate.metrics import head_errors
 RAGGED = (0, 1, 33, 77, 150, 203)
 CASES = [
     Case("square", heads=(4, 2)),
+    Case("strict", config=config(strict_causal=1), heads=(4, 2)),
     Case("chunk", 97, 203, heads=(2, 2)),
     Case("more-queries", 203, 90, heads=(3, 1)),
     Case("lengths", config=config(), lengths=RAGGED),
@@ -105,7 +106,7 @@ class Dense:
 
     def alpha_blocks(self) -> float:
         found = [math.nan]
-        tree = replace(self.rows, config=replace(self.config, selector="sortlsh", local_overlap=0))
+        tree = replace(self.rows, config=replace(self.config, selector="sortlsh", local_overlap=0, strict_causal=0))
         for node in oracle_sortlsh.nodes(tree):
             mine = np.isin(self.seen, node.rows)
             if mine.sum() >= 32 and len(node.keys):

@@ -67,7 +67,7 @@ class ColumnSums:
         self.sums = torch.zeros(*heads, length, dtype=torch.float64, device=rows.device)
         self.nodes: list[_Node] = []
         at = rows.tolist()
-        tree = replace(g, config=replace(g.config, selector="sortlsh", local_overlap=0))
+        tree = replace(g, config=replace(g.config, selector="sortlsh", local_overlap=0, strict_causal=0))
         for level, m in tree.nodes if g.config.causal else ():
             node = tree.node(level, m, length)
             inside = range(max(node.rows.start, seen.start), min(node.rows.stop, seen.stop))
@@ -104,7 +104,7 @@ class ColumnSums:
         late = norms.masked_fill(key < FIRST, -torch.inf).amax(-1).flatten()
         rest = torch.where(late > -torch.inf, late * self.length, torch.nan)
         blocks = nothing.unflatten(0, (g.heads_kv, g.group)).clone()
-        exact = replace(g.config, causal=0).exact()
+        exact = replace(g.config, causal=0, strict_causal=0).exact()
         for node, heads in self._largest_nodes():
             rows, keys = slice(node.rows.start, node.rows.stop), slice(node.keys.start, node.keys.stop)
             some_q = q.unflatten(1, (g.heads_kv, g.group))[:, heads, :, rows].flatten(1, 2)
