@@ -32,14 +32,15 @@ NEAR, NODE = (
     "void ha::attend_kernel<float, 64, ha::PositionWalk>(ha::TileArgs)",
     "void ha::attend_kernel<float, 64, ha::NodeWalk>(ha::TileArgs)",
 )
+LISTED = "void ha::attend_kernel<float, 64, ha::PairWalk>(ha::TileArgs)"
 COSTS = {"base": 5.0, "sinks": 0.5, "num_blocks": 3.0, "sample_size": 2.0}  # seconds
 
 
 class FakeOperation:
     """The op without kernels: what it would launch, by what its configuration holds."""
 
-    def __init__(self, config: Config, length: int = 256, dim: int = 64, near: str = NEAR, levels: int = 2) -> None:
-        self.config, self.near, self.levels = config, near, levels
+    def __init__(self, config: Config, length: int = 256, dim: int = 64, near: str = NEAR, levels: int = 2, listed: bool = False) -> None:
+        self.config, self.near, self.levels, self.listed = config, near, levels, listed
         self.launched: list[tuple[str, float]] = []
         self.geometry = Geometry(config, 1, 2, 2, length, length, dim, dim)
 
@@ -55,6 +56,10 @@ class FakeOperation:
         if config.selector == "sortlsh" and (config.num_blocks or config.sample_size):
             self.launched += [(NODE, (spent - COSTS["base"]) / self.levels)] * self.levels
             spent = COSTS["base"]
+        if self.listed and config.num_blocks:  # what the plan of `blocks` names, in a launch of its own
+            near = COSTS["base"] + COSTS["sinks"] * bool(config.sinks)
+            self.launched.append((LISTED, spent - near))
+            spent = near
         self.launched.append((self.near if config.sample_size else NEAR, spent))
 
     def forward(self) -> None:
@@ -107,6 +112,25 @@ def test_blocks_are_split_by_kernel_and_by_difference() -> None:
     ]
     assert found["runs"] == 5 and found["notes"] == []
     assert sum(row["share"] for row in found["stages"][:-1]) == pytest.approx(1)
+
+
+def test_blocks_of_two_launches_lose_to_merge_what_the_first_passes_on() -> None:
+    found = split_of(Config(**SMALL), listed=True)
+    merged = 2 * 2 * 2 * 64 * (2 * 64 + 4) / CEILINGS.copy_bytes  # positions 128 to 255 of both heads see more than local part and sinks
+    assert times(found) == pytest.approx(
+        {
+            "pool": 0.75,
+            "select": 1.5,
+            "local": 5,
+            "sinks": 0.5,
+            "heavy": 3 - merged,
+            "sampled": 2,
+            "merge": merged,
+            "rest": 0,
+            "total": 12.75,
+        }
+    )
+    assert found["notes"] == []
 
 
 def test_sorted_nodes_lose_to_merge_what_their_launches_pass_on() -> None:

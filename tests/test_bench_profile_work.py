@@ -13,7 +13,7 @@ from hyperattention.config import PRESETS, Config
 from hyperattention.geometry import Geometry
 from hyperattention.selection import Plan, make_plan
 from hyperattention.sortlsh import ranks
-from hyperattention.validate.bench_profile_work import Work, attention_work, merge_bytes, selection_work, tree_launches
+from hyperattention.validate.bench_profile_work import Work, attention_work, merge_bytes, part_launches, selection_work
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BLOCKS = Config(block_size=16, num_blocks=2, pool_size=4, sample_size=24, local_size=64, sinks=16, exact_below=32)
@@ -146,14 +146,22 @@ def test_merge_moves_o_and_lse_once_for_every_launch_after_a_rows_first(config: 
     rows, _ = plan_of(config).orders(geometry(config))
     near = int(bool(config.causal or config.sinks))  # local part and sinks
     launches = (rows >= 0).sum(2) + near  # [B, Hq, Sq]
-    assert tree_launches(geometry(config)) == near + int((rows >= 0).any(-1).any(1).any(0).sum())
+    assert part_launches(geometry(config)) == near + int((rows >= 0).any(-1).any(1).any(0).sum())
     again = int((launches - 1).clamp(min=0).sum())
     assert merge_bytes(geometry(config), 2) == 2 * again * (2 * DIM + 4)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(local_overlap=0), dict(sinks=0), dict(sinks=300), dict(sinks=LENGTH)], ids=str)
+def test_blocks_merge_the_rows_that_see_more_than_local_part_and_sinks(changes: dict[str, int]) -> None:
+    c = replace(BLOCKS, **changes)
+    local = [row // c.local_size - c.local_overlap for row in range(LENGTH)]
+    seen = [any(key // c.local_size < first for key in range(c.sinks, LENGTH)) for first in local]
+    assert merge_bytes(geometry(c), 2) == 2 * BATCH * HEADS * sum(seen) * (2 * DIM + 4)
+    assert part_launches(geometry(c)) == 2 and merge_bytes(geometry(replace(c, causal=0)), 2) == 0
 
 
 @pytest.mark.parametrize("name", ["exact", "exact, full"])
 def test_an_exact_call_chooses_and_merges_nothing(name: str) -> None:
     assert selection_work(geometry(CASES[name]), 2) == {} and merge_bytes(geometry(CASES[name]), 2) == 0
-    assert merge_bytes(geometry(BLOCKS), 2) == 0  # one launch
     assert selection_work(geometry(replace(BLOCKS, num_blocks=0)), 2) == {}
     assert selection_work(geometry(replace(SORTED, num_blocks=0, sample_size=0)), 2) == {}

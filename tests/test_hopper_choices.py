@@ -53,6 +53,37 @@ def test_more_heads_than_int_are_refused(hopper: Library, exact_below: int) -> N
         hopper.check(hopper._attend, ctypes.byref(call.params))
 
 
+SPLIT = {
+    "blocks": (True, {}),
+    "strict": (True, dict(strict_causal=1)),
+    "one-block": (True, dict(num_blocks=1, sample_size=0, sinks=0, local_overlap=0)),
+    "full": (False, dict(causal=0)),
+    "exact": (False, dict(exact_below=999)),
+    "samples-alone": (False, dict(num_blocks=0)),
+    "block128": (False, dict(block_size=128)),
+    "sortlsh": (False, dict(selector="sortlsh")),
+}
+
+
+@pytest.mark.parametrize("split, changes", SPLIT.values(), ids=SPLIT)
+def test_which_problems_take_two_launches(hopper: Library, split: bool, changes: dict[str, object]) -> None:
+    call = params(hopper, replace(PRESETS["blocks"], **(dict(exact_below=0) | changes)), (1, 1, 1), (65, 300), (64, 64), "bf16")
+    assert bool(ctypes.CDLL(str(hopper.path)).ha_emulated_splits(ctypes.byref(call.params))) == split
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_the_first_of_two_launches_has_the_rows_that_see_far_keys(hopper: Library, size: int) -> None:
+    """All of them and, by tiles, no others: with any local part, sinks and queries that begin anywhere."""
+    draw, check = random.Random(size), ctypes.CDLL(str(hopper.path)).ha_emulated_pair_tiles_mistake
+    for _ in range(300):
+        changes = dict(
+            exact_below=0, local_size=64 * draw.randint(1, 5), local_overlap=draw.randint(0, 1), sinks=draw.choice((0, 1, 64, 700))
+        )
+        call = params(hopper, replace(PRESETS["blocks"], **changes), (2, 3, 1), (1, 1), (size, size), "bf16")
+        call.params.seq_q, call.params.seq_k = draw.randint(65, 2000), draw.randint(1, 2000)
+        assert check(ctypes.byref(call.params)) == 0, (changes, call.params.seq_q, call.params.seq_k)
+
+
 def test_hopper_kernels_fit_shared_memory(hopper: Library) -> None:
     """With all attributes that decide how much they need, wherever they take the problem."""
     native, problems = ctypes.CDLL(str(hopper.path)), 0

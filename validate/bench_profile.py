@@ -26,8 +26,8 @@ from hyperattention.validate.bench_profile_work import (
     Work,
     attention_work,
     merge_bytes,
+    part_launches,
     selection_work,
-    tree_launches,
 )
 from hyperattention.validate.bench_timing import LEAST_RUNS, Settings
 
@@ -189,13 +189,13 @@ def _take_merge(
     ceilings: Ceilings,
     partial: dict[str, list[list[Launch]]],
 ) -> list[str]:
-    """Adds the row `merge` and takes its time off the first part that lies in the tree's launches; a note where it is not known."""
+    """Adds the row `merge` and takes its time off the first part that has launches of its own; a note where it is not known."""
     part, moved = next((name for name in ("heavy", "sampled") if name in partial), None), merge_bytes(g, element)
     launches = len(list(partial.values())[-1][0]) if partial else 0
     if not part or not moved or launches == 1:  # one launch keeps what a row has seen in registers
         return []
-    if launches < tree_launches(g):
-        return [f"merge is not estimated: attention took {launches} launches, not one for each of the tree's {tree_launches(g)} steps"]
+    if launches < part_launches(g):
+        return [f"merge is not estimated: attention took {launches} launches, not one for each of the tree's {part_launches(g)} steps"]
     works[MERGE] = Work(bytes=moved)
     times[MERGE], hows[MERGE] = moved / ceilings.copy_bytes, ESTIMATE
     times[part] -= times[MERGE]

@@ -7,6 +7,7 @@ takes 2 D 8-bit operations a pair of pools. Bytes count every input read once an
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import astuple, dataclass
 
 from hyperattention.geometry import Geometry
@@ -67,22 +68,28 @@ def selection_work(g: Geometry, element: int) -> dict[str, Work]:
 
 
 def merge_bytes(g: Geometry, element: int) -> int:
-    """Bytes of O and LSE that attention writes and reads again where every level of the tree, and local part and sinks, is a launch.
+    """Bytes of O and LSE that attention writes and reads again where its parts are launches of their own.
 
+    `sortlsh`: every level of the tree, and local part and sinks; causal `blocks`: heavy blocks and samples, and local part and sinks.
     A row is written and read once more for every launch but the first that it takes part in.
     """
-    if g.exact or not g.sorts:
+    c = g.config
+    if g.exact or not (c.causal or (g.sorts and c.sinks)):
         return 0
-    nodes = (g.node(level, m, g.seq_k) for level, m in g.nodes)
-    met = sum(len(node.rows) for node in nodes if len(node.keys))
-    again = met if g.config.causal else met if g.config.sinks else 0
+    if g.sorts:
+        nodes = (g.node(level, m, g.seq_k) for level, m in g.nodes)
+        again = sum(len(node.rows) for node in nodes if len(node.keys))
+    else:
+        again = g.seq_q - bisect_right(range(g.seq_q), c.sinks, key=lambda row: g.far(g.first + row, g.seq_k))
     return 2 * g.batch * g.heads_q * again * (element * g.head_dim_v + LSE_BYTES)
 
 
-def tree_launches(g: Geometry) -> int:
-    """Launches of attention where every level of the tree, and local part and sinks, is one."""
-    levels = {level for level, m in g.nodes if len(g.node(level, m, g.seq_k).keys)} if g.sorts else set()
-    return len(levels) + bool(g.config.causal or g.config.sinks)
+def part_launches(g: Geometry) -> int:
+    """Launches of attention where the parts that `merge_bytes` names are launches of their own."""
+    near = int(bool(g.config.causal or g.config.sinks))
+    if not g.sorts:
+        return near + 1
+    return near + len({level for level, m in g.nodes if len(g.node(level, m, g.seq_k).keys)})
 
 
 def _sorted_bytes(g: Geometry) -> int:

@@ -121,13 +121,18 @@ void attend(const HaParams& p) {
   require_pointer(p.out, g.seq_q, "out");
   require(p.plan || !needs_plan(g), HA_INVALID,
           "plan is a null pointer; ha_cuda_attend takes a plan, ha_cuda_forward makes one");
+#if HA_HOPPER
+  const bool hopper = uses_hopper(g, p.dtype, compute_capability());
+#else
+  const bool hopper = false;
+#endif
   AttendArgs args{p, p.lse};
-  if (!p.lse && g.sorts() && !g.exact()) {
+  if (!p.lse && !g.exact() && (g.sorts() || (hopper && splits_blocks(g)))) {
     const Workspace w = workspace(g);
     args.lse = reinterpret_cast<float*>(scratch(p, w.bytes) + w.lse);
   }
 #if HA_HOPPER
-  if (uses_hopper(g, p.dtype, compute_capability())) {
+  if (hopper) {
     const int padded = hopper_head(max64(g.head_dim, g.head_dim_v));
 #define HA_CASE(T, DTYPE, P)                                               \
   if constexpr (has_padded_head(P)) {                                      \

@@ -59,7 +59,7 @@ struct SampleArgs {
 };
 
 // `p.plan` is required off the exact path. `lse` [batch, heads_q, seq_q] is p.lse, or scratch of the same shape where the caller
-// wants none: with `sortlsh` it and p.out carry what a row has seen from one launch to the next; else it may be null.
+// wants none: where attention takes several launches, it and p.out carry what a row has seen from one to the next; else it may be null.
 struct AttendArgs {
   HaParams p;
   float* lse;
@@ -76,7 +76,7 @@ void launch_sort_chunks(const SortArgs& args);
 void launch_sort_nodes(const SortArgs& args);
 void launch_samples(const SampleArgs& args);
 // All of stage 4, for either selector and the exact path: `sortlsh` takes one launch a level of its tree and one for the local part
-// and the sinks.
+// and the sinks; on Hopper `blocks` may take one for what its plan names and one for these, too (splits_blocks).
 template <class T, int P>
 void launch_attend(const AttendArgs& args);
 

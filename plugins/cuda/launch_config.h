@@ -10,13 +10,24 @@ constexpr int kHeadStep = 8, kHeadMost = 256;
 // Positions, and the ends of tiles and blocks beyond the last one, are int in the kernels.
 constexpr int64_t kMostRows = int64_t{1} << 30;
 
+constexpr int kSplitBlock = 64;  // block_size where `blocks` takes two launches on Hopper
+
 // Nodes contribute to the output; otherwise they need no plan.
 HA_INLINE bool has_nodes(const Geometry& g) { return !g.exact() && g.sorts() && (g.a.num_blocks || g.a.sample_size) && g.node_count(); }
+
+// Attention of `blocks` takes two launches: what the plan names, then local part and sinks, which add what the first has seen.
+HA_INLINE bool splits_blocks(const Geometry& g) {
+  return !g.exact() && !g.sorts() && g.a.causal && g.a.block_size == kSplitBlock && g.a.num_blocks > 0;
+}
+// Whether the row at `position` may have met keys in the launches before the last.
+HA_INLINE bool met_before(const Geometry& g, int64_t position, int64_t length) {
+  return g.sorts() ? g.levels_of(position, length) != 0 : min64(g.far(position, length), length) > g.a.sinks;
+}
 
 // --- scratch --------------------------------------------------------------------------------------------------------
 
 // Byte offsets in the workspace. `blocks`: pools and the plan. `sortlsh`: ranks, the chunks' counts or, where ranks have two
-// digits, a first pass' order, the plan, and what rows have seen between launches where the caller wants no LSE.
+// digits, a first pass' order, the plan. Of both what rows have seen between launches where the caller wants no LSE.
 struct Workspace {
   size_t q_fine, q_fine_scale, q_coarse, q_coarse_scale, k_fine, k_fine_scale, k_coarse, k_coarse_scale;
   size_t q_ranks, k_ranks, counts, least, order, lse;
@@ -50,6 +61,7 @@ inline Workspace workspace(const Geometry& g) {
       pools(g.heads_kv, g.key_pools(kCoarsePool), w.k_coarse, w.k_coarse_scale);
     }
   }
+  if (splits_blocks(g)) w.lse = take(g.batch * g.heads_q * g.seq_q * 4);
   w.plan = take(g.plan_size() * 4);
   return w;
 }

@@ -7,6 +7,8 @@
 #include "sm90_node_planner.cuh"
 #include "sm90_node_walk.cuh"
 #include "sm90_node_worker.cuh"
+#include "sm90_pair_walk.cuh"
+#include "sm90_pair_worker.cuh"
 #include "sm90_planner.cuh"
 #include "sm90_runs_loader.cuh"
 #include "sm90_runs_worker.cuh"
@@ -55,7 +57,8 @@ HA_DEVICE void each_neighbour(const HopperSchedule& schedule, Body&& body) {
 template <class T, int P, class Walk>
 using PlannerOf = std::conditional_t<Walk::kConsecutive, Planner<T, P, Walk>, NodePlanner<T, P, Walk>>;
 template <class T, int P, class Walk>
-using WorkerOf = std::conditional_t<Walk::kConsecutive, Worker<T, P, Walk>, NodeWorker<T, P, Walk>>;
+using WorkerOf = std::conditional_t<!Walk::kConsecutive, NodeWorker<T, P, Walk>,
+                                    std::conditional_t<Walk::Shape::kOwnedPairs, Worker<T, P, Walk>, PairWorker<T, P, Walk>>>;
 
 template <class T, int P, class Walk>
 HA_KERNEL((Walk::Shape::kTable.threads()), 1) hopper_kernel(const HA_CONSTANT HopperArgs args) {
@@ -133,12 +136,13 @@ void launch_hopper(const AttendArgs& args) {
     const int64_t blocks = min64(config.schedule.count, processors);
     launch<hopper_kernel<T, P, Walk>>(blocks, Walk::Shape::kTable.threads(), size_t(config.shared.bytes), args.p.stream, hopper);
   };
-  using Nodes = TallNodeWalk<HopperShape<P, true>>;
+  using Nodes = TallNodeWalk<HopperShape<P, Tiles::kNodes>>;
   if (has_nodes(g))
     for (int level = 0; level < g.levels(); ++level) run(Nodes{}, hopper_node_config(g, P, level));
   // Nodes of a problem that is not causal hold every row: without sinks nothing is left.
   if (has_nodes(g) && !g.a.causal && !g.a.sinks) return;
-  if (!meets_runs(g)) return run(PositionWalk<HopperShape<P>>{}, hopper_position_config(g, P));
+  if (splits_blocks(g)) run(PairWalk<HopperShape<P, Tiles::kPairs>>{}, hopper_pair_config(g, P));
+  else if (!meets_runs(g)) return run(PositionWalk<HopperShape<P>>{}, hopper_position_config(g, P));
   hopper.config = hopper_runs_config(g, P);
   const int64_t blocks = min64(hopper.config.schedule.count, processors);
   launch<hopper_runs_kernel<T, P>>(blocks, run_table(P).threads(), size_t(hopper.config.shared.bytes), args.p.stream, hopper);

@@ -13,10 +13,11 @@ constexpr int kHopperSharedLimit = 227 * 1024;    // sm_90 grants this
 // How one block of threads works: `groups` warp groups compute on steps of `keys` keys, which pass through `buffers` buffers, one for a
 // step's keys and one for its values; steps are described in batches of `batch`, two of which are held. `planners` threads describe tiles
 // and steps, `loaders` load them. They hand registers to the warp groups that compute. Each of these takes `pieces` pieces of 64 query rows
-// one after the other; `queries` tiles' queries are held.
+// one after the other; `queries` tiles' queries are held. A buffer has `runs` runs of `keys` keys, of which a group takes its own.
 struct HopperTable {
-  int groups, keys, buffers, batch, planners, loaders, loader_registers, worker_registers, pieces = 1, queries = 1;
+  int groups, keys, buffers, batch, planners, loaders, loader_registers, worker_registers, pieces = 1, queries = 1, runs = 1;
   HA_INLINE constexpr int rows() const { return groups * pieces * kGroupRows; }
+  HA_INLINE constexpr int buffer_rows() const { return keys * runs; }
   HA_INLINE constexpr int threads() const { return groups * 128 + planners + loaders; }
   HA_INLINE constexpr int steps() const { return 2 * batch; }
 };
@@ -25,6 +26,10 @@ HA_INLINE constexpr HopperTable hopper_table(int padded) { return {2, 128, padde
 // where a step has 64 keys, and shared memory for one tile's queries.
 HA_INLINE constexpr HopperTable node_table(int padded) {
   return padded <= 64 ? HopperTable{2, 128, 8, 4, 128, 128, 40, 216, 2, 2} : HopperTable{2, 64, 8, 8, 128, 128, 40, 216, 2, 1};
+}
+// The same for what the plan of `blocks` names, in a launch of its own: each group has a key block of its own in every buffer.
+HA_INLINE constexpr HopperTable pair_table(int padded) {
+  return padded <= 64 ? HopperTable{2, 64, 10, 8, 128, 128, 72, 184, 1, 2, 2} : HopperTable{2, 64, 5, 8, 128, 128, 72, 184, 1, 1, 2};
 }
 
 // The same where a tile meets runs of consecutive keys alone: nothing is listed, so that nobody plans and one warp loads. Two tiles'
@@ -58,7 +63,7 @@ HA_INLINE constexpr HopperShared hopper_shared(const HopperTable& t, int padded,
   const int row_bytes = padded * 2, list = query_blocks ? t.steps() * t.keys * 4 : 0;
   HopperShared s{};
   s.ring = t.queries * t.rows() * row_bytes;
-  s.walk = s.ring + t.buffers * t.keys * row_bytes;
+  s.walk = s.ring + t.buffers * t.buffer_rows() * row_bytes;
   s.rows = s.walk + 3 * kWalkBytes;  // of two tiles, and of the one that is planned
   s.steps = s.rows + 2 * t.rows() * kRowInfoBytes;
   s.digests = s.steps + t.steps() * kStepBytes;
@@ -82,6 +87,8 @@ static_assert(runs_bytes(64) <= kHopperSharedLimit && runs_bytes(128) <= kHopper
 // Query blocks of 64 rows and more: a tile of 128 rows touches three at most, one of 256 five.
 static_assert(hopper_shared(hopper_table(64), 64, 3, 64).bytes <= kHopperSharedLimit);
 static_assert(hopper_shared(hopper_table(128), 128, 3, 64).bytes <= kHopperSharedLimit);
+static_assert(hopper_shared(pair_table(64), 64, 2, 64).bytes <= kHopperSharedLimit);
+static_assert(hopper_shared(pair_table(128), 128, 2, 64).bytes <= kHopperSharedLimit);
 static_assert(hopper_shared(node_table(64), 64, 5, 2).bytes <= kHopperSharedLimit);
 static_assert(hopper_shared(node_table(128), 128, 5, 2).bytes <= kHopperSharedLimit);
 
@@ -113,17 +120,31 @@ HA_INLINE constexpr AttendShape hopper_shape(const HopperTable& t) { return {t.g
 inline HopperConfig hopper_config(const Geometry& g, const AttendConfig& attend, const HopperTable& t, int padded, int num_blocks) {
   return {attend, hopper_schedule(g, attend.tiles), hopper_shared(t, padded, attend.query_blocks, num_blocks)};
 }
-// Everything of `blocks`.
+// Everything of `blocks`, where it takes one launch.
 inline HopperConfig hopper_position_config(const Geometry& g, int padded) {
   const HopperTable t = hopper_table(padded);
   return hopper_config(g, position_config(g, hopper_shape(t), padded * 2), t, padded, g.a.num_blocks);
 }
-// Where positions meet runs alone. Tiles differ in length: all blocks of threads get a like share where some 16 rounds go to the heads that
-// are together; with up to 32 of these, four blocks still read the same head's keys at a time.
+// What the plan of `blocks` names, where local part and sinks have a launch of their own. Tiles whose rows see these alone are left out.
+inline HopperConfig hopper_pair_config(const Geometry& g, int padded) {
+  const HopperTable t = pair_table(padded);
+  HopperConfig config = hopper_config(g, position_config(g, hopper_shape(t), padded * 2), t, padded, g.a.num_blocks);
+  AttendConfig& attend = config.attend;
+  const int64_t first = (g.a.local_overlap + g.a.sinks / g.a.local_size + 1) * int64_t{g.a.local_size}, stop = g.first() + g.seq_q;
+  const int64_t last_tile = attend.first_tile + attend.tiles - 1;
+  attend.first_tile = max64(attend.first_tile, first / t.rows());
+  attend.tiles = first < stop ? last_tile - attend.first_tile + 1 : 0;
+  config.schedule = hopper_schedule(g, attend.tiles);
+  return config;
+}
+// Where positions meet runs alone, or all else that they meet has had launches of its own. Tiles differ in length: all blocks of threads get
+// a like share where some 16 rounds go to the heads that are together; with up to 32 of these, four blocks still read the same head's keys
+// at a time.
 inline HopperConfig hopper_runs_config(const Geometry& g, int padded) {
   constexpr int64_t kTilesTogether = 2048, kMostHeads = 32;
   const RunTable t = run_table(padded);
-  const AttendConfig attend = position_config(g, {t.groups, kGroupRows, t.keys, t.buffers, 1}, padded * 2);
+  AttendConfig attend = position_config(g, {t.groups, kGroupRows, t.keys, t.buffers, 1}, padded * 2);
+  attend.stored |= splits_blocks(g);
   HopperShared shared{};
   shared.bytes = runs_bytes(padded);
   const int64_t least = min64(ceil_div(kTilesTogether, max64(attend.tiles, 1)), kMostHeads);

@@ -9,10 +9,13 @@ template <class T, int P, class Walk>
 struct Loader {
   using Block = HopperBlock<T, P, Walk>;
   static constexpr uint32_t kChunks = P / 8;
-  static constexpr int kRowsPerPass = Block::kTable.loaders / int(kChunks), kKeys = Block::kKeys;
-  static constexpr bool kNodes = !Walk::kConsecutive;
-  static constexpr int kEarly = kNodes && Block::kQueries == 1 ? 1 : 0;  // steps that are loaded before their tile's queries
-  static_assert(kNodes || kKeys == 2 * kTileKeys);
+  static constexpr int kRowsPerPass = Block::kTable.loaders / int(kChunks), kKeys = Block::kKeys, kBufferRows = Block::kBufferRows;
+  static constexpr bool kNodes = !Walk::kConsecutive, kShort = kNodes || Block::kTable.runs > 1;  // tiles of a few steps
+  // Copies into a buffer announce themselves when they land.
+  static constexpr bool kAnnounced = kShort;
+  // Steps that are loaded before their tile's queries.
+  static constexpr int kEarly = Block::kQueries > 1 || !kShort ? 0 : kNodes ? 1 : 2;
+  static_assert(kNodes || kBufferRows == 2 * kTileKeys);
 
   const Block& block;
   const Geometry& g;
@@ -48,14 +51,14 @@ struct Loader {
 
   // The last of a thread's duties: none of its copies is under way when it ends.
   HA_DEVICE void finish() {
-    if constexpr (kNodes) copy_commit(), copy_wait<0>();
+    if constexpr (kAnnounced) copy_commit(), copy_wait<0>();
     else publish_all();
   }
 
  private:
-  // Announces what has been gathered. Of nodes, copies announce themselves when they land.
+  // Announces what has been gathered and does not announce itself.
   HA_DEVICE void publish_all() {
-    if constexpr (!kNodes) {
+    if constexpr (!kAnnounced) {
       copy_wait<0>();
       while (unpublished) publish();
     }
@@ -139,8 +142,8 @@ struct Loader {
         barrier_expect(full, Block::kBufferBytes);
 #pragma unroll
         for (int column = 0; column < P / 64; ++column) {
-          load_tile(map, target + column * kKeys * 128, full, column * 64, lower, int(kv_slice));
-          load_tile(map, target + column * kKeys * 128 + kTileKeys * 128, full, column * 64, upper, int(kv_slice));
+          load_tile(map, target + column * kBufferRows * 128, full, column * 64, lower, int(kv_slice));
+          load_tile(map, target + column * kBufferRows * 128 + kTileKeys * 128, full, column * 64, upper, int(kv_slice));
         }
         barrier_arrive(full, Block::kFills);
       }
@@ -157,16 +160,16 @@ struct Loader {
       gather_fours<kKeys>(target, source, row_bytes, [&](int row) { return *reinterpret_cast<const Four*>(keys + row); });
     } else if (digest.listed()) {
       const int32_t* const keys = block.list_keys(step.slot);
-      gather<kKeys>(target, source, row_bytes, [&](int row) { return keys[row]; });
+      gather<kKeys, kBufferRows>(target, source, row_bytes, [&](int row) { return keys[row]; });
     } else {
-      gather<kKeys>(target, source, row_bytes, [&](int row) {
-        const int key = row < kKeys / 2 ? lower + row : upper + row - kKeys / 2;
+      gather<kBufferRows, kBufferRows>(target, source, row_bytes, [&](int row) {
+        const int key = row < kTileKeys ? lower + row : upper + row - kTileKeys;
         return key < length ? key : -1;
       });
     }
     if (thread == 0) barrier_arrive(full);  // for the step's description
     place.advance();
-    if constexpr (kNodes) {  // by those that compute they are fenced
+    if constexpr (kAnnounced) {  // by those that compute they are fenced
       barrier_arrive_copied(full);
     } else {
       copy_commit();
@@ -177,15 +180,15 @@ struct Loader {
     }
   }
 
-  // kRows rows of 16-byte chunks by their index (-1: zeros), in the layout of the tile loads.
-  template <int kRows, class IndexOf>
+  // kRows rows of 16-byte chunks by their index (-1: zeros), in the layout of the tile loads into kRowsThere.
+  template <int kRows, int kRowsThere, class IndexOf>
   HA_DEVICE void gather(uint32_t target, const char* source, int row_bytes, IndexOf index_of) const {
     constexpr int kPasses = kRows / kRowsPerPass, kTogether = kPasses < 8 ? kPasses : 8;
     static_assert(kRowsPerPass % 8 == 0 && kPasses % kTogether == 0);
     const uint32_t chunk = uint32_t(thread) % kChunks, row0 = uint32_t(thread) / kChunks;
     const bool inside = int(chunk) * 16 < row_bytes;
     const char* const from = settled(source + (inside ? chunk * 16 : 0));
-    const uint32_t to = target + chunk / 8 * (kRows * 128) + row0 * 128 + ((chunk % 8 ^ row0 % 8) << 4);
+    const uint32_t to = target + chunk / 8 * (kRowsThere * 128) + row0 * 128 + ((chunk % 8 ^ row0 % 8) << 4);
 #pragma unroll
     for (int first = 0; first < kPasses; first += kTogether) {
       int index[kTogether];

@@ -9,8 +9,9 @@ template <class T, int P, class Walk>
 struct Planner {
   using Block = HopperBlock<T, P, Walk>;
   static constexpr int kWarps = Walk::Shape::kWarps, kRowsEach = Block::kRows / Block::kTable.planners;
-  static constexpr int kEntriesEach = Block::kKeys / Block::kTable.planners;
-  static_assert(Walk::kConsecutive && Block::kBatch * kWarps <= Block::kTable.planners && kEntriesEach >= 1);
+  static constexpr int kEntriesEach = Block::kBatch * Block::kKeys / Block::kTable.planners;  // of a batch of steps
+  static_assert(Walk::kConsecutive && Block::kBatch * kWarps <= Block::kTable.planners);
+  static_assert(Block::kBatch * Block::kKeys % Block::kTable.planners == 0 && Block::kTable.planners % Block::kKeys == 0);
 
   const Block& block;
   const Geometry& g;
@@ -56,25 +57,19 @@ struct Planner {
     if (thread < count * kWarps) write_step(walk, j + thread / kWarps, thread % kWarps, &block.step(first + thread / kWarps));
     sync();
     if (thread < count) digest(walk, first + thread);
-    constexpr int kAhead = 4 / kEntriesEach;  // steps whose entries are looked up before any of them is written
-    for (int ahead = 0; ahead < count; ahead += kAhead) {
-      Entry entries[kAhead][kEntriesEach];
+    constexpr int kStepsTogether = Block::kTable.planners / Block::kKeys;
+    const int own = kStepsTogether > 1 ? thread / Block::kKeys : 0, entry = kStepsTogether > 1 ? thread % Block::kKeys : thread;
+    Entry entries[kEntriesEach];  // all are looked up before any of them is written
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i)
-        if (listed(first, ahead + i, count)) {
+    for (int i = 0; i < kEntriesEach; ++i) {
+      const int s = i * kStepsTogether + own;
+      if (listed(first, s, count)) entries[i] = walk.find_entry(block.step(first + s), entry);
+    }
 #pragma unroll
-          for (int e = 0; e < kEntriesEach; ++e)
-            entries[i][e] = walk.find_entry(block.step(first + ahead + i), thread + e * Block::kTable.planners);
-        }
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i)
-        if (listed(first, ahead + i, count)) {
-          const int slot = first + ahead + i;
-#pragma unroll
-          for (int e = 0; e < kEntriesEach; ++e)
-            walk.write_entry(block.step(slot), entries[i][e], thread + e * Block::kTable.planners, 0, 1, factor, block.list_keys(slot),
-                             block.list_bias(slot));
-        }
+    for (int i = 0; i < kEntriesEach; ++i) {
+      const int s = i * kStepsTogether + own, slot = first + s;
+      if (listed(first, s, count))
+        walk.write_entry(block.step(slot), entries[i], entry, 0, 1, factor, block.list_keys(slot), block.list_bias(slot));
     }
     barrier_arrive(block.steps_ready(first));
     place.advance(true);
@@ -88,7 +83,7 @@ struct Planner {
   HA_DEVICE void digest(const Walk& walk, int slot) const {
     const Step& step = block.step(slot);
     const int run = max(max(step.lower, step.upper), 0);
-    const bool gathered = step.listed() || (walk.length != g.seq_k && run + Block::kKeys / 2 > walk.length);
+    const bool gathered = step.listed() || (walk.length != g.seq_k && run + kTileKeys > walk.length);
     uint32_t modes = uint32_t(gathered) << 31;
     for (int piece = 0; piece < kWarps; ++piece) modes |= uint32_t(step.modes[piece]) << (4 * piece);
     block.digest(slot) = {step.lower, step.upper, step.part, modes};

@@ -1,5 +1,6 @@
-// Attention over runs of consecutive keys alone: the exact path, and the local part and sinks of `sortlsh`. What the steps of a tile are,
-// and where its queries, the ring of keys and values and the barriers lie. Nothing is listed, and nobody plans: all work out their steps.
+// Attention over runs of consecutive keys alone: the exact path, and local part and sinks of `sortlsh` and of causal `blocks`. What the
+// steps of a tile are, and where its queries, the ring of keys and values and the barriers lie. Nothing is listed, and nobody plans: all
+// work out their steps.
 #pragma once
 #include "sm90_tile.cuh"
 

@@ -78,7 +78,7 @@ struct RunWorker {
     const auto row_of = [&](int half) {
       const int position = walk.first + row(half);
       const bool present = position >= walk.first_row && position <= walk.last_row;
-      const bool stored = present && args.config.attend.stored && g.levels_of(position, walk.length) != 0;
+      const bool stored = present && args.config.attend.stored && met_before(g, position, walk.length);
       return Row{0, 0, present ? position - walk.row0 : -1, stored};
     };
     if (args.config.attend.stored) store_rows<T, P, true>(args, state, thread, slice, row_of);

@@ -8,7 +8,8 @@ namespace ha {
 // The same in all threads of a warp, and known to be: what depends on it alone lies in the warp's registers.
 HA_DEVICE uint32_t uniform(uint32_t x) { return uint32_t(shuffle(int(x), 0)); }
 
-template <class T, int P, int kKeys, int kRows>
+// `kBufferRows`: keys of a buffer, of which the products take kKeys.
+template <class T, int P, int kKeys, int kRows, int kBufferRows = kKeys>
 struct GroupState {
   float o[P / 2];
   float logits[kKeys / 2];     // of the current step
@@ -38,13 +39,13 @@ struct GroupState {
     product_begin();
 #pragma unroll
     for (int k = 0; k < P / 16; ++k)
-      multiply_shared<T>(logits, a.at(k / 4 * (kRows * 128) + k % 4 * 32), b.at(k / 4 * (kKeys * 128) + k % 4 * 32), k > 0 || add);
+      multiply_shared<T>(logits, a.at(k / 4 * (kRows * 128) + k % 4 * 32), b.at(k / 4 * (kBufferRows * 128) + k % 4 * 32), k > 0 || add);
     product_commit();
   }
 
   // Starts o += P V.
   HA_DEVICE void start_values(uint32_t values) {
-    const Matrix b(values, kKeys * 128, 1024);
+    const Matrix b(values, kBufferRows * 128, 1024);
     fence_registers(o);
     product_begin();
 #pragma unroll

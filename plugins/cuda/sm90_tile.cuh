@@ -7,12 +7,14 @@
 
 namespace ha {
 
+// Whose tiles: neighbouring positions and all that they meet, what the plan of `blocks` names for them, rows of a node.
+enum class Tiles { kPositions, kPairs, kNodes };
 // The constants that the walks take: a piece of 64 rows is their `warp`'s.
-template <int P, bool kNodes = false>
+template <int P, Tiles kTiles = Tiles::kPositions>
 struct HopperShape {
-  static constexpr HopperTable kTable = kNodes ? node_table(P) : hopper_table(P);
+  static constexpr HopperTable kTable = kTiles == Tiles::kNodes ? node_table(P) : kTiles == Tiles::kPairs ? pair_table(P) : hopper_table(P);
   static constexpr int kWarps = kTable.groups * kTable.pieces, kWarpRows = kGroupRows, kTileRows = kTable.rows(), kKeys = kTable.keys;
-  static constexpr bool kPairs = true, kOwnedPairs = true;
+  static constexpr bool kPairs = true, kOwnedPairs = kTiles != Tiles::kPairs;
   static constexpr int kPairBlock = kTileKeys;
 };
 
@@ -40,7 +42,7 @@ struct HopperBlock {
   static constexpr HopperTable kTable = Walk::Shape::kTable;
   static constexpr int kPieces = kTable.pieces, kQueries = kTable.queries;
   static constexpr int kBuffers = kTable.buffers, kKeys = kTable.keys, kRows = kTable.rows(), kBatch = kTable.batch;
-  static constexpr int kBufferBytes = kKeys * P * 2;
+  static constexpr int kBufferRows = kTable.buffer_rows(), kBufferBytes = kBufferRows * P * 2;
   static_assert(sizeof(Walk) <= kWalkBytes);
 
   const HopperArgs& args;

@@ -95,7 +95,6 @@ struct PositionWalk {
     local_start = exact ? 0 : far(first_row);
     local_steps = exact || a.causal ? steps_of<S::kKeys>(stop - local_start) : 0;
     sink_steps = heavy_steps = sampled_local = 0;
-    sample_list_steps = steps_of<S::kKeys>(a.sample_size);
     total = local_steps;
     if (exact) return;
     sink_steps = steps_of<S::kKeys>(min(a.sinks, min(far(last_row), length)));
@@ -108,10 +107,14 @@ struct PositionWalk {
     } else {
       for (int q = 0; q < query_blocks; ++q) heavy_steps += steps_of<S::kKeys>(counts[q] * a.block_size);
     }
+    total += heavy_steps + sample_steps(g);
+  }
+  HA_DEVICE int sample_steps(const Geometry& g) {
     const int last_local = int(g.local_block(last_row));
     sampled_local = int(g.local_block(first_row));
     while (sampled_local <= last_local && sample_candidates(sampled_local) == 0) ++sampled_local;
-    total += heavy_steps + sample_list_steps * (last_local - sampled_local + 1);
+    sample_list_steps = steps_of<S::kKeys>(a.sample_size);
+    return sample_list_steps * (last_local - sampled_local + 1);
   }
 
   // Which consecutive keys the row of warp row `slot` sees; `limit` = its first key that is not local.
@@ -165,11 +168,13 @@ struct PositionWalk {
       for (int steps; j >= (steps = steps_of<S::kKeys>(counts[step.owner] * a.block_size)); ++step.owner) j -= steps;
       step.lower = j * S::kKeys;
     } else {
-      step.part = Part::kSample;
-      j -= heavy_steps;
-      step.owner = sampled_local + j / sample_list_steps;
-      step.lower = j % sample_list_steps * S::kKeys;
+      describe_sample(j - heavy_steps, step);
     }
+  }
+  HA_DEVICE void describe_sample(int j, Step& step) const {
+    step.part = Part::kSample;
+    step.owner = sampled_local + j / sample_list_steps;
+    step.lower = j % sample_list_steps * S::kKeys;
   }
 
   HA_DEVICE Mode mode(const Step& step, int w) const {

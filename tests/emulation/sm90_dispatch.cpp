@@ -12,10 +12,35 @@ HA_TEST int ha_emulated_uses_hopper(const HaParams* p, int capability) { return 
 HA_TEST int ha_emulated_hopper_bytes(const HaParams* p) {
   const ha::Geometry g(*p);
   const int padded = ha::hopper_head(ha::max64(g.head_dim, g.head_dim_v));
-  int most = (ha::meets_runs(g) ? ha::hopper_runs_config(g, padded) : ha::hopper_position_config(g, padded)).shared.bytes;
+  const bool runs = ha::meets_runs(g) || ha::splits_blocks(g);
+  int most = (runs ? ha::hopper_runs_config(g, padded) : ha::hopper_position_config(g, padded)).shared.bytes;
+  if (ha::splits_blocks(g)) most = int(ha::max64(most, ha::hopper_pair_config(g, padded).shared.bytes));
   if (ha::has_nodes(g))
     for (int level = 0; level < g.levels(); ++level) most = int(ha::max64(most, ha::hopper_node_config(g, padded, level).shared.bytes));
   return most;
+}
+
+// Whether attention takes one launch for what the plan of `blocks` names and another for local part and sinks.
+HA_TEST int ha_emulated_splits(const HaParams* p) { return ha::splits_blocks(ha::Geometry(*p)); }
+
+// What is wrong with the tiles of the first of these launches: 0 = nothing, 1 = a row that sees other keys than its local part and sinks
+// lies in none of them or in two, 2 = a tile without such a row.
+HA_TEST int ha_emulated_pair_tiles_mistake(const HaParams* p) {
+  const ha::Geometry g(*p);
+  const int padded = ha::hopper_head(ha::max64(g.head_dim, g.head_dim_v));
+  const ha::HopperConfig config = ha::hopper_pair_config(g, padded);
+  const int64_t rows = ha::pair_table(padded).rows();
+  if (config.schedule.count != config.attend.tiles * g.batch * g.heads_q) return 1;
+  std::vector<int> needed(size_t(config.attend.tiles));
+  for (int64_t position = ha::max64(g.first(), 0); position < g.first() + g.seq_q; ++position) {
+    if (!ha::met_before(g, position, g.seq_k)) continue;
+    const int64_t tile = position / rows - config.attend.first_tile;
+    if (tile < 0 || tile >= config.attend.tiles) return 1;
+    needed[size_t(tile)] = 1;
+  }
+  for (const int seen : needed)
+    if (!seen) return 2;
+  return 0;
 }
 
 // What is wrong with the order of tiles on so many processors: 0 = nothing, 1 = a tile left out or taken twice, 2 = a block of threads
