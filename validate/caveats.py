@@ -59,7 +59,7 @@ def _said(gate: Gate) -> str:
 
 def _advice(gates: list[Gate]) -> list[str]:
     failed = [g for g in gates if g.advisory and not g.passed]
-    hard = [f"Advice, not a gate: of the hard inputs, {g.where} fails." for g in failed if g.name == "hard"]
+    hard = [f"Advice, not a gate: of the hard inputs these fail: {g.where}." for g in failed if g.name == "hard"]
     lost = [f"Advice, not a gate: of the planted keys, {1 - g.value:.0%} are lost ({g.where})." for g in failed if g.name == "needle"]
     return [*lost, *hard]
 
