@@ -161,6 +161,13 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+@pytest.mark.parametrize("page", ["docs/howto.md", "docs/accuracy.md"])
+def test_a_page_lists_its_sections(page: str) -> None:
+    """All of them, in their order."""
+    text = (ROOT / page).read_text()
+    assert re.findall(r"^- \[(.+)\]\(#", text.split("\n## ")[0], re.M) == re.findall(r"^## (.+)$", text, re.M)
+
+
 def test_every_page_is_reached_from_the_readme() -> None:
     seen, ahead = set(), ["README.md"]
     while ahead:
