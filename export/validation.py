@@ -14,6 +14,7 @@ from hyperattention.export.choices import check_device
 from hyperattention.export.console import Reporter
 from hyperattention.export.entry import numbers
 from hyperattention.export.gate_options import LANGUAGE, kind_of, parse_gates
+from hyperattention.export.held_out import check_length, check_text
 from hyperattention.export.plan import ExportPlan
 from hyperattention.export.source import Source
 
@@ -42,10 +43,14 @@ class Request:
             raise UsageError("--input-ids bytes: the validation needs held-out text; give --text FILE, or --no-validate")
         check_material(source, plan, self.text, self.inputs)
         parse_gates(self.gates, kind_of(plan.task))
-        low, high = max(2, plan.seq[0]), plan.seq[2]
-        for length in numbers("--lengths", self.lengths):
+        low, high, lengths = max(2, plan.seq[0]), plan.seq[2], numbers("--lengths", self.lengths)
+        for length in lengths:
             if not low <= length <= high:
                 raise UsageError(f"--lengths names {length}; the plan takes {low} to {high} (--min-seq, --max-seq)")
+        if self.wanted and self.text is not None and source.directory is not None:
+            check_text(self.text, plan.input_ids, source.directory)
+            if plan.input_ids == "bytes":
+                check_length(self.text.name, self.text.stat().st_size, max(lengths, default=0))
         check_device(self.device)
 
     def idle_options(self, searched: bool) -> list[str]:

@@ -162,10 +162,14 @@ _OPTIONS = [
     Bad("argument-missing", 2, "Missing argument 'OUT'", "export-model", (whole,)),
 ]
 
+_BYTES = ("--input-ids", "bytes", "--lengths", "64,20")
 _CHECKS = [
     export("bytes-without-text", 2, "needs held-out text", "--input-ids", "bytes", "--validate"),
     export("timing-cache-missing", 2, "there is no file", "--timing-cache", "/nowhere.cache"),
     export("text-missing", 2, "there is no file", "--text", "/nowhere.txt"),
+    export("text-empty", 2, "is empty; give held-out plain text", "--validate", "--text", file("text", b" \n"), *_BYTES),
+    export("text-too-short", 2, "text has 5 tokens; the longest window needs 65", "--validate", "--text", file("text", b"words"), *_BYTES),
+    export("text-without-a-tokenizer", 2, "holds no tokenizer files", "--validate", "--text", file("text")),
     export("lengths-words", 2, "--lengths is 'abc'", "--lengths", "abc"),
     export("lengths-superscript", 2, "--lengths is '64²'", "--lengths", "64²"),
     export("lengths-one-comma", 2, "--lengths is ','", "--lengths", ","),

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from hyperattention.errors import UsageError, one_line
+from hyperattention.export.held_out import check_length, check_text
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tokenizer_config.json")
 NEEDLE_DIGITS = 8
 DEPTHS = (0.1, 0.35, 0.6, 0.85)
 EDGE_ROWS = 512  # a needle keeps this distance from the end, so that it is never inside the exact tail
@@ -72,11 +72,9 @@ def load_corpus(text: Path | None, input_ids: str, model: Path, vocabulary: int,
 
     `needed` is the longest window. Raises UsageError for a text that is missing, too short or cannot be made into tokens.
     """
-    if text is not None and not text.is_file():
-        raise UsageError(f"text file {text} does not exist; give a plain text file with --text")
+    if text is not None:
+        check_text(text, input_ids, model)
     data = text.read_bytes() if text is not None else b""
-    if text is not None and not data.strip():
-        raise UsageError(f"text file {text} is empty; give held-out plain text with --text")
     digest = hashlib.sha256(data).hexdigest()
     if input_ids == "bytes":
         if text is None:
@@ -84,7 +82,7 @@ def load_corpus(text: Path | None, input_ids: str, model: Path, vocabulary: int,
         ids = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
         corpus = Corpus(ids, text.name, "text", "bytes", digest)
     elif text is not None:
-        corpus = Corpus(_tokenize(data, model, text.name), text.name, "text", "tokenizer", digest)
+        corpus = Corpus(_tokenize(data, model), text.name, "text", "tokenizer", digest)
     else:
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(0, vocabulary, (max(4 * needed, 4096) + 1,), generator=generator)
@@ -94,22 +92,14 @@ def load_corpus(text: Path | None, input_ids: str, model: Path, vocabulary: int,
         )
         return Corpus(ids, "random tokens", "random", "random", hashlib.sha256(ids.numpy().tobytes()).hexdigest(), note)
     ids = corpus.ids
-    if len(ids) < needed + 1:
-        raise UsageError(
-            f"{corpus.name} has {len(ids)} tokens; the longest window needs {needed + 1}: give a longer text or shorter --lengths"
-        )
+    check_length(corpus.name, len(ids), needed)
     if int(ids.max()) >= vocabulary:
         raise UsageError(f"{corpus.name} gives token {int(ids.max())}, the model knows {vocabulary}; does --input-ids fit the model?")
     return corpus
 
 
-def _tokenize(data: bytes, model: Path, name: str) -> Tensor:
-    """Token ids int64 [N] of a text by the tokenizer in `model`. Raises UsageError where there is none or it cannot be loaded."""
-    if not any((model / file).is_file() for file in TOKENIZER_FILES):
-        raise UsageError(
-            f"{name} cannot be made into tokens: {model.name} holds no tokenizer files ({', '.join(TOKENIZER_FILES)}); copy them there, "
-            f"export with --input-ids bytes if the model reads bytes, or leave --text out to measure without a verdict"
-        )
+def _tokenize(data: bytes, model: Path) -> Tensor:
+    """Token ids int64 [N] of a text by the tokenizer in `model`. Raises UsageError where it cannot be loaded."""
     from transformers import AutoTokenizer
 
     try:
