@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,8 +11,6 @@ from torch import Tensor
 from hyperattention.config import INT32_MAX, PRESETS, Config
 
 BASE = Config(block_size=16, num_blocks=3, pool_size=4, sample_size=13, local_size=32, sinks=10, exact_below=0, seed=7)
-
-
 SORTED = replace(BASE, selector="sortlsh", num_blocks=2, local_size=20, sinks=3, local_overlap=0)
 
 
@@ -25,7 +24,7 @@ def sorted_config(**changes) -> Config:
 
 @dataclass(frozen=True)
 class Case:
-    """One problem; its inputs follow from shape, `fill` and `seed` alone, in float64."""
+    """One problem; its inputs follow from shape, `fill` (one of FILLS) and `seed` alone, in float64."""
 
     name: str
     seq_q: int = 203
@@ -50,45 +49,65 @@ class Case:
         q = torch.randn(self.batch, self.heads[0], self.seq_q, self.dims[0], generator=rng, dtype=torch.float64)
         k = torch.randn(self.batch, self.heads[1], self.seq_k, self.dims[0], generator=rng, dtype=torch.float64)
         v = torch.randn(self.batch, self.heads[1], self.seq_k, self.dims[1], generator=rng, dtype=torch.float64)
-        if self.fill == "constant":
-            k = torch.ones_like(k)
-        elif self.fill == "zero":
-            q, k = torch.zeros_like(q), torch.zeros_like(k)
-        elif self.fill == "ties":
-            q, k = q.sign(), k.sign()
-        elif self.fill == "tiny":  # pool means are fp32 subnormals
-            k = k * 1e-43
-        elif self.fill in ("opposed", "opposed-tiny"):  # every score is below zero, or a negative subnormal
-            q, k = q.abs(), -k.abs() * (1e-43 if self.fill == "opposed-tiny" else 1)
-        elif self.fill == "overflow":  # finite rows whose fp32 sum is not
-            k[:, :, 40:90] = k[:, :, 40:90].sign() * 3e38
-        elif self.fill == "cancelling":  # the sum of a pool depends on its order
-            for x in (q, k):
-                x[:, :, 1::4] += 3e7
-                x[:, :, 2::4] -= 3e7
-        elif self.fill == "nonfinite":
-            k[:, :, 16:35, 0] = float("nan")  # all of key block 1 and a pool of block 2
-            k[:, :, 60, 1], k[:, :, 101, 2], k[:, :, 128:160] = float("inf"), -float("inf"), float("nan")
-            q[:, :, 70, 3], q[:, :, 176:192] = float("nan"), float("inf")  # a pool, and all of query block 11
-        elif self.fill == "first-row":
-            q[:, :, 0, 0] = float("nan")
-        elif self.fill == "scattered":  # a few rows that are not finite, anywhere
-            for x in (q, k):
-                for value in (float("nan"), float("inf"), -float("inf")):
-                    x[torch.rand(x.shape, generator=rng) < 0.02 / max(1, self.dims[0])] = value
-        elif self.fill == "padding":  # nothing may come from behind the lengths
-            for b, length in enumerate(self.lengths or ()):
-                k[b, :, max(0, length) :], v[b, :, max(0, length) :] = float("nan"), float("inf")
-        elif self.fill == "shared-mean":  # angles between keys say little, those from their mean do
-            k = k + 3
-        elif self.fill == "large":
-            q, k = q * 30, k * 30
-        else:
-            assert self.fill == "normal", self.fill
+        FILLS[self.fill](self, q, k, v, rng)
         return q, k, v
 
     def lengths_tensor(self) -> Tensor | None:
         return torch.tensor(self.lengths, dtype=torch.int32) if self.lengths else None
+
+
+# What becomes of normal Q, K, V, in place: fill(case, q, k, v, generator of random numbers).
+Fill = Callable[[Case, Tensor, Tensor, Tensor, torch.Generator], object]
+
+
+def overflow(case: Case, q: Tensor, k: Tensor, v: Tensor, rng: torch.Generator) -> None:
+    """Finite rows whose fp32 sum is not."""
+    k[:, :, 40:90] = k[:, :, 40:90].sign() * 3e38
+
+
+def cancelling(case: Case, q: Tensor, k: Tensor, v: Tensor, rng: torch.Generator) -> None:
+    """The sum of a pool depends on its order."""
+    for x in (q, k):
+        x[:, :, 1::4] += 3e7
+        x[:, :, 2::4] -= 3e7
+
+
+def nonfinite(case: Case, q: Tensor, k: Tensor, v: Tensor, rng: torch.Generator) -> None:
+    k[:, :, 16:35, 0] = float("nan")  # all of key block 1 and a pool of block 2
+    k[:, :, 60, 1], k[:, :, 101, 2], k[:, :, 128:160] = float("inf"), -float("inf"), float("nan")
+    q[:, :, 70, 3], q[:, :, 176:192] = float("nan"), float("inf")  # a pool, and all of query block 11
+
+
+def scattered(case: Case, q: Tensor, k: Tensor, v: Tensor, rng: torch.Generator) -> None:
+    """A few rows that are not finite, anywhere."""
+    for x in (q, k):
+        for value in (float("nan"), float("inf"), -float("inf")):
+            x[torch.rand(x.shape, generator=rng) < 0.02 / max(1, case.dims[0])] = value
+
+
+def padding(case: Case, q: Tensor, k: Tensor, v: Tensor, rng: torch.Generator) -> None:
+    """Nothing may come from behind the lengths."""
+    for b, length in enumerate(case.lengths or ()):
+        k[b, :, max(0, length) :], v[b, :, max(0, length) :] = float("nan"), float("inf")
+
+
+FILLS: dict[str, Fill] = {
+    "normal": lambda case, q, k, v, rng: None,
+    "constant": lambda case, q, k, v, rng: k.fill_(1.0),
+    "zero": lambda case, q, k, v, rng: (q.zero_(), k.zero_()),
+    "large": lambda case, q, k, v, rng: (q.mul_(30), k.mul_(30)),
+    "ties": lambda case, q, k, v, rng: (q.sign_(), k.sign_()),
+    "shared-mean": lambda case, q, k, v, rng: k.add_(3),  # angles between keys say little, those from their mean do
+    "tiny": lambda case, q, k, v, rng: k.mul_(1e-43),  # pool means are fp32 subnormals
+    "opposed": lambda case, q, k, v, rng: (q.abs_(), k.abs_().neg_()),  # every score is below zero
+    "opposed-tiny": lambda case, q, k, v, rng: (q.abs_(), k.abs_().mul_(-1e-43)),  # a negative subnormal
+    "first-row": lambda case, q, k, v, rng: q[:, :, 0, 0].fill_(float("nan")),
+    "overflow": overflow,
+    "cancelling": cancelling,
+    "nonfinite": nonfinite,
+    "scattered": scattered,
+    "padding": padding,
+}
 
 
 def grid() -> list[Case]:
