@@ -19,6 +19,8 @@ from hyperattention.export.interrupt import EXIT_CODE as INTERRUPTED
 EXAMPLE = "hyperattention bench --attention --preset blocks,paper --lengths 4096,32768,131072"
 _ALONE, _MODEL = (dict[str, Any](rich_help_panel=name) for name in ("With --attention", "With OUT"))
 
+_USUAL_LENGTHS = 6  # about as many as are measured where the user names none
+
 
 def command(
     context: typer.Context,
@@ -99,6 +101,7 @@ def command(
     from hyperattention.export.console import Reporter
     from hyperattention.export.source import Trust
     from hyperattention.validate import bench_run
+    from hyperattention.validate.bench_profile_run import profile_run
     from hyperattention.validate.bench_record import check_output, write
     from hyperattention.validate.bench_timing import Settings, stoppable
 
@@ -119,25 +122,24 @@ def command(
     common: dict[str, Any] = dict(
         lengths=chosen, device=device, against=against, seed=seed, threads=threads, settings=Settings(repeats, max_seconds)
     )
-    if folder is None:
+    if folder is not None:
+        trust = Trust(pickle=allow_pickle, code=trust_remote_code)
+        outcome = bench_run.OutcomeOptions(folder, model, trust, exact_engine, backend=backend or "auto", **common)
+        run, contenders = functools.partial(bench_run.bench_outcome_run, outcome), 3
+    else:
         shape["head_dim"] = sizes[0] if sizes else None
         given: dict[str, Any] = {name: value for name, value in shape.items() if value is not None}
         alone = bench_run.AttentionOptions(
             presets=_presets(preset or "blocks", tuned), rivals=_rivals(rivals or "all"), backend=backend or "library", **common, **given
         )
-        run, contenders = functools.partial(bench_run.bench_attention_run, alone), len(alone.rivals) + len(alone.presets) + 1
         if profile:
-            from hyperattention.validate.bench_profile_run import profile_run
-
             run, contenders = functools.partial(profile_run, alone, sizes), len(alone.presets) * max(1, len(sizes))
-    else:
-        trust = Trust(pickle=allow_pickle, code=trust_remote_code)
-        outcome = bench_run.OutcomeOptions(folder, model, trust, exact_engine, backend=backend or "auto", **common)
-        run, contenders = functools.partial(bench_run.bench_outcome_run, outcome), 3
+        else:
+            run, contenders = functools.partial(bench_run.bench_attention_run, alone), len(alone.rivals) + len(alone.presets) + 1
     reporter = Reporter(quiet, as_json)
     with stoppable() as stopped:
         with reporter.stage("benchmark"):
-            report = run(reporter.counted((len(chosen) or 6) * (contenders + 1)), stopped)
+            report = run(reporter.counted((len(chosen) or _USUAL_LENGTHS) * (contenders + 1)), stopped)
         written = write(report, output)
     _say(report, written, reporter)
     if not report["interrupted"]:
