@@ -1,4 +1,4 @@
-# make demo | test | test-tensorrt | test-onnxruntime | test-package | verify-status | native | lint | clean. README.md says what each gives.
+# make demo | test | test-tensorrt | test-onnxruntime | test-package | verify-status | native | lint | types | clean. README.md says what each gives.
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell command -v $(p) > /dev/null 2>&1 && \
   $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null && echo $(p))))
 BIN := .venv/bin
@@ -10,7 +10,7 @@ MODEL := models/byte-lm-4m
 TEXT := tests/data/heldout.txt
 PACKAGE := $(shell find hyperattention export validate -type f -not -path '*/lib/*' -not -name '*.pyc')
 
-.PHONY: demo test test-tensorrt test-onnxruntime test-gpu test-package verify-status lint native fetch clean help
+.PHONY: demo test test-tensorrt test-onnxruntime test-gpu test-package verify-status lint types native fetch clean help
 
 help:
 	@sed -n 1p Makefile
@@ -53,6 +53,9 @@ out/demo/manifest.json: $(NATIVE) $(PACKAGE) $(wildcard $(MODEL)/*) $(TEXT)
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
+
+types: .venv/.installed
+	$(BIN)/pyright
 
 test: lint $(NATIVE)
 	$(PARALLEL) -m "not tensorrt and not gpu and not package"

@@ -57,7 +57,7 @@ def runtime_available() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device (or a driver older than 580); an engine is built on the GPU it will run on"
     try:
-        import tensorrt as trt
+        import tensorrt as trt  # pyright: ignore[reportMissingImports]
     except (ImportError, OSError) as error:
         return f"TensorRT's Python bindings cannot be imported: {error}; install hyperattention[tensorrt]"
     if int(trt.__version__.split(".")[0]) < 10:
@@ -77,7 +77,7 @@ def build_engine(
     reason = runtime_available()
     if reason is not None:
         raise EnvironmentFault(reason)
-    import tensorrt as trt
+    import tensorrt as trt  # pyright: ignore[reportMissingImports]
 
     log = BuildLog(folder / LOG_FILE, folder, library.parent)
     logger, share = make_logger(trt, log), Share(progress)
@@ -124,7 +124,7 @@ def read_engine(path: Path, library: Path, logger: Any = None) -> Any:
     reason = runtime_available()
     if reason is not None:
         raise EnvironmentFault(reason)
-    import tensorrt as trt
+    import tensorrt as trt  # pyright: ignore[reportMissingImports]
 
     register_plugin(library)
     runtime = trt.Runtime(logger or trt.Logger(trt.Logger.WARNING))
@@ -159,7 +159,7 @@ def layer_names(engine: Any) -> list[str]:
 
     Raises EnvironmentFault where the engine was built without the detail that this needs.
     """
-    import tensorrt as trt
+    import tensorrt as trt  # pyright: ignore[reportMissingImports]
 
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     layers = json.loads(text).get("Layers", [])

@@ -37,7 +37,7 @@ class EngineHost:
         import torch
 
         try:
-            import tensorrt as trt
+            import tensorrt as trt  # pyright: ignore[reportMissingImports]
 
             version = str(trt.__version__)
         except (ImportError, OSError):

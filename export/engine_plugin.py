@@ -18,7 +18,7 @@ def register_plugin(library: Path) -> None:
 
     Raises EnvironmentFault where it cannot be loaded, or where a different build of it is registered, by whomever.
     """
-    import tensorrt as trt
+    import tensorrt as trt  # pyright: ignore[reportMissingImports]
 
     # Opening the library registers it where TensorRT is in the process and the name is free (static loading).
     build = str(build_info(library)["build_id"])

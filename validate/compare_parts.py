@@ -41,7 +41,9 @@ def look_ahead(report: dict) -> Iterable[Row]:
 def strict(report: dict) -> Iterable[Row]:
     """Nats that the strict choice of keys costs, by regime."""
     found = report["look_ahead"]["strict"] if report["look_ahead"] else None
-    for regime in REGIMES if found else ():
+    if found is None:
+        return
+    for regime in REGIMES:
         yield {"regime": regime.replace("_", " "), "length": found["length"]}, found[regime]["cost"]
 
 

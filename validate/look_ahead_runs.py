@@ -72,8 +72,8 @@ def op_rows(operator: Operator, c: Captured, step: Callable[[str], None]) -> lis
         step(f"{n:,} tokens, look-ahead of layer {c.layer}: {name}")
 
         def output(row: int | None, config: Config = config) -> Tensor:
-            tensors = (c.q, c.k, c.v) if row is None else tuple(_another(x, row) for x in (c.q, c.k, c.v))
-            return operator(*tensors, config)[0]
+            q, k, v = (x if row is None else _another(x, row) for x in (c.q, c.k, c.v))
+            return operator(q, k, v, config)[0]
 
         rows.append(summary(name, config, n, output, places(c.config, n)))
     return rows

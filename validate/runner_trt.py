@@ -31,7 +31,7 @@ class TensorRTRunner(ModelRunner):
         from hyperattention.export.engine import read_engine, tensor_dtype
 
         self.engine = read_engine(self.path, self.library)
-        import tensorrt as trt
+        import tensorrt as trt  # pyright: ignore[reportMissingImports]
 
         self.backend = f"TensorRT {trt.__version__}"
         self.context = self.engine.create_execution_context()
