@@ -132,13 +132,17 @@ def test_tables_say_what_the_json_says(kind: str) -> None:
 
 def test_token_tables_say_what_the_json_says() -> None:
     report = samples.report()
-    tables = [t for t in page(report).tables if t[0] == ["Tokens", "Delta nats", "KL", "Same first choice", "Exact nats", "Windows"]]
+    heads = ["Tokens", "Delta nats", "KL", "Same first choice", "Exact nats", "exp(nats), exact", "exp(nats), ours", "Windows"]
+    tables = [t for t in page(report).tables if t[0] == heads]
+    assert len(tables) == 2
     for table, regime in zip(tables, ("prefill_exact_decode", "all_positions"), strict=True):
         for row, length in zip(table[1:], report["approximation"], strict=True):
             told = length[regime]
             assert numbers(row[0]) == [length["length"]]
             for cell, key in zip(row[1:5], ("delta_nats", "kl", "top1", "exact_nats"), strict=True):
                 close(cell, [told[key]["mean"], told[key]["se"]])
+            exact, added = (math.exp(told[key]["mean"]) for key in ("exact_nats", "delta_nats"))
+            assert numbers(f"{row[5]} {row[6]}") == pytest.approx([exact, exact * added], abs=6e-5)
 
 
 def test_the_needle_tables_and_grids_say_what_the_json_says() -> None:

@@ -26,6 +26,7 @@ from hyperattention.validate.metrics import (
     tensor_error,
     token_metrics,
 )
+from hyperattention.validate.perplexity import perplexity
 from hyperattention.validate.polygraphy_metrics import compare_functions
 
 # --- metrics -----------------------------------------------------------------------------------------------------------
@@ -49,6 +50,18 @@ def test_equal_logits_have_no_error() -> None:
     logits = torch.randn(5, 9)
     summary = summarise([token_metrics(logits, logits, torch.zeros(5, dtype=torch.long))], 2)
     assert (summary["delta_nats"]["mean"], summary["kl"]["mean"], summary["top1"]["mean"], summary["kl_max"]) == (0, 0, 1, 0)
+
+
+def test_perplexity_is_the_inverse_of_the_mean_probability_of_a_token() -> None:
+    """The geometric mean, over the tokens of all windows."""
+    g, targets = torch.Generator().manual_seed(7), torch.tensor([3, 0, 8, 1, 8, 2, 5])
+    exact, ours = torch.randn(2, 7, 9, generator=g), torch.randn(2, 7, 9, generator=g)
+    found = summarise([token_metrics(a, b, targets) for a, b in zip(exact, ours, strict=True)], 3)["perplexity"]
+    for name, logits in (("exact", exact), ("ours", ours)):
+        chosen = torch.softmax(logits.double(), -1)[:, torch.arange(7), targets]
+        assert found[name] == pytest.approx(1 / float(chosen.prod() ** (1 / 14)), rel=1e-12)
+    nats = {"exact_nats": {"mean": 700.0}, "delta_nats": {"mean": 100.0}}
+    assert perplexity(nats) == {"exact": pytest.approx(1.01423e304, rel=1e-5), "ours": math.inf}
 
 
 def test_standard_error_counts_blocks_not_tokens() -> None:

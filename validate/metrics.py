@@ -14,6 +14,8 @@ from statistics import mean
 import torch
 from torch import Tensor
 
+from hyperattention.validate.perplexity import perplexity
+
 _CHUNK = 2**24  # logits converted to float64 at once
 POSITION_BUCKETS = 16
 
@@ -76,13 +78,17 @@ def spread(values: Sequence[float]) -> dict:
 
 
 def summarise(windows: list[TokenMetrics], block: int) -> dict:
-    """Estimates of delta nats, KL, top-1 and exact nats over the windows, with the tail of the KL, for report.json."""
+    """Estimates of delta nats, KL, top-1 and exact nats over the windows, exp(nats), and the tail of the KL, for report.json."""
     kl = torch.cat([w.kl for w in windows])
+    nats = {
+        "exact_nats": asdict(estimate([w.nll_exact for w in windows], block)),
+        "delta_nats": asdict(estimate([w.delta for w in windows], block)),
+    }
     return {
         "tokens": int(kl.numel()),
         "windows": len(windows),
-        "exact_nats": asdict(estimate([w.nll_exact for w in windows], block)),
-        "delta_nats": asdict(estimate([w.delta for w in windows], block)),
+        **nats,
+        "perplexity": perplexity(nats),
         "kl": asdict(estimate([w.kl for w in windows], block)),
         "top1": asdict(estimate([w.top1 for w in windows], block)),
         "kl_p99": float(torch.quantile(kl, 0.99)),

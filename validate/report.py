@@ -16,6 +16,7 @@ from hyperattention.export.gate_options import FEATURES, LANGUAGE
 from hyperattention.validate.caveats import over_everywhere
 from hyperattention.validate.charts import bin_text, charts, hardest_heads, row_histogram
 from hyperattention.validate.cost_charts import judged_regime, policy_rows, rival_rows, setting_text
+from hyperattention.validate.perplexity import perplexity
 from hyperattention.validate.report_format import FILTERS
 
 SCHEMA = 4
@@ -97,7 +98,7 @@ def templates(html: bool) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters.update({**FILTERS, "setting": setting_text})
+    made.filters.update({**FILTERS, "setting": setting_text, "perplexity": perplexity})
     return made
 
 

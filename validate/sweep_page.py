@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
+from hyperattention.validate.perplexity import perplexity
 from hyperattention.validate.report_format import count, layer_list, number, percent, plus_minus, seconds, small
 
 REGIMES = (("all_positions", "all positions"), ("prefill_exact_decode", "prefill, exact decode"))
@@ -87,14 +87,11 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def _exact(record: dict[str, Any]) -> list[list[str]]:
     found = {}
     for row in record["points"]:
-        nats = [row[regime]["exact_nats"] for regime, _ in REGIMES]
+        told = [row[regime] for regime, _ in REGIMES]
+        nats, shown = [plus_minus(t["exact_nats"]) for t in told], [f"{perplexity(t)['exact']:.4f}" for t in told]
         time = f"{seconds(row['exact_attention_s'])} ({row['exact_by']})"
-        found[row["length"]] = [f"{row['length']:,}", *map(plus_minus, nats), " / ".join(_exp(n["mean"]) for n in nats), time]
+        found[row["length"]] = [f"{row['length']:,}", *nats, " / ".join(shown), time]
     return list(found.values())
-
-
-def _exp(nats: float) -> str:
-    return f"{math.exp(nats):.4f}"
 
 
 def _row(row: dict[str, Any]) -> list[str]:
@@ -109,7 +106,8 @@ def _row(row: dict[str, Any]) -> list[str]:
     for regime, _ in REGIMES:
         told = row[regime]
         nats = told["exact_nats"]["mean"] + told["delta_nats"]["mean"]
-        cells += [f"{nats:.4f}", _exp(nats), plus_minus(told["delta_nats"], 5, True), small(told["kl"]), percent(told["top1"])]
+        cells += [f"{nats:.4f}", f"{perplexity(told)['ours']:.4f}"]
+        cells += [plus_minus(told["delta_nats"], 5, True), small(told["kl"]), percent(told["top1"])]
     return cells
 
 
