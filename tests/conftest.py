@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from emulated import build_emulated
 
 from hyperattention.errors import EnvironmentFault
@@ -20,6 +21,8 @@ from hyperattention.library import ort_library_path, trt_library_path
 from hyperattention.native import Library
 
 PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels run on the processor
 NO_SKIP = os.environ.get("HYPERATTENTION_NO_SKIP") == "1"
 LEFT_OUT = {
     "tensorrt": "make test-tensorrt runs them",
@@ -34,8 +37,6 @@ def _missing(marker: str) -> str:
     """What the machine lacks for tests with this marker; empty when nothing."""
     try:
         if marker == "gpu":
-            import torch
-
             return "" if torch.cuda.is_available() else "PyTorch sees no CUDA device"
         if marker == "tensorrt":
             import tensorrt  # noqa: F401
@@ -89,16 +90,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    import torch
-
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module")
 def one_thread():
     """For a reference's tiny problems: threads would only wait for each other."""
-    import torch
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,9 +1,11 @@
-"""What the hardness of heads costs, counted instead of timed, as a GPU is given it: launches, logits, and exact attention on parts."""
+"""What the hardness of heads costs, counted instead of timed: logits, exact attention on parts, and what a GPU has to start."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hyperattention.config import Config
 from hyperattention.export.switched import Captured
 from hyperattention.reference import exact_attention
-from hyperattention.validate import hardness, hardness_columns, hardness_layers
+from hyperattention.validate import hardness, hardness_fused, hardness_layers
 from hyperattention.validate.hardness_layers import groups, layers_hardness
 
 BLOCKS = config(local_size=64, exact_below=64, num_blocks=4, sample_size=64)
@@ -24,9 +26,22 @@ HEADS, SHARED = 4, 2
 
 
 @pytest.fixture(autouse=True)
-def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((hardness, "_TILE"), (hardness, "_TILES"), (hardness_columns, "_TILE"), (hardness_layers, "HEAD_KEYS")):
-        monkeypatch.setattr(module, name, {"cpu": getattr(module, name)["cuda"]})
+def layers_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardness_layers, "HEAD_KEYS", {"cpu": hardness_layers.HEAD_KEYS["cuda"]})
+
+
+class Kernel:
+    """Stands for one of Triton's kernels: counts its starts and computes nothing."""
+
+    def __init__(self, counted: "Work") -> None:
+        self.counted = counted
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def start(*args: object, **constants: object) -> None:
+            assert all(size > 0 for size in grid)
+            self.counted.launches += 1
+
+        return start
 
 
 def layers(count: int, length: int, c: Config) -> tuple[list[Captured], list[Tensor]]:
@@ -74,15 +89,19 @@ def _measuring() -> bool:
     return False
 
 
-def work(count: int, length: int, c: Config, monkeypatch: pytest.MonkeyPatch) -> Work:
+def work(count: int, length: int, c: Config, monkeypatch: pytest.MonkeyPatch, fused: bool = False) -> Work:
     calls, lses = layers(count, length, c)
     counted, real = Work(), hardness_layers.exact_lse(None)
 
-    def asked(q: Tensor, k: Tensor, v: Tensor, config: Config) -> Tensor:
+    def asked(q: Tensor, k: Tensor, config: Config) -> Tensor:
         counted.exact += q.shape[1] * q.shape[2] * k.shape[2]
-        return real(q, k, v, config)
+        return real(q, k, config)
 
     monkeypatch.setattr(hardness_layers, "exact_lse", lambda kernels: asked)
+    if fused:
+        names = ("row_kernel", "left_kernel", "sampled_kernel", "column_kernel", "lse_kernel")
+        monkeypatch.setattr(hardness, "takes_kernels", lambda q: True)
+        monkeypatch.setattr(hardness_fused, "kernels", SimpleNamespace(**{name: Kernel(counted) for name in names}))
     with counted:
         layers_hardness(calls, None, lses)
     return counted
@@ -106,15 +125,17 @@ def test_only_layers_that_are_alike_go_together(monkeypatch: pytest.MonkeyPatch)
     assert list(groups(layers(7, 100, BLOCKS)[0])) == [[0, 1, 2], [3, 4, 5], [6]]
 
 
-def test_launches_do_not_grow_with_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    one, four = (work(count, 1500, BLOCKS, monkeypatch).launches for count in (1, 4))
-    assert 200 < one < 600 and four < 1.3 * one
+@pytest.mark.parametrize("c", [BLOCKS, SORTLSH, replace(BLOCKS, causal=0)], ids=["blocks", "sortlsh", "non-causal"])
+def test_a_gpu_starts_as_much_for_many_layers_as_for_one(c: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, four, long = (work(n, length, c, monkeypatch, True).launches for n, length in ((1, 1500), (4, 1500), (4, 4096)))
+    assert 60 < one < 260 and four < 1.1 * one and long < 1.3 * one
 
 
 @pytest.mark.parametrize("c", [BLOCKS, SORTLSH], ids=["blocks", "sortlsh"])
 def test_work_against_one_exact_pass(c: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """64 local blocks: launches as for 23, fewer than a third of the pass's logits, and not more of exact attention than half of it."""
-    few, many = (work(1, length, c, monkeypatch) for length in (1500, 4096))
+    """Fewer than 40 % of the pass's logits; PyTorch asks for exact attention on at most 60 % of its pairs."""
     pairs = HEADS * 4096 * 4097 // 2
-    assert many.launches < 1.4 * few.launches
-    assert 0 < many.logits < 0.4 * pairs and 0 < many.exact < 0.6 * pairs
+    assert 0 < work(1, 4096, c, monkeypatch, True).logits < 0.4 * pairs
+    monkeypatch.setattr(hardness, "takes_kernels", lambda q: False)
+    found = work(1, 4096, c, monkeypatch)
+    assert 0 < found.logits < 0.4 * pairs and 0 < found.exact < 0.6 * pairs

@@ -9,21 +9,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hyperattention.config import Config
+from hyperattention.errors import EnvironmentFault
 from hyperattention.geometry import Geometry
 from hyperattention.selection import Plan
 from hyperattention.validate.hardness_columns import Alphas, ColumnSums, ExactLse
 from hyperattention.validate.hardness_rows import RowNumbers, row_logits, row_numbers, row_softmax
 from hyperattention.validate.hardness_sets import ExactSets, RowTile
 
+if TYPE_CHECKING:
+    from hyperattention.validate.hardness_fused import FusedHardness
+
 ALL_ROWS, FEWEST, MOST = 512, 256, 512  # of a head that are looked at
-_TILE = {"cpu": 2**18, "cuda": 2**27}  # logits held at once
-_TILES = {"cpu": 8, "cuda": 2}  # that the rows make at least: each reads all keys up to its last row's
-_GPU_SHARE = 128  # bytes of free memory that a logit needs, with what is made of it
+_TILE = 2**18  # logits held at once on the processor
+_TILES = 8  # that the rows make at least: each reads all keys up to its last row's
 
 
 def sampled_rows(seen: range) -> Tensor:
@@ -109,7 +113,6 @@ def _root_mean(squares: Tensor) -> float:
 def measure_hardness(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
     config: Config,
     plan: Plan,
     lse: Tensor,
@@ -118,23 +121,40 @@ def measure_hardness(
 ) -> Hardness:
     """Hardness of one problem under `plan`, which must approximate.
 
-    q [B,Hq,Sq,D], k [B,Hkv,Sk,D], v [B,Hkv,Sk,Dv], lengths int [B]; lse [B,Hq,Sq]: of exact attention; `exact_lse` computes it for
-    parts of the problem. Rows that are dead or see no key take no part. Arithmetic is fp32, fp64 for fp64 inputs.
-    Raises UsageError for shapes, or a plan, that do not fit.
+    q [B,Hq,Sq,D], k [B,Hkv,Sk,D], lengths int [B]; lse [B,Hq,Sq]: of exact attention; `exact_lse` computes it for
+    parts of the problem. Rows that are dead or see no key take no part. Arithmetic is fp32, fp64 for fp64 inputs; on a GPU Triton's
+    kernels do it, fp64 apart. Raises UsageError for shapes, or a plan, that do not fit, EnvironmentFault on a GPU without Triton.
     """
-    g = Geometry.of(q, k, v, config, lengths)
+    g = Geometry.of(q, k, k, config, lengths)
     plan.check(g)
-    rows, numbers, alphas = [], [], []
+    rows, found = [], []
     for b, length in enumerate(g.clamp(lengths)):
-        seen = _seen(g, length)
-        rows.append(sampled_rows(seen).to(q.device))
-        columns = ColumnSums(g, length, seen, rows[b])
-        found = _scan(q[b], k[b], ExactSets(g, plan, b, length), rows[b], columns)
-        numbers.append(RowNumbers(*(x.flatten(0, 1).cpu() for x in vars(found).values())))
-        of_row = slice(b, b + 1)
-        alpha = columns.alphas(q[of_row], k[of_row], v[of_row], lse[of_row], exact_lse)
-        alphas.append(Alphas(*(x.cpu() for x in vars(alpha).values())))
-    return Hardness(config, tuple(rows), tuple(numbers), tuple(alphas))
+        seen, sets = _seen(g, length), ExactSets(g, plan, b, length)
+        rows.append(sampled_rows(seen))
+        if seen and takes_kernels(q):
+            found.append(_fused()(q[b], k[b], lse[b], sets, seen, rows[b].tolist()).measure())
+            continue
+        columns, of_row = ColumnSums(g, length, seen, rows[b].to(q.device)), slice(b, b + 1)
+        numbers = _scan(q[b], k[b], sets, rows[b], columns)
+        found.append((numbers, columns.alphas(q[of_row], k[of_row], lse[of_row], exact_lse)))
+    numbers = tuple(RowNumbers(*(x.cpu() for x in vars(one).values())) for one, _ in found)
+    return Hardness(config, tuple(rows), numbers, tuple(Alphas(*(x.cpu() for x in vars(one).values())) for _, one in found))
+
+
+def takes_kernels(q: Tensor) -> bool:
+    """Whether Triton's kernels measure inputs like these."""
+    return q.is_cuda and q.dtype != torch.float64
+
+
+def _fused() -> "type[FusedHardness]":
+    try:
+        from hyperattention.validate.hardness_fused import FusedHardness
+    except ImportError as error:
+        raise EnvironmentFault(
+            f"the hardness of heads on a GPU needs Triton, which PyTorch for CUDA brings along on Linux: {error}; "
+            f"install triton, or validate on the processor with --device cpu"
+        ) from error
+    return FusedHardness
 
 
 def _seen(g: Geometry, length: int) -> range:
@@ -144,30 +164,29 @@ def _seen(g: Geometry, length: int) -> range:
 
 
 def _scan(q: Tensor, k: Tensor, sets: ExactSets, rows: Tensor, columns: ColumnSums) -> RowNumbers:
-    """Numbers [Hkv, G, rows] of the sampled rows of one batch row, q [Hq,Sq,D], k [Hkv,Sk,D]; their columns are added up."""
+    """Numbers [Hq, rows] of the sampled rows of one batch row, q [Hq,Sq,D], k [Hkv,Sk,D]; their columns are added up."""
     g, wide = sets.g, torch.float64 if q.dtype == torch.float64 else torch.float32
     numbers = RowNumbers.empty(g.heads_kv, g.group, len(rows), device=q.device)
-    for at, tile, heads in _tiles(sets, rows):
+    for at, tile, heads in _tiles(sets, rows, q.device):
         head = slice(heads.start, heads.stop)
         some_q = q[head.start * g.group : head.stop * g.group][:, tile.at].to(wide).unflatten(0, (-1, g.group))
         logits = row_logits(some_q, k[head, : tile.stop].to(wide), tile, g.config)
         p, lse = row_softmax(logits)
         numbers.write(row_numbers(logits, lse, tile, sets, heads), head, at)
         columns.add(logits, p, tile, head)
-    return numbers
+    return RowNumbers(*(x.flatten(0, 1) for x in vars(numbers).values()))
 
 
-def _tiles(sets: ExactSets, rows: Tensor) -> Iterator[tuple[slice, RowTile, range]]:
+def _tiles(sets: ExactSets, rows: Tensor, device: torch.device) -> Iterator[tuple[slice, RowTile, range]]:
     """The sampled rows in tiles of a bounded number of logits: their place in `rows`, the tile, key heads."""
-    g, host, kind = sets.g, rows.tolist(), "cuda" if rows.is_cuda else "cpu"
-    logits = min(_TILE[kind], torch.cuda.mem_get_info(rows.device)[0] // _GPU_SHARE) if rows.is_cuda else _TILE[kind]
-    most, at = -(-len(host) // _TILES[kind]), 0
+    g, host, at = sets.g, rows.tolist(), 0
+    most = -(-len(host) // _TILES)
     while at < len(host):
         longest = min(sets.length, host[min(at + most, len(host)) - 1] + g.first + 1) if g.config.causal else sets.length
-        budget = max(1, logits // (g.group * longest))  # rows and key heads
+        budget = max(1, _TILE // (g.group * longest))  # rows and key heads
         step = min(most, budget, len(host) - at)
         heads = min(g.heads_kv, budget // step)
-        tile = RowTile.of(g, host[at : at + step], sets.length, rows.device)
+        tile = RowTile.of(g, host[at : at + step], sets.length, device)
         for head in range(0, g.heads_kv, heads):
             yield slice(at, at + step), tile, range(head, min(head + heads, g.heads_kv))
         at += step

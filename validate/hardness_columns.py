@@ -8,7 +8,7 @@ squared Frobenius norm of the matrix, as in the paper.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,10 +23,10 @@ COLUMNS = 256  # of a head that are computed again, beside the first 64
 NODE_COLUMNS = 64  # of a block off the diagonal
 NODE_ROWS = 32  # sampled rows that a block off the diagonal needs to be judged
 BAND = 128  # rows whose own keys and neighbours are near
-_TILE = {"cpu": 2**20, "cuda": 2**26}  # logits held at once
+_TILE = 2**20  # logits held at once
 
-# (q [1,Hq,Sq,D], k, v, config) -> LSE [1,Hq,Sq] of exact attention
-ExactLse = Callable[[Tensor, Tensor, Tensor, Config], Tensor]
+# (q [1,Hq,Sq,D], k, config) -> LSE [1,Hq,Sq] of exact attention
+ExactLse = Callable[[Tensor, Tensor, Config], Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,33 @@ class Alphas:
 
 
 @dataclass(frozen=True)
-class _Node:
-    """One unmasked block of rows and keys, and its column sums [Hkv, G, keys] over `sampled` of the rows."""
+class Block:
+    """One unmasked block of rows and keys, of which `sampled` rows are sampled, at a level of the dyadic tree."""
 
+    level: int
     rows: range
     keys: range
-    sums: Tensor
     sampled: int
+
+
+def block_tree(g: Geometry) -> Geometry:
+    """The problem whose nodes are the blocks off the diagonal: those of the dyadic tree on local blocks (operator rule 24, no overlap)."""
+    return replace(g, config=replace(g.config, selector="sortlsh", local_overlap=0, strict_causal=0))
+
+
+def judged_blocks(g: Geometry, length: int, seen: range, rows: Sequence[int]) -> list[Block]:
+    """The blocks off the diagonal, behind the sinks.
+
+    rows: the sampled ones, ascending. Blocks with fewer than 32 of them are left out; there are none where attention is not causal.
+    """
+    tree, found = block_tree(g), []
+    for level, m in tree.nodes if g.config.causal else ():
+        node = tree.node(level, m, length)
+        inside = range(max(node.rows.start, seen.start), min(node.rows.stop, seen.stop))
+        sampled = bisect_left(rows, inside.stop) - bisect_left(rows, inside.start)
+        if len(node.keys) and sampled >= NODE_ROWS:
+            found.append(Block(level, inside, node.keys, sampled))
+    return found
 
 
 def _is_near(position: Tensor, key: Tensor) -> Tensor:
@@ -57,24 +77,15 @@ def _is_near(position: Tensor, key: Tensor) -> Tensor:
 class ColumnSums:
     """Sums over the sampled rows of the squared probabilities of each column of one batch row.
 
-    The blocks off the diagonal are those of the dyadic tree on local blocks (operator rule 24, no overlap), behind the sinks;
-    their rows are normalised over the block's own keys. Blocks with fewer than 32 sampled rows are left out.
+    The rows of the blocks off the diagonal are normalised over the block's own keys.
     """
 
     def __init__(self, g: Geometry, length: int, seen: range, rows: Tensor) -> None:
         self.g, self.length, self.seen, self.share = g, length, seen, len(rows) / max(1, len(seen))
         heads = (g.heads_kv, g.group)
         self.sums = torch.zeros(*heads, length, dtype=torch.float64, device=rows.device)
-        self.nodes: list[_Node] = []
-        at = rows.tolist()
-        tree = replace(g, config=replace(g.config, selector="sortlsh", local_overlap=0, strict_causal=0))
-        for level, m in tree.nodes if g.config.causal else ():
-            node = tree.node(level, m, length)
-            inside = range(max(node.rows.start, seen.start), min(node.rows.stop, seen.stop))
-            sampled = bisect_left(at, inside.stop) - bisect_left(at, inside.start)
-            if len(node.keys) and sampled >= NODE_ROWS:
-                room = torch.zeros(*heads, len(node.keys), dtype=torch.float64, device=rows.device)
-                self.nodes.append(_Node(inside, node.keys, room, sampled))
+        self.blocks = judged_blocks(g, length, seen, rows.tolist())
+        self.block_sums = [torch.zeros(*heads, len(block.keys), dtype=torch.float64, device=rows.device) for block in self.blocks]
 
     def add(self, logits: Tensor, p: Tensor, tile: RowTile, heads: slice) -> None:
         """Adds the rows of one tile: logits and probabilities p [kv heads, G, R, tile.stop], which it spoils."""
@@ -82,14 +93,14 @@ class ColumnSums:
         key = torch.arange(start, tile.stop, device=p.device)
         p[..., start:].masked_fill_(_is_near(tile.position, key), 0.0)
         self.sums[heads, :, : tile.stop] += p.square_().sum(-2)
-        for node in self.nodes:
-            some = slice(bisect_left(tile.rows, node.rows.start), bisect_left(tile.rows, node.rows.stop))
+        for block, sums in zip(self.blocks, self.block_sums, strict=True):
+            some = slice(bisect_left(tile.rows, block.rows.start), bisect_left(tile.rows, block.rows.stop))
             if some.start < some.stop:
-                inside = logits[:, :, some, node.keys.start : node.keys.stop].softmax(-1)
-                node.sums[heads] += inside.square_().sum(-2)
+                inside = logits[:, :, some, block.keys.start : block.keys.stop].softmax(-1)
+                sums[heads] += inside.square_().sum(-2)
 
-    def alphas(self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, exact_lse: ExactLse) -> Alphas:
-        """alpha of each query head; q [1,Hq,Sq,D], k [1,Hkv,Sk,D], v [1,Hkv,Sk,Dv], lse [1,Hq,Sq] of exact attention.
+    def alphas(self, q: Tensor, k: Tensor, lse: Tensor, exact_lse: ExactLse) -> Alphas:
+        """alpha of each query head; q [1,Hq,Sq,D], k [1,Hkv,Sk,D], lse [1,Hq,Sq] of exact attention.
 
         A lower bound: the largest column is missed where 256 others look larger.
         """
@@ -105,24 +116,26 @@ class ColumnSums:
         rest = torch.where(late > -torch.inf, late * self.length, torch.nan)
         blocks = nothing.unflatten(0, (g.heads_kv, g.group)).clone()
         exact = replace(g.config, causal=0, strict_causal=0).exact()
-        for node, heads in self._largest_nodes():
-            rows, keys = slice(node.rows.start, node.rows.stop), slice(node.keys.start, node.keys.stop)
+        for at, heads in self._largest_blocks():
+            block = self.blocks[at]
+            rows, keys = slice(block.rows.start, block.rows.stop), slice(block.keys.start, block.keys.stop)
             some_q = q.unflatten(1, (g.heads_kv, g.group))[:, heads, :, rows].flatten(1, 2)
             some_k = k[:, heads, keys]
-            own = exact_lse(some_q, some_k, v[:, heads, keys], exact)
-            key = self._largest(node.sums[heads], NODE_COLUMNS)
-            found = self._norms(some_q[0], some_k[0], key, own[0], None).amax(-1) * len(node.keys)
+            own = exact_lse(some_q, some_k, exact)
+            key = self._largest(self.block_sums[at][heads], NODE_COLUMNS)
+            found = self._norms(some_q[0], some_k[0], key, own[0], None).amax(-1) * len(block.keys)
             blocks[heads] = torch.fmax(blocks[heads], found)
         return Alphas(norms.amax(-1).flatten() * self.length, rest, blocks.flatten())
 
-    def _largest_nodes(self) -> list[tuple[_Node, list[int]]]:
-        """The block off the diagonal of each head whose alpha the sampled rows say is the largest: blocks with their key heads."""
-        if not self.nodes:
+    def _largest_blocks(self) -> list[tuple[int, list[int]]]:
+        """Blocks off the diagonal whose alpha the sampled rows say is the largest for a query head: their places, with its key heads."""
+        if not self.blocks:
             return []
-        told = [node.sums.amax(-1) * (len(node.keys) * len(node.rows) / node.sampled) for node in self.nodes]
+        weights = [len(block.keys) * len(block.rows) / block.sampled for block in self.blocks]
+        told = [sums.amax(-1) * weight for sums, weight in zip(self.block_sums, weights, strict=True)]
         best = torch.stack(told).argmax(0).tolist()  # [Hkv][G]
-        chosen = {at: [head for head, group in enumerate(best) if at in group] for at in range(len(self.nodes))}
-        return [(self.nodes[at], heads) for at, heads in chosen.items() if heads]
+        chosen = {at: [head for head, group in enumerate(best) if at in group] for at in range(len(self.blocks))}
+        return [(at, heads) for at, heads in chosen.items() if heads]
 
     def _near(self, q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
         """The part of each column's sum [Hkv, G, keys] that is near, over all rows: q [Hq,Sq,D], k [Hkv,Sk,D], lse [Hq,Sq].
@@ -148,7 +161,7 @@ class ColumnSums:
         found = torch.zeros(*heads, bands + beside - 1, BAND, dtype=torch.float64, device=q.device)
         inside = torch.arange(BAND, device=q.device)
         hidden = torch.arange(beside * BAND, device=q.device) > inside[:, None] + BAND
-        step = max(1, _TILE[q.device.type] // (g.heads_q * BAND * beside * BAND))
+        step = max(1, _TILE // (g.heads_q * BAND * beside * BAND))
         for start in range(0, bands, step):
             some = slice(start, min(start + step, bands))
             p = (by_band[:, some].flatten(2, 3) @ windows[:, some]).unflatten(2, (g.group, BAND)).sub_(lse_by_band[:, some]).exp_()
@@ -177,7 +190,7 @@ class ColumnSums:
         head = torch.arange(len(k), device=q.device)[:, None, None]
         columns = k[head, key].to(wide).transpose(-1, -2) * g.config.resolved_scale(g.head_dim)
         total = torch.zeros(key.shape, dtype=torch.float64, device=q.device)
-        step = max(1, _TILE[q.device.type] // key.numel())
+        step = max(1, _TILE // key.numel())
         for start in range(0, q.shape[1], step):
             rows = slice(start, start + step)
             p = q[:, rows].to(wide).unflatten(0, key.shape[:2]) @ columns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -22,22 +23,14 @@ HEAD_KEYS = {"cpu": 0, "cuda": 2**20}
 
 
 def exact_lse(kernels: Library | None) -> ExactLse:
-    """Exact attention's LSE by the kernels, or by the reference where there are none."""
+    """Exact attention's LSE by the kernels, or by the reference where there are none; it does not depend on V, for which K stands."""
 
-    def run(q: Tensor, k: Tensor, v: Tensor, config: Config) -> Tensor:
+    def run(q: Tensor, k: Tensor, config: Config) -> Tensor:
         if kernels is None:
-            return reference.attention(q, k, v, config.exact()).lse
-        return kernels.forward(q, k, v, config.exact())[1]
+            return reference.attention(q, k, k, config.exact()).lse
+        return kernels.forward(q, k, k, config.exact())[1]
 
     return run
-
-
-def plan_of(call: Captured, kernels: Library | None) -> Plan:
-    """The plan of one captured call, as the kernels (or the reference) choose it."""
-    if kernels is None:
-        return make_plan(call.q, call.k, Geometry.of(call.q, call.k, call.v, call.config))
-    problem = call.q, call.k, call.v, call.config
-    return Plan(kernels.select(*problem), *kernels.samples(*problem))
 
 
 def groups(calls: Sequence[Captured]) -> Iterator[list[int]]:
@@ -62,18 +55,28 @@ def layers_hardness(calls: Sequence[Captured], kernels: Library | None, lses: Se
     found: list[Hardness] = []
     for group in groups(calls):
         some = [calls[at] for at in group]
-        q, k, v = (torch.cat(x, 1) for x in zip(*((c.q, c.k, c.v) for c in some), strict=True))
-        plan = _joined([plan_of(c, kernels) for c in some], some)
-        whole = measure_hardness(q, k, v, some[0].config, plan, torch.cat([lses[at] for at in group], 1), exact_lse(kernels))
+        q, k = (torch.cat(x, 1) for x in zip(*((c.q, c.k) for c in some), strict=True))
+        plan, lse = _plan(some, q, k, kernels), torch.cat([lses[at] for at in group], 1)
+        whole = measure_hardness(q, k, some[0].config, plan, lse, exact_lse(kernels))
         heads = some[0].q.shape[1]
         found += [whole.heads(slice(n * heads, (n + 1) * heads)) for n in range(len(some))]
     return found
 
 
-def _joined(plans: Sequence[Plan], calls: Sequence[Captured]) -> Plan:
-    """The plan of all heads of calls that are alike."""
-    samples = (torch.cat([getattr(plan, name) for plan in plans], 1) for name in ("sample_index", "sample_weight"))
-    if calls[0].config.selector != "sortlsh":
-        return Plan(torch.cat([plan.selection for plan in plans], 1), *samples)
-    orders = [plan.orders(Geometry.of(c.q, c.k, c.v, c.config)) for plan, c in zip(plans, calls, strict=True)]
-    return Plan(torch.cat([torch.cat(part, 1).flatten() for part in zip(*orders, strict=True)]), *samples)
+def _plan(calls: Sequence[Captured], q: Tensor, k: Tensor, kernels: Library | None) -> Plan:
+    """The plan of all heads of calls that are alike, as the kernels (or the reference) choose it; q, k: those of all calls.
+
+    It does not depend on V, for which K stands, and has no samples: hardness knows them by rule.
+    """
+    chosen, g = [], Geometry.of(q, k, k, calls[0].config)
+    for c, some_q, some_k in zip(calls, q.chunk(len(calls), 1), k.chunk(len(calls), 1), strict=True):
+        own = Geometry.of(some_q, some_k, some_k, c.config)
+        plan = make_plan(some_q, some_k, own).selection if kernels is None else kernels.select(some_q, some_k, some_k, c.config)
+        chosen.append(plan.split([math.prod(shape) for shape in own.order_shapes]) if own.sorts else plan)
+    shape = g.batch, g.heads_q, len(g.draws(0)), g.config.sample_size
+    none = q.new_full((1,), -1, dtype=torch.int32).expand(shape), q.new_zeros(1, dtype=torch.float32).expand(shape)
+    if not g.sorts:
+        return Plan(torch.cat(chosen, 1), *none)
+    shapes = Geometry.of(calls[0].q, calls[0].k, calls[0].k, calls[0].config).order_shapes
+    orders = (torch.cat([x.view(shape) for x in part], 1) for part, shape in zip(zip(*chosen, strict=True), shapes, strict=True))
+    return Plan(torch.cat([x.flatten() for x in orders]), *none)

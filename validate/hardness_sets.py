@@ -72,25 +72,25 @@ class ExactSets:
 
         `heads` are key heads. A key that is only sampled is not held.
         """
-        g, c = self.g, self.g.config
-        mask = torch.zeros(len(heads), g.group, len(tile.rows), tile.stop + 1, dtype=torch.bool, device=tile.at.device)
-        heavy = self._heavy(tile, heads)
+        c = self.g.config
+        mask = torch.zeros(len(heads), self.g.group, len(tile.rows), tile.stop + 1, dtype=torch.bool, device=tile.at.device)
+        heavy = self.heavy(tile, heads)
         if heavy.shape[-1]:
             mask.scatter_(-1, heavy.clamp(max=tile.stop), True)
         mask = mask[..., : tile.stop]
         mask[..., : c.sinks] = True
         if c.causal:
-            low = min(g.far(tile.rows[0] + g.first, self.length), tile.stop)
-            mask[..., low:] |= torch.arange(low, tile.stop, device=mask.device) >= self._far(tile)[:, None]
+            low = min(self.g.far(tile.rows[0] + self.g.first, self.length), tile.stop)
+            mask[..., low:] |= torch.arange(low, tile.stop, device=mask.device) >= self.far(tile)[:, None]
         return mask
 
     def draws(self, tile: RowTile) -> tuple[Tensor, Tensor]:
         """First candidate and number of candidates of each row's draws, int64 [R, draws], in the order of `order` (rule 13)."""
         if self.g.sorts:
-            nodes = self._nodes(tile)
+            nodes = row_nodes(self.g, tile, self.length)
             return nodes.key.T, nodes.keys.T
         sinks = torch.full_like(tile.at, self.g.config.sinks)[:, None]
-        return sinks, (self._far(tile)[:, None] - sinks).clamp(min=0)
+        return sinks, (self.far(tile)[:, None] - sinks).clamp(min=0)
 
     def order(self, tile: RowTile, heads: range) -> Tensor | None:
         """The first tile.reach (not 0) keys as the slices of the draws cut them, int64 [kv heads, R, reach]; None: as they stand.
@@ -109,14 +109,20 @@ class ExactSets:
             found = order[:, :1, : tile.reach].expand(-1, len(tile.rows), -1)
         return found.clamp(0, tile.reach - 1)  # a place that is no candidate's may hold no key
 
-    def _far(self, tile: RowTile) -> Tensor:
+    def sorted_keys(self, tile: RowTile) -> tuple[Tensor, int]:
+        """Of `sortlsh` the sorted keys of each level, int32 [Hkv, levels, Sk], and the level of the first draw; of `blocks` nothing."""
+        if not self.g.sorts:
+            return tile.at.new_zeros(self.g.heads_kv, 1, 1, dtype=torch.int32), 0
+        return self._keys.int(), row_nodes(self.g, tile, self.length).first
+
+    def far(self, tile: RowTile) -> Tensor:
         """First key that is not far from each row, int64 [R] (rule 9)."""
         c = self.g.config
         if not c.causal:
             return torch.full_like(tile.at, self.length)
         return ((tile.block - c.local_overlap).clamp(min=0) * c.local_size).clamp(max=self.length)
 
-    def _heavy(self, tile: RowTile, heads: range) -> Tensor:
+    def heavy(self, tile: RowTile, heads: range) -> Tensor:
         """Keys of the chosen blocks, int64 [kv heads, G, R, N]; places without a key hold Sk."""
         g, size = self.g, self.g.config.block_size
         query_heads = slice(heads.start * g.group, heads.stop * g.group)
@@ -125,7 +131,7 @@ class ExactSets:
             chosen = self._blocks[query_heads, tile.position // size - g.query_blocks.start].unflatten(0, (-1, g.group))
             key = (chosen[..., None] * size + inside).masked_fill(chosen[..., None] < 0, g.seq_k)
             return key.flatten(-2).clamp(max=g.seq_k)
-        nodes, inside = self._nodes(tile), torch.arange(g.config.num_blocks * size, device=tile.at.device)
+        nodes, inside = row_nodes(g, tile, self.length), torch.arange(g.config.num_blocks * size, device=tile.at.device)
         levels = slice(nodes.first, nodes.first + len(nodes.number))
         place = (self._place[query_heads, levels][..., tile.at] - nodes.row).clamp(min=0)  # [query heads, levels, R], in the node's rows
         entry = self._base[levels, None] + nodes.number * self._blocks_of[levels, None] + place // size
@@ -135,21 +141,6 @@ class ExactSets:
         key = order.gather(-1, (nodes.key[..., None] + at).clamp(max=g.seq_k - 1))
         none = (at >= bounds[..., 1:]) | (nodes.keys == 0)[..., None]
         return key.masked_fill(none, g.seq_k).transpose(1, 2).flatten(-2).unflatten(0, (-1, g.group))
-
-    def _nodes(self, tile: RowTile) -> RowNodes:
-        """The nodes of the rows of a tile; at least one level."""
-        g, c = self.g, self.g.config
-        sinks = min(c.sinks, self.length)
-        if not c.causal:
-            nothing = torch.zeros_like(tile.at)[None]
-            return RowNodes(0, nothing, nothing, nothing + sinks, nothing + (self.length - sinks))
-        last = (tile.rows[-1] + g.first) // c.local_size
-        level = torch.arange(c.local_overlap, max(last.bit_length(), c.local_overlap + 1), device=tile.at.device)[:, None]
-        number, size = tile.block >> level >> 1, c.local_size << level
-        middle = (2 * number + 1) * size
-        first = (middle - size).clamp(min=sinks)
-        keys = (middle.clamp(max=self.length) - first).clamp(min=0) * (tile.block >> level & 1)
-        return RowNodes(c.local_overlap, number, (middle - g.first).clamp(min=0), first, keys)
 
     def _taken_keys(self) -> tuple[Tensor, Tensor, Tensor]:
         """First place and end of the sorted keys that each query block of each node takes, int64 [entries, 2], and of each level the
@@ -175,3 +166,18 @@ def _places(order: Tensor) -> Tensor:
     inverse = torch.zeros(*order.shape[:-1], size + 1, dtype=torch.long, device=order.device)
     slot = torch.arange(size, device=order.device).expand(order.shape)
     return inverse.scatter_(-1, order.long().masked_fill(order < 0, size), slot)[..., :size]
+
+
+def row_nodes(g: Geometry, tile: RowTile, length: int) -> RowNodes:
+    """The nodes of the rows of a tile under `length` valid keys; at least one level."""
+    c, sinks = g.config, min(g.config.sinks, length)
+    if not c.causal:
+        nothing = torch.zeros_like(tile.at)[None]
+        return RowNodes(0, nothing, nothing, nothing + sinks, nothing + (length - sinks))
+    last = (tile.rows[-1] + g.first) // c.local_size
+    level = torch.arange(c.local_overlap, max(last.bit_length(), c.local_overlap + 1), device=tile.at.device)[:, None]
+    number, size = tile.block >> level >> 1, c.local_size << level
+    middle = (2 * number + 1) * size
+    first = (middle - size).clamp(min=sinks)
+    keys = (middle.clamp(max=length) - first).clamp(min=0) * (tile.block >> level & 1)
+    return RowNodes(c.local_overlap, number, (middle - g.first).clamp(min=0), first, keys)
