@@ -16,7 +16,7 @@ from hyperattention.validate.hardness_rows import TOP, RowNumbers
 from hyperattention.validate.hardness_sets import ExactSets, RowTile, row_nodes
 
 LOGITS = 2**27  # of the sampled rows that are held at once
-_SPLITS = 16  # of the rows of chosen columns
+SPLITS = 16  # of the rows of chosen columns
 
 
 class FusedHardness:
@@ -58,8 +58,8 @@ class FusedHardness:
         """Numbers [Hq, rows] of the sampled rows, and alpha of each query head; float64, on the CPU."""
         heads = max(1, LOGITS // (self.g.group * len(self.rows) * self.tile.stop))
         parts = [self._rows(range(at, min(at + heads, self.g.heads_kv))) for at in range(0, self.g.heads_kv, heads)]
-        numbers = torch.cat(parts, 1).cpu().double()
-        return RowNumbers(*numbers), Alphas(*self._alphas().cpu().double())
+        numbers, alphas = torch.cat(parts, 1), self._alphas()  # nothing is copied before all is under way
+        return RowNumbers(*numbers.cpu().double()), Alphas(*alphas.cpu().double())
 
     def _rows(self, heads: range) -> Tensor:
         """Numbers [5, query heads, rows] of the query heads of some key heads, whose columns' sums are written."""
@@ -127,9 +127,9 @@ class FusedHardness:
         first, stop = (x.clamp(self.seen.start, self.seen.stop) for x in (band if causal else band - BAND, band + 2 * BAND))
         return self._columns(column, self.lse, first, stop, causal, splits=1)
 
-    def _columns(self, key: Tensor, lse: Tensor, first: Tensor, stop: Tensor, causal: int, splits: int = _SPLITS) -> Tensor:
+    def _columns(self, key: Tensor, lse: Tensor, first: Tensor, stop: Tensor, causal: int, splits: int = 0) -> Tensor:
         """Squared norms [Hq, C] of the columns key int32 [Hq or 1, C] over the rows from first to stop, int32 [Hq or 1, tiles or 1]."""
-        g, count = self.g, key.shape[-1]
+        g, count, splits = self.g, key.shape[-1], splits or SPLITS
         sums, tiles = torch.empty(splits, g.heads_q, count, device=self.device), -(-count // self.size)
         kernels.column_kernel[(tiles, splits, g.heads_q)](
             self.q, self.k, lse, key, first, stop, sums, self.scale, g.first, g.seq_q, g.seq_k, g.head_dim, g.group, count,
