@@ -28,6 +28,7 @@ CASES = [
     Case("chunk-lengths", 97, 131, SMALL, lengths=(0, 33, 131), heads=(1, 1)),
     Case("more-queries", 131, 90, SMALL, heads=(1, 1), dims=(24, 8)),
     Case("non-causal", 90, 131, replace(SMALL, causal=0, stratified=0), lengths=(77,), heads=(1, 1)),
+    Case("strict", 97, 97, replace(SMALL, strict_causal=1), heads=(1, 1)),
     Case("no-samples", 97, 97, replace(SMALL, sample_size=0, num_blocks=0), heads=(1, 1)),
     Case("all-taken", 97, 97, replace(SMALL, num_blocks=64), heads=(1, 1)),
     Case("one-key", 70, 1, SMALL, heads=(1, 1)),

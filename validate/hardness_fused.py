@@ -6,15 +6,18 @@ without being stored. Nothing waits for the GPU but the copy of the result.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
 
-from hyperattention.validate import hardness_kernels as kernels
+from hyperattention.validate import hardness_kernels
 from hyperattention.validate.hardness_columns import BAND, COLUMNS, FIRST, NODE_COLUMNS, Alphas, block_tree, judged_blocks
 from hyperattention.validate.hardness_rows import TOP, RowNumbers
 from hyperattention.validate.hardness_sets import ExactSets, RowTile, row_nodes
 
+kernels: Any = hardness_kernels  # their annotations say what a kernel sees, not what starts it
 LOGITS = 2**27  # of the sampled rows that are held at once
 SPLITS = 16  # of the rows of chosen columns
 
@@ -153,9 +156,10 @@ class FusedHardness:
         bounds = torch.tensor(table, dtype=torch.int32).to(self.device, non_blocking=True)[best]  # [Hkv, G, 5]
         found = []
         for at in range(g.group):
-            first, stop, *keys = bounds[:, at].repeat_interleave(g.group, 0).T.contiguous()
+            first, stop, key_first, key_stop, level = bounds[:, at].repeat_interleave(g.group, 0).T.contiguous()
             again = (best[:, :at] == best[:, at : at + 1]).any(1).repeat_interleave(g.group)
-            found.append(self._alpha_of_blocks(first, torch.where(again, first, stop), *keys, max(len(b.rows) for b in blocks)))
+            stop = torch.where(again, first, stop)
+            found.append(self._alpha_of_blocks(first, stop, key_first, key_stop, level, max(len(b.rows) for b in blocks)))
         return torch.stack(found).amax(0)
 
     def _alpha_of_blocks(self, first: Tensor, stop: Tensor, key_first: Tensor, key_stop: Tensor, level: Tensor, most: int) -> Tensor:
