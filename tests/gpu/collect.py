@@ -14,6 +14,7 @@ import json
 import re
 import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,25 +102,29 @@ def read_model(folder: Path, name: str) -> dict[str, Any]:
     }
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """What a step of ours wrote, as it is."""
+    return json.loads(file.read_text())
+
+
 def read_step(folder: Path, name: str) -> dict[str, Any]:
-    """A step's figures; empty for those that leave none."""
-    if name in ("cuda", "ort"):
-        return {"tests": read_junit(folder / f"{name}.xml")}
-    if name == "attention":
-        return {"benchmark": json.loads((folder / "attention.json").read_text())}
-    if name.startswith("validate-"):
-        return {"model": read_model(folder, name.removeprefix("validate-"))}
-    if name == "prefill":
-        return {"prefill": json.loads((folder / "prefill" / "prefill.json").read_text())}
-    if name == "kinds":
-        return {"kinds": json.loads((folder / "kinds" / "kinds.json").read_text())}
-    if name.startswith("bench-"):
-        return {"bench": read_bench(folder / name / "bench.json")}
-    readers = {"engines": ("engines", read_engines), "sanitizer": ("tools", read_sanitizer)}
-    if name in readers:
-        key, reader = readers[name]
-        return {key: reader(folder)}
-    return {}
+    """A step's figures, under their name in the record; empty for a step that leaves none."""
+    verb, _, rest = name.partition("-")
+    readers: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
+        "cuda": ("tests", lambda: read_junit(folder / "cuda.xml")),
+        "ort": ("tests", lambda: read_junit(folder / "ort.xml")),
+        "engines": ("engines", lambda: read_engines(folder)),
+        "sanitizer": ("tools", lambda: read_sanitizer(folder)),
+        "attention": ("benchmark", lambda: read_json(folder / "attention.json")),
+        "prefill": ("prefill", lambda: read_json(folder / "prefill" / "prefill.json")),
+        "kinds": ("kinds", lambda: read_json(folder / "kinds" / "kinds.json")),
+        "bench": ("bench", lambda: read_bench(folder / name / "bench.json")),  # bench-attention and so on
+        "validate": ("model", lambda: read_model(folder, rest)),  # validate-odd and so on
+    }
+    if verb not in readers:
+        return {}
+    key, read = readers[verb]
+    return {key: read()}
 
 
 def collect(folders: list[Path]) -> dict[str, Any]:
