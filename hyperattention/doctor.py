@@ -267,6 +267,3 @@ def exit_code(checks: list[Check]) -> int:
     """0 when all that the CPU path needs is there and nothing contradicts, else 3."""
     broken = any(c.status == MISMATCH or (c.required and c.status != OK) for c in checks)
     return EnvironmentFault.exit_code if broken else 0
-
-
-__all__ = ["Check", "collect", "exit_code", "render", "to_json"]

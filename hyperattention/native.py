@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Callable
 from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_size_t, c_void_p
 from pathlib import Path
 
@@ -19,6 +20,7 @@ OK, INVALID, UNSUPPORTED, FAILED = range(4)
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SIDES = {"queries": 0, "keys": 1}
 _ALIGNMENT = 256  # of the workspace, bytes
+Function = Callable[..., int]  # of the C interface; it returns a status
 
 
 class Library:
@@ -40,7 +42,9 @@ class Library:
         self._attend = self._bind(prefix + "attend")
         self._forward = self._bind(prefix + "forward")
 
-    def pool(self, q: Tensor, k: Tensor, v: Tensor, config: Config, side: str, rows: int, lengths: Tensor | None = None):
+    def pool(
+        self, q: Tensor, k: Tensor, v: Tensor, config: Config, side: str, rows: int, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Quantised pools of `rows` positions of "queries" or "keys": int8 [B,H,P,D] and float32 factors [B,H,P]."""
         call = _Call(self, q, k, v, config, lengths)
         g = call.geometry
@@ -82,14 +86,14 @@ class Library:
         """Bytes of scratch that the problem needs: a function of shapes, dtype and attributes only."""
         return _Call(self, q, k, v, config, None).workspace_size()
 
-    def check(self, function, *arguments: object) -> None:
+    def check(self, function: Function, *arguments: object) -> None:
         """Calls a C function and raises what its status means."""
         status = function(*arguments)
         if status != OK:
             text = self._library.ha_last_error().decode(errors="replace")
             raise (UsageError if status in (INVALID, UNSUPPORTED) else EnvironmentFault)(text)
 
-    def _bind(self, name: str, *arguments: type):
+    def _bind(self, name: str, *arguments: type) -> Function:
         try:
             function = getattr(self._library, name)
         except AttributeError as error:
@@ -152,7 +156,7 @@ class _Call:
     def output(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
-    def run(self, function, *arguments: object) -> None:
+    def run(self, function: Function, *arguments: object) -> None:
         size = self.workspace_size()
         scratch = torch.empty(size + _ALIGNMENT, dtype=torch.uint8, device=self.device)
         self.params.workspace = -(-scratch.data_ptr() // _ALIGNMENT) * _ALIGNMENT
@@ -160,7 +164,7 @@ class _Call:
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
             self.library.check(function, byref(self.params), *arguments)
 
-    def attention(self, function) -> tuple[Tensor, Tensor]:
+    def attention(self, function: Function) -> tuple[Tensor, Tensor]:
         o = self.output(self.o_shape, self.dtype)
         lse = self.output(self.o_shape[:3], torch.float32)
         self.params.out, self.params.lse = o.data_ptr(), lse.data_ptr()
