@@ -143,9 +143,6 @@ def export_model(
     from hyperattention.export.validation import Request
 
     reporter = Reporter(quiet, as_json)
-    entry.check_file("--text", text, "held-out plain text")
-    entry.check_file("--inputs", inputs, "an .npz file with one array for each input of the model")
-    entry.check_file("--timing-cache", timing_cache, "timing.cache of an earlier export with an engine")
     attributes, ranges = op_options.given(context.params), shape_options.named_ranges(dim or [], batch)
     source = open_source(
         model,
@@ -161,6 +158,9 @@ def export_model(
     search = automatic.request(
         layers, preset, budget or [], budget_regime, budget_cost, policy, text, calibration_length, fixed=attributes, further=searched
     )
+    entry.check_file("--text", text, "held-out plain text")
+    entry.check_file("--inputs", inputs, "an .npz file with one array for each input of the model")
+    entry.check_file("--timing-cache", timing_cache, "timing.cache of an earlier export with an engine")
     checks = Request(validate, text, inputs, lengths, device, tuple(gate or ()), further=trusted)
     options = pipeline.Options(out, checks, require_engine, resume, triton, timing_cache)
     plan_for = functools.partial(
