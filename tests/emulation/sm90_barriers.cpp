@@ -83,6 +83,7 @@ void barrier_arrive_copied(uint32_t barrier) {
   ++self().counted;
 }
 void barrier_wait(uint32_t address, int parity) {
+  fall_behind();  // a barrier that goes on by two phases meanwhile is waited for without end
   const PhaseBarrier& barrier = barrier_at(address);
   wait_until(parity ? "barrier, odd phase, at" : "barrier, even phase, at", address, [&] { return barrier.phase != parity; });
   fall_behind();
