@@ -14,7 +14,7 @@ from hyperattention.export.choices import check_device
 from hyperattention.export.console import Reporter
 from hyperattention.export.entry import numbers
 from hyperattention.export.gate_options import LANGUAGE, kind_of, parse_gates
-from hyperattention.export.held_out import check_length, check_text
+from hyperattention.export.held_out import default_lengths, read_text, seen_tokens
 from hyperattention.export.plan import ExportPlan
 from hyperattention.export.source import Source
 
@@ -47,10 +47,10 @@ class Request:
         for length in lengths:
             if not low <= length <= high:
                 raise UsageError(f"--lengths names {length}; the plan takes {low} to {high} (--min-seq, --max-seq)")
-        if self.wanted and self.text is not None and source.directory is not None:
-            check_text(self.text, plan.input_ids, source.directory)
-            if plan.input_ids == "bytes":
-                check_length(self.text.name, self.text.stat().st_size, max(lengths, default=0))
+        if self.wanted and self.text is not None:
+            longest = max(lengths or default_lengths(low, min(high, source.max_positions or high)))
+            read = read_text(self.text, plan.input_ids, Path(source.model), source.vocab_size, longest)
+            seen_tokens(read.name, read.sha256, len(read.ids), plan.policy, longest)
         check_device(self.device)
 
     def idle_options(self, searched: bool) -> list[str]:

@@ -48,6 +48,7 @@ from mistakes import (
     tool,
     tower,
     whole,
+    word_tokenizer,
     write,
 )
 
@@ -72,6 +73,12 @@ def _feed(name: str, code: int, words: str, *options: Argument) -> Bad:
 def _inputs(name: str, words: str, x: np.ndarray) -> Bad:
     """Such a row with --inputs."""
     return _feed(name, 2, words, "--inputs", arrays(x=x), "--lengths", str(x.shape[1] or 24))
+
+
+def _words(name: str, words: str, text: str) -> Bad:
+    """A row of export-model on a text whose words are its tokens."""
+    model = broken(word_tokenizer)
+    return export(name, 2, words, "--validate", "--lengths", "64", "--text", file("text", text.encode()), model=model)
 
 
 _MODELS = [
@@ -169,6 +176,9 @@ _CHECKS = [
     export("text-missing", 2, "there is no file", "--text", "/nowhere.txt"),
     export("text-empty", 2, "is empty; give held-out plain text", "--validate", "--text", file("text", b" \n"), *_BYTES),
     export("text-too-short", 2, "text has 5 tokens; the longest window needs 65", "--validate", "--text", file("text", b"words"), *_BYTES),
+    export("text-too-short-for-the-usual-lengths", 2, "longest window needs", "--validate", "--text", file("text", b"words"), *_BYTES[:2]),
+    _words("text-of-few-tokens", "text has 3 tokens; the longest window needs 65", "one two three" + " " * 99),
+    _words("text-of-another-vocabulary", "text gives token 9999, the model knows", "other " * 99),
     export("text-without-a-tokenizer", 2, "holds no tokenizer files", "--validate", "--text", file("text")),
     export("lengths-words", 2, "--lengths is 'abc'", "--lengths", "abc"),
     export("lengths-superscript", 2, "--lengths is '64²'", "--lengths", "64²"),

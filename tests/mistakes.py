@@ -18,6 +18,8 @@ import report_samples as samples
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from hyperattention.export.bundle import MANIFEST
 from hyperattention.library import ABI_VERSION, ORT_LIBRARY, TRT_LIBRARY, ort_library_path
@@ -199,6 +201,13 @@ def write(name: str, content: str | bytes) -> Callable[[Path], object]:
         (folder / name).write_bytes(data)
 
     return change
+
+
+def word_tokenizer(folder: Path) -> None:
+    """A tokenizer of words: "other" is past what any model here knows, all the others are 1."""
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 1, "other": 9999}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
 def cut(name: str) -> Callable[[Path], object]:

@@ -68,7 +68,7 @@ class Idle:
         return self.name
 
 
-_CHECKS = ("--text", __file__, "--lengths", "64", "--device", "cpu", "--gate", "kl=1", "--gate", "top1=0.5")
+_CHECKS = ("--text", "text.txt", "--lengths", "64", "--device", "cpu", "--gate", "kl=1", "--gate", "top1=0.5")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ _CHECKS = ("--text", __file__, "--lengths", "64", "--device", "cpu", "--gate", "
     [
         Idle("no-validation", ("--no-validate", *_CHECKS), ("--text", "--lengths", "--device", "--gate"), "--no-validate measures nothing"),
         Idle("no-validation-of-defaults", ("--no-validate",), (), ""),
-        Idle("validation", _CHECKS, (), ""),
+        Idle("validation", ("--input-ids", "bytes", *_CHECKS), (), ""),
         Idle("preset-exact", ("--preset", "exact", "--sinks", "7", "--num-blocks", "2"), ("--num-blocks", "--sinks"), "approximates"),
         Idle("blocks", ("--num-projections", "3", "--pool-size", "8"), ("--num-projections",), "the selector blocks does not read it"),
         Idle("paper", ("--preset", "paper", "--num-projections", "3", "--pool-size", "8"), ("--pool-size",), "selector sortlsh does not"),
@@ -84,7 +84,9 @@ _CHECKS = ("--text", __file__, "--lengths", "64", "--device", "cpu", "--gate", "
     ],
     ids=str,
 )
-def test_an_option_without_effect_is_said(case: Idle, model: Path, tmp_path: Path, export: Runner) -> None:
+def test_an_option_without_effect_is_said(case: Idle, model: Path, tmp_path: Path, export: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_bytes(b"!" * 65)
     result = export(model, tmp_path / "out", "--dry-run", "--json", *case.options)
     assert result.code == 0, result.err
     found = [warning for warning in json.loads(result.out)["warnings"] if "has no effect" in warning]

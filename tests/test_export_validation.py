@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 
 from hyperattention.errors import BuildFailed, EnvironmentFault, ExportFailed, UsageError
 from hyperattention.export import validation
 from hyperattention.export.console import Reporter
+from hyperattention.export.held_out import read_text
+from hyperattention.export.load import inspect_source
+from hyperattention.export.plan import make_plan
 
 TABLE = "model.engine cannot run here:\n  TensorRT  built with 10.6  found 11.0\n  what to do: build it again"
 VERDICT = {"verdict": {"headline": "The verdict."}, "gates": [{"name": "kl"}]}
@@ -92,3 +96,28 @@ def test_a_verdict_without_a_report_is_a_crash(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(validation, "VALIDATE", (sys.executable, "-S", "-c", f"print({json.dumps(VERDICT)!r})"))
     with pytest.raises(RuntimeError, match="the validation crashed"):
         validation.validate("model", tmp_path, (), Steps())
+
+
+def test_what_a_policy_was_not_chosen_on_has_to_hold_a_window(tmp_path: Path) -> None:
+    source, text = inspect_source(tiny.save(tmp_path / "model")), tmp_path / "text.txt"
+    text.write_bytes(bytes(n % source.vocab_size for n in range(999)))
+    plan = make_plan(source, layers="odd", seq=(1, 512, 512), input_ids="bytes")
+    sha256 = read_text(text, "bytes", tmp_path, source.vocab_size, 998).sha256
+    for seen, longest in ((734, 264), (600, 398)):
+        chosen, other = (replace(plan, policy={"calibration": {"sha256": told, "to": seen}}) for told in (sha256, "0" * 64))
+        validation.Request(text=text, lengths=f"64,{longest}").check(source, chosen)
+        more = validation.Request(text=text, lengths=f"64,{longest + 1}")
+        with pytest.raises(UsageError, match=f"first {seen} tokens, and the {999 - seen} behind them hold no window of {longest + 1}"):
+            more.check(source, chosen)
+        more.check(source, other)
+        replace(more, wanted=False).check(source, chosen)
+
+
+def test_without_lengths_the_text_has_to_hold_the_usual_one(tmp_path: Path) -> None:
+    source, text = inspect_source(tiny.save(tmp_path / "model")), tmp_path / "text.txt"
+    plan = make_plan(source, seq=(1, 1024, 1024), input_ids="bytes")  # the model itself holds 512
+    text.write_bytes(b"!" * 513)
+    validation.Request(text=text).check(source, plan)
+    text.write_bytes(b"!" * 512)
+    with pytest.raises(UsageError, match="text.txt has 512 tokens; the longest window needs 513"):
+        validation.Request(text=text).check(source, plan)

@@ -12,11 +12,11 @@ import validation_bench as vb
 from torch import Tensor
 
 from hyperattention.errors import UsageError
+from hyperattention.export.held_out import default_lengths
 from hyperattention.export.plan import ExportPlan
 from hyperattention.export.source import Input
 from hyperattention.validate.arrays import load_arrays
 from hyperattention.validate.feeds import ArrayMaterial, RandomMaterial, TextMaterial, without_padding
-from hyperattention.validate.material import default_lengths
 from hyperattention.validate.runner_trt import TensorRTRunner
 from hyperattention.validate.runners import ModelRunner, OrtRunner, TorchRunner
 from hyperattention.validate.signature import check_feed, length_dimension, length_range

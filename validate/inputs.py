@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hyperattention.errors import UsageError, one_line
-from hyperattention.export.held_out import check_length, check_text
+from hyperattention.errors import UsageError
+from hyperattention.export.held_out import read_text
 
 NEEDLE_DIGITS = 8
 DEPTHS = (0.1, 0.35, 0.6, 0.85)
@@ -73,40 +73,18 @@ def load_corpus(text: Path | None, input_ids: str, model: Path, vocabulary: int,
     `needed` is the longest window. Raises UsageError for a text that is missing, too short or cannot be made into tokens.
     """
     if text is not None:
-        check_text(text, input_ids, model)
-    data = text.read_bytes() if text is not None else b""
-    digest = hashlib.sha256(data).hexdigest()
+        found = read_text(text, input_ids, model, vocabulary, needed)
+        ids = torch.frombuffer(bytearray(found.ids), dtype=torch.uint8).long() if isinstance(found.ids, bytes) else torch.tensor(found.ids)
+        return Corpus(ids, found.name, "text", "bytes" if input_ids == "bytes" else "tokenizer", found.sha256)
     if input_ids == "bytes":
-        if text is None:
-            raise UsageError("a model that reads bytes is validated on text; give a plain text file with --text")
-        ids = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
-        corpus = Corpus(ids, text.name, "text", "bytes", digest)
-    elif text is not None:
-        corpus = Corpus(_tokenize(data, model), text.name, "text", "tokenizer", digest)
-    else:
-        generator = torch.Generator().manual_seed(seed)
-        ids = torch.randint(0, vocabulary, (max(4 * needed, 4096) + 1,), generator=generator)
-        note = (
-            "Random tokens, because no text was given (--text FILE). They are the easiest input for any approximation: "
-            "judge on text before deploying."
-        )
-        return Corpus(ids, "random tokens", "random", "random", hashlib.sha256(ids.numpy().tobytes()).hexdigest(), note)
-    ids = corpus.ids
-    check_length(corpus.name, len(ids), needed)
-    if int(ids.max()) >= vocabulary:
-        raise UsageError(f"{corpus.name} gives token {int(ids.max())}, the model knows {vocabulary}; does --input-ids fit the model?")
-    return corpus
-
-
-def _tokenize(data: bytes, model: Path) -> Tensor:
-    """Token ids int64 [N] of a text by the tokenizer in `model`. Raises UsageError where it cannot be loaded."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    except Exception as error:  # each tokenizer family raises classes of its own for broken or missing files
-        raise UsageError(f"the tokenizer of {model.name} cannot be loaded ({one_line(error)}); copy its files again") from error
-    return torch.tensor(tokenizer(data.decode("utf-8", errors="replace"))["input_ids"], dtype=torch.int64)
+        raise UsageError("a model that reads bytes is validated on text; give a plain text file with --text")
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocabulary, (max(4 * needed, 4096) + 1,), generator=generator)
+    note = (
+        "Random tokens, because no text was given (--text FILE). They are the easiest input for any approximation: "
+        "judge on text before deploying."
+    )
+    return Corpus(ids, "random tokens", "random", "random", hashlib.sha256(ids.numpy().tobytes()).hexdigest(), note)
 
 
 def windows(corpus: Corpus, length: int, count: int) -> list[Window]:

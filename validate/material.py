@@ -8,6 +8,7 @@ from pathlib import Path
 from hyperattention.errors import UsageError
 from hyperattention.export.function import FunctionSource
 from hyperattention.export.gate_options import LANGUAGE, kind_of
+from hyperattention.export.held_out import default_lengths
 from hyperattention.export.plan import ExportPlan
 from hyperattention.export.source import Source
 from hyperattention.export.validation import check_material, reads_text
@@ -16,8 +17,6 @@ from hyperattention.validate.feeds import Material, RandomMaterial, TextMaterial
 from hyperattention.validate.inputs import load_corpus
 from hyperattention.validate.policy.calibration import unseen_part
 from hyperattention.validate.signature import length_range
-
-LENGTHS = (8192, 16384, 32768)
 
 
 def choose_material(
@@ -54,9 +53,3 @@ def check_lengths(plan: ExportPlan, lengths: Sequence[int]) -> tuple[int, ...]:
             allowed = f"{low} alone" if low == high else f"{low} to {high} (--min-seq, --max-seq of the export)"
             raise UsageError(f"length {length} was not exported; the folder takes {allowed}")
     return tuple(lengths)
-
-
-def default_lengths(low: int, top: int, several: bool = True) -> tuple[int, ...]:
-    """The usual lengths within the range; else its end, with `several` also a quarter and a half of it."""
-    found = tuple(n for n in LENGTHS if low <= n <= top)
-    return found or tuple(sorted({max(low, top // part) for part in ((4, 2, 1) if several else (1,))}))

@@ -16,6 +16,7 @@ from hyperattention.errors import UsageError
 from hyperattention.export.bundle import REPORT, Bundle
 from hyperattention.export.choices import DEVICES, choice
 from hyperattention.export.gate_options import LANGUAGE, Limits, kind_of
+from hyperattention.export.held_out import LENGTHS
 from hyperattention.export.patch import Patched
 from hyperattention.export.plan import ExportPlan
 from hyperattention.export.source import Source, Trust, reopen
@@ -24,7 +25,7 @@ from hyperattention.validate.approximation import every_position
 from hyperattention.validate.backends import BACKENDS, check_engines, choose, make_runners, prove, prove_first
 from hyperattention.validate.describe import plan_notes, plan_summary, result_notes
 from hyperattention.validate.feeds import Material
-from hyperattention.validate.material import LENGTHS, check_lengths, choose_material
+from hyperattention.validate.material import check_lengths, choose_material
 from hyperattention.validate.measure import EXTRA_SEEDS, Extent, measure
 from hyperattention.validate.needle import choose_grid
 from hyperattention.validate.operators import native_library, native_operator, reference_operator

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from hyperattention.errors import UsageError
+from hyperattention.export.held_out import seen_tokens
 from hyperattention.validate.inputs import Corpus
 
 SHARE = 4  # one token in so many is for calibration, more where its windows need more, at most half
@@ -34,17 +35,11 @@ def unseen_part(corpus: Corpus, policy: Mapping[str, Any] | None, needed: int) -
 
     Raises UsageError where fewer than `needed` + 1 tokens are left, the longest window.
     """
-    seen = (policy or {}).get("calibration", {})
-    if seen.get("sha256") != corpus.sha256:
+    seen = seen_tokens(corpus.name, corpus.sha256, len(corpus.ids), policy, needed)
+    if not seen:
         return corpus
-    left = corpus.ids[seen["to"] :]
-    if len(left) < needed + 1:
-        raise UsageError(
-            f"{corpus.name}: the policy was chosen on its first {seen['to']:,} tokens, and the {len(left):,} behind them hold no window of "
-            f"{needed:,}; give another text or shorter --lengths"
-        )
     note = (
-        f"The policy was chosen on the first {seen['to']:,} tokens of {corpus.name}; every window measured here lies behind them, and its "
+        f"The policy was chosen on the first {seen:,} tokens of {corpus.name}; every window measured here lies behind them, and its "
         f"start is counted from there."
     )
-    return replace(corpus, ids=left, note=" ".join(filter(None, (corpus.note, note))))
+    return replace(corpus, ids=corpus.ids[seen:], note=" ".join(filter(None, (corpus.note, note))))
