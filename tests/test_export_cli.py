@@ -226,12 +226,10 @@ def test_validation_options_are_passed_on(model: Path, tmp_path: Path, export: R
     seen: list[pipeline.Options] = []
     monkeypatch.setattr(pipeline, "run", lambda source, plan, options, reporter: seen.append(options) or {})
     text = tmp_path / "text"
-    text.write_text("text")
-    gates = ("--gate", "delta-nats=0.5", "--gate", "kl=0.25")
-    assert export(model, tmp_path / "out", "--text", text, "--lengths", "64,128", "--device", "cpu", *gates).code == 0
-    passed = seen[0].validation.arguments()
-    given = ["--text", str(text), "--lengths", "64,128", "--device", "cpu"]
-    assert list(passed) == [*given, *gates]
+    text.write_bytes(b"!" * 129)
+    given = ("--text", str(text), "--lengths", "64,128", "--device", "cpu", "--gate", "delta-nats=0.5", "--gate", "kl=0.25")
+    assert export(model, tmp_path / "out", "--input-ids", "bytes", *given).code == 0
+    assert seen[0].validation.arguments() == given
 
 
 @pytest.mark.ort

@@ -227,7 +227,7 @@ def test_a_budget_out_of_reach_ends_the_export_with_its_words(place: Path, expor
             "leave --sinks and --strict-causal out",
         ),
         Refused("no-file", ("--layers", "auto", "--policy", "nowhere.json"), "nowhere.json cannot be read"),
-        Refused("wrong-budget", ("--layers", "auto", "--text", "t", "--budget", "kl"), "takes NAME=VALUE"),
+        Refused("wrong-budget", ("--layers", "auto", "--text", __file__, "--budget", "kl"), "takes NAME=VALUE"),
     ],
     ids=str,
 )

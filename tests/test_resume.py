@@ -34,7 +34,7 @@ def model(saved: Path, tmp_path: Path) -> Path:
     copy.mkdir()
     for file in saved.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "text").write_text("held out")
+    (tmp_path / "text").write_bytes(b"!" * 513)  # the longest window, and the byte behind it
     return copy
 
 
@@ -48,7 +48,8 @@ def export(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: 
     def run(*options: object, code: int = 0) -> dict[str, Any]:
         found = 0
         try:
-            main([str(a) for a in (model, tmp_path / "out", "--text", tmp_path / "text", "--json", *options)])
+            read = ("--text", tmp_path / "text", "--input-ids", "bytes")
+            main([str(a) for a in (model, tmp_path / "out", *read, "--json", *options)])
         except SystemExit as status:
             found = int(status.code or 0)
         out, err = capfd.readouterr()
