@@ -74,6 +74,7 @@ def export_model(
     dim: Annotated[
         Optional[list[str]], typer.Option(metavar="NAME=MIN,OPT,MAX", help="Range of a dimension that FUNCTION names.", **_SHAPES)
     ] = None,
+    # The attributes of the op: op_options.given takes them from the context.
     selector: op_options.Selector = None,
     block_size: op_options.BlockSize = None,
     num_blocks: op_options.NumBlocks = None,

@@ -18,7 +18,6 @@ from hyperattention.selection import Geometry
 
 OK, INVALID, UNSUPPORTED, FAILED = range(4)
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-SIDES = {"queries": 0, "keys": 1}
 _ALIGNMENT = 256  # of the workspace, bytes
 Function = Callable[..., int]  # of the C interface; it returns a status
 
@@ -36,23 +35,11 @@ class Library:
         self._library.ha_last_error.restype = c_char_p
         self._plan_dims = self._bind("ha_plan_dims", POINTER(c_int64))
         self._workspace_size = self._bind(prefix + "workspace_size", POINTER(c_size_t))
-        self._pool = self._bind(prefix + "pool", c_int32, c_int32, c_void_p, c_void_p)
+        self._pool = self._bind(prefix + "pool", c_int32, c_int32, c_void_p, c_void_p)  # a stage that tests alone look at
         self._select = self._bind(prefix + "select", c_void_p)
         self._samples = self._bind(prefix + "samples", c_void_p, c_void_p)
         self._attend = self._bind(prefix + "attend")
         self._forward = self._bind(prefix + "forward")
-
-    def pool(
-        self, q: Tensor, k: Tensor, v: Tensor, config: Config, side: str, rows: int, lengths: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Quantised pools of `rows` positions of "queries" or "keys": int8 [B,H,P,D] and float32 factors [B,H,P]."""
-        call = _Call(self, q, k, v, config, lengths)
-        g = call.geometry
-        heads, pools = (g.heads_q, len(g.query_pools(rows))) if side == "queries" else (g.heads_kv, -(-g.seq_k // rows))
-        values = call.output((g.batch, heads, pools, g.head_dim), torch.int8)
-        scales = call.output((g.batch, heads, pools), torch.float32)
-        call.run(self._pool, SIDES[side], rows, values.data_ptr(), scales.data_ptr())
-        return values, scales
 
     def select(self, q: Tensor, k: Tensor, v: Tensor, config: Config, lengths: Tensor | None = None) -> Tensor:
         """What the selector chose, int32: a Plan's `selection`."""

@@ -77,6 +77,7 @@ def command(
     ] = None,
     causal: Annotated[Optional[bool], typer.Option("--causal/--full", help="Causal mask or none. (default: causal)", **_ALONE)] = None,
     rivals: Annotated[Optional[str], typer.Option(help="all, none, or names with commas. (default: all)", **_ALONE)] = None,
+    # The attributes of the op: op_options.given takes them from the context.
     selector: op_options.Selector = None,
     block_size: op_options.BlockSize = None,
     num_blocks: op_options.NumBlocks = None,
