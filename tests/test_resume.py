@@ -89,7 +89,6 @@ def _reseed(scratch: Path) -> None:
     weights.write_bytes(data)
 
 
-NO_ONNX, NO_SIDE = tuple(ALL[1:]), ("ONNX", "engine")
 CHANGES = [
     Change("nothing", tuple(ALL)),
     Change("same-layers-in-other-words", tuple(ALL[:3]), "validation: made anew, the plan changed since", ("--layers", "1")),
