@@ -14,6 +14,7 @@ from hyperattention.export.switched import Captured
 from hyperattention.reference import attention
 from hyperattention.validate.configs import configs
 from hyperattention.validate.describe import plan_notes, plan_summary
+from hyperattention.validate.distributions import approximates
 from hyperattention.validate.look_ahead import VARIANTS, Place, moved, name_of, places, variants
 from hyperattention.validate.look_ahead_runs import judged_layer, model_rows, op_rows
 from hyperattention.validate.operators import Operator, reference_operator
@@ -67,19 +68,48 @@ def test_moved_counts_what_differs_before_the_place() -> None:
     row = moved(before, after, Place(7, "here"))
     assert (row["row"], row["place"], row["moved"], row["farthest"]) == (7, "here", 2, 5)
     assert row["largest_change"] == pytest.approx(0.5) and [entry["row"] for entry in row["rows"]] == [2, 5]
-    assert row["rows"][1]["change"] == pytest.approx(2**-24)
+    assert row["rows"][1]["change"] == pytest.approx(2**-24) and row["runs"] == [[2, 2], [5, 5]]
     assert moved(before, before, Place(9, "here")) == {
-        "row": 9, "place": "here", "moved": 0, "farthest": 0, "largest_change": 0.0, "rows": []
+        "row": 9, "place": "here", "moved": 0, "farthest": 0, "largest_change": 0.0, "rows": [], "runs": []
     }  # fmt: skip
+
+
+def test_moved_names_runs_of_neighbours_and_the_rows_that_moved_most() -> None:
+    before = torch.ones(1, 1, 70, 4)
+    after = before.clone()
+    odd, whole = list(range(1, 20, 2)), list(range(40, 65))
+    after[..., [*odd, *whole], :] += torch.arange(1, 36)[:, None] / 100
+    row = moved(before, after, Place(65, "here"))
+    assert (row["moved"], row["farthest"], row["runs"]) == (35, 64, [[n, n] for n in odd[:8]])
+    assert [entry["row"] for entry in row["rows"]] == whole[:-9:-1]
+    near = moved(before[..., 30:, :], after[..., 30:, :], Place(35, "here"))
+    assert near["runs"] == [[10, 34]]
 
 
 def test_variants_keep_what_is_the_layers_own() -> None:
     for config in (CONFIG, replace(CONFIG, strict_causal=1), SORTED):
-        made = variants(replace(config, scale=0.25, seed=9))
+        made = variants(replace(config, scale=0.25, seed=9), LENGTH)
         assert tuple(made) == VARIANTS and made[name_of(config)] == replace(config, scale=0.25, seed=9)
         assert [name_of(c) for c in list(made.values())[1:]] == list(VARIANTS[1:])
         assert {(c.scale, c.seed, c.causal) for c in made.values()} == {(0.25, 9, 1)}
-    assert replace(variants(SORTED)["blocks"], exact_below=4096) == PRESETS["blocks"]
+    assert replace(variants(SORTED, 32768)["blocks"], exact_below=4096) == PRESETS["blocks"]
+    assert replace(variants(CONFIG, 32768)["sortlsh"], exact_below=4096) == PRESETS["paper"]
+
+
+@pytest.mark.parametrize("length", [257, 331, 512, 513, 1000, 2048, 2049, 4096, 4097, 8192], ids=str)
+@pytest.mark.parametrize("other", ["sortlsh", "blocks"])
+def test_the_other_selector_has_keys_to_choose_on_short_sequences(other: str, length: int) -> None:
+    """The largest tiles of the preset, halved together, that leave keys behind local ones and sinks."""
+    own, preset = (CONFIG, PRESETS["paper"]) if other == "sortlsh" else (SORTED, PRESETS["blocks"])
+    made = variants(own, length)[other]
+    sizes = ("local_size", "block_size", "sample_size")
+    (factor,) = {getattr(preset, name) // getattr(made, name) for name in sizes}
+    if other == "blocks" and length < 513:  # two local blocks of 256 and a row: query blocks of 16 are the smallest
+        assert factor == 1 and not approximates(made, length)
+        return
+    assert replace(made, exact_below=4096, **{name: getattr(preset, name) for name in sizes}) == preset
+    assert approximates(made, length)
+    assert factor == 1 or not approximates(replace(made, **{name: 2 * getattr(made, name) for name in sizes}), length)
 
 
 # --- one layer -------------------------------------------------------------------------------------------------------
@@ -93,7 +123,9 @@ def test_each_selector_looks_as_far_ahead_as_its_rule_says() -> None:
     assert blocks["blocks, strict"]["approximates"] and blocks["blocks"]["approximates"] and sorts["sortlsh"]["approximates"]
     assert 0 < blocks["blocks"]["farthest"] < CONFIG.block_size
     assert CONFIG.block_size < sorts["sortlsh"]["farthest"] < 4 * SORTED.local_size  # of the tree's largest node
-    for row in (blocks["blocks"], sorts["sortlsh"]):
+    assert blocks["sortlsh"]["attributes"] == variants(CONFIG, LENGTH)["sortlsh"].attributes()
+    assert blocks["sortlsh"]["approximates"] and blocks["sortlsh"]["farthest"] > CONFIG.block_size
+    for row in (blocks["blocks"], sorts["sortlsh"], blocks["sortlsh"]):
         assert row["largest_change"] == max(place["largest_change"] for place in row["places"]) > 1e-3
         assert any(place["moved"] for place in row["places"])
 

@@ -251,3 +251,47 @@ def test_the_tables_by_position_have_both_regimes() -> None:
         for row, bucket in zip(table[1:], last[regime], strict=True):
             for cell, key in zip(row, ("from", "to", "delta_nats", "kl", "top1"), strict=True):
                 assert numbers(cell) == pytest.approx([bucket[key]], rel=0.01), key
+
+
+# --- look-ahead --------------------------------------------------------------------------------------------------------
+
+
+def moved_report() -> dict:
+    """A report whose look-ahead test names the rows that moved."""
+    report = samples.report()
+    for rows in (report["look_ahead"]["op"], report["look_ahead"]["model"]):
+        for row in rows:
+            row["attributes"] = {"local_size": 2048, "block_size": 128}
+        rows[1]["places"] += [
+            {**rows[1]["places"][0], "row": 4095, "moved": 0, "farthest": 0, "largest_change": 0.0, "rows": [], "runs": []}
+        ]
+        rows[1]["places"][0] |= {"moved": 61, "runs": [[8130, 8189], [8190, 8190]]}
+        rows[1]["places"][0]["rows"] = [{"row": 8190 - n, "change": 0.31 - n / 100} for n in range(8)]
+        rows[3]["places"][0] |= {"moved": 900, "runs": [[4098, 4100]]}
+    return report
+
+
+def test_the_rows_that_moved_are_told_for_every_place() -> None:
+    report = moved_report()
+    found = page(report)
+    told = [table for table in found.tables if table[0][-2:] == ["Which", "Most (change)"]]
+    assert [table[0][1] for table in told] == ["Row changed", "Token changed"]
+    for table, key in zip(told, ("op", "model"), strict=True):
+        every = [(row["selector"], place) for row in report["look_ahead"][key] if row["farthest"] for place in row["places"]]
+        assert len(table) == 1 + len(every) == 4
+        for cells, (selector, place) in zip(table[1:], every, strict=True):
+            assert (cells[0], cells[2]) == (selector, place["place"])
+            values = [place[name] for name in ("row", "moved", "farthest", "largest_change")]
+            assert numbers(" ".join([cells[1], *cells[3:6]])) == pytest.approx(values, rel=0.06)
+        assert [cells[6] for cells in table[1:]] == ["8,130 to 8,189, 8,190", "–", "4,098 to 4,100, …"]
+        assert table[2][7] == "–" and numbers(table[1][7]) == pytest.approx([8190, 0.31, 8189, 0.3, 8188, 0.29, 8187, 0.28])
+    assert found.text.count("None, at any place: exact; blocks, strict.") == 2
+    text = render(report, "report.md.jinja")
+    assert text.count("| 8,130 to 8,189, 8,190 |") == text.count("| 4,098 to 4,100, … |") == 2
+    for said in (text, found.text):
+        assert "local 2,048, query blocks of 128" in said
+
+
+def test_a_report_without_runs_of_rows_has_a_dash() -> None:
+    (_, first, _) = next(table for table in page(samples.report()).tables if "Row changed" in table[0])
+    assert first[6] == "–" and numbers(first[7]) == [8130, 0.31]

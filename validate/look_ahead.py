@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hyperattention.config import PRESETS, Config
+from hyperattention.config import PRESETS, RANGES, Config
 from hyperattention.validate.distributions import approximates
 
 _CHUNK = 1024  # rows converted to float64 at once
-LISTED = 4  # earlier rows that a place names, those that moved most
+LISTED = 8  # earlier rows that a place names, those that moved most, and runs of neighbouring rows
 EXACT, BLOCKS, STRICT, SORTLSH = "exact", "blocks", "blocks, strict", "sortlsh"
 BLOCK_END = "end of a query block and of a local block"  # the place from which most earlier rows can move
 VARIANTS = (EXACT, BLOCKS, STRICT, SORTLSH)
@@ -32,13 +32,25 @@ class Place:
     name: str
 
 
-def variants(config: Config) -> dict[str, Config]:
-    """One causal layer's config under each of VARIANTS. Its own selector keeps its attributes, the other one has its preset's."""
+def variants(config: Config, length: int) -> dict[str, Config]:
+    """One causal layer's config under each of VARIANTS, for `length` keys. Its own selector keeps its attributes; the other one has its
+    preset's, with smaller tiles where these would leave nothing to choose (`_fitted`)."""
     shared = {name: getattr(config, name) for name in ("scale", "seed", "exact_below")}
-    own = {config.selector: config}
-    blocks = replace(own.get("blocks", replace(PRESETS["blocks"], **shared)), strict_causal=0)
-    found = {BLOCKS: blocks, STRICT: replace(blocks, strict_causal=1), SORTLSH: own.get("sortlsh", replace(PRESETS["paper"], **shared))}
-    return {EXACT: config.exact(), **found}
+    chosen = {name: _fitted(replace(PRESETS[preset], **shared), length) for name, preset in (("blocks", "blocks"), ("sortlsh", "paper"))}
+    chosen[config.selector] = config
+    blocks = replace(chosen["blocks"], strict_causal=0)
+    return {EXACT: config.exact(), BLOCKS: blocks, STRICT: replace(blocks, strict_causal=1), SORTLSH: chosen["sortlsh"]}
+
+
+def _fitted(config: Config, length: int) -> Config:
+    """The config with local blocks, query blocks and samples halved together until it has keys to choose among `length`; as it is where
+    the smallest query blocks leave none either."""
+    found = config
+    while not approximates(found, length):
+        if found.block_size // 2 < RANGES["block_size"][0]:
+            return config
+        found = replace(found, **{name: getattr(found, name) // 2 for name in ("local_size", "block_size", "sample_size")})
+    return found
 
 
 def name_of(config: Config) -> str:
@@ -66,7 +78,8 @@ def places(config: Config, length: int) -> list[Place]:
 
 def moved(before: Tensor, after: Tensor, place: Place) -> dict:
     """The rows of [..., S, D] before `place` that are not the same number for number, and by how much: |after - before| / |before|, the
-    largest over the leading axes. `farthest`: rows from the earliest of them to the place; `rows` has those that moved most."""
+    largest over the leading axes. `farthest`: rows from the earliest of them to the place; `rows` has those that moved most, `runs` the
+    first and last row of neighbours that moved, the earliest runs first; at most LISTED of either."""
     parts = zip(*(x[..., : place.row, :].split(_CHUNK, -2) for x in (before, after)), strict=True)
     change = torch.cat([_change(a, b) for a, b in parts])
     rows = change.nonzero().flatten()
@@ -78,7 +91,14 @@ def moved(before: Tensor, after: Tensor, place: Place) -> dict:
         "farthest": place.row - int(rows[0]) if len(rows) else 0,
         "largest_change": float(change.max()) if place.row else 0.0,
         "rows": [{"row": row, "change": float(change[row])} for row in most],
+        "runs": _runs(rows)[:LISTED],
     }
+
+
+def _runs(rows: Tensor) -> list[list[int]]:
+    """First and last of each run of neighbours among ascending rows int64 [N]."""
+    ends = (rows.diff() > 1).nonzero().flatten() + 1
+    return [[int(run[0]), int(run[-1])] for run in rows.tensor_split(ends) if len(run)]
 
 
 def _change(before: Tensor, after: Tensor) -> Tensor:
@@ -94,6 +114,7 @@ def summary(name: str, config: Config, length: int, output: Outputs, where: Sequ
     found = [moved(before, output(place.row), place) for place in where]
     return {
         "selector": name,
+        "attributes": config.attributes(),
         "approximates": name != EXACT and not config.is_exact(length, length) and approximates(config, length),
         "farthest": max(place["farthest"] for place in found),
         "largest_change": max(place["largest_change"] for place in found),

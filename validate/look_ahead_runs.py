@@ -68,7 +68,7 @@ def _another(x: Tensor, row: int) -> Tensor:
 def op_rows(operator: Operator, c: Captured, step: Callable[[str], None]) -> list[dict]:
     """The operator alone on one layer's Q, K, V: a row of `summary` for each variant."""
     n, rows = c.k.shape[2], []
-    for name, config in variants(c.config).items():
+    for name, config in variants(c.config, n).items():
         step(f"{n:,} tokens, look-ahead of layer {c.layer}: {name}")
 
         def output(row: int | None, config: Config = config) -> Tensor:
@@ -84,7 +84,7 @@ def variant_operator(operator: Operator, name: str) -> Operator:
 
     def run(q: Tensor, k: Tensor, v: Tensor, config: Config, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         exact = not config.causal or config.is_exact(q.shape[2], k.shape[2])
-        return operator(q, k, v, config if exact else variants(config)[name], lengths)
+        return operator(q, k, v, config if exact else variants(config, k.shape[2])[name], lengths)
 
     return Operator(f"{name}, {operator.name}", run)
 
@@ -99,7 +99,7 @@ def model_rows(
     n = ids.shape[1]
     where = sorted(places(config, n), key=lambda place: place.name != BLOCK_END)[:count]
     rows = []
-    for name, variant in variants(config).items():
+    for name, variant in variants(config, n).items():
         step(f"{n:,} tokens, look-ahead of the model: {name}")
 
         def output(row: int | None, name: str = name) -> Tensor:

@@ -87,6 +87,20 @@ def layer_list(numbers: list[int]) -> str:
     return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs) or "none"
 
 
+def row_runs(place: dict) -> str:
+    """The rows that one change of the look-ahead test moved, as runs of neighbours; an ellipsis where these are not all."""
+    runs = place.get("runs")
+    if not runs:
+        return NOTHING
+    told = [f"{first:,}" if first == last else f"{first:,} to {last:,}" for first, last in runs]
+    return ", ".join([*told, "…"] if sum(last - first + 1 for first, last in runs) < place["moved"] else told)
+
+
+def most_moved(place: dict, most: int = 4) -> str:
+    """Of one change of the look-ahead test the rows that moved most, each with its relative change."""
+    return ", ".join(f"{row['row']:,} ({number(row['change'], 2)})" for row in place["rows"][:most]) or NOTHING
+
+
 FILTERS = {
     "pm": plus_minus,
     "small": small,
@@ -98,6 +112,8 @@ FILTERS = {
     "seconds": seconds,
     "count": count,
     "layers": layer_list,
+    "row_runs": row_runs,
+    "most_moved": most_moved,
     "signed": lambda value: f"{value:+.4f}",
     "clamp": lambda value: f"{min(100.0, max(0.0, value)):.1f}",
     "thousands": lambda n: f"{n:,}",
