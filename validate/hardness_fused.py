@@ -6,6 +6,8 @@ without being stored. Nothing waits for the GPU but the copy of the result.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from hyperattention.validate.hardness_rows import TOP, RowNumbers
 from hyperattention.validate.hardness_sets import ExactSets, RowTile, row_nodes
 
 kernels: Any = hardness_kernels  # their annotations say what a kernel sees, not what starts it
-LOGITS = 2**27  # of the sampled rows that are held at once
+LOGITS = 2**28  # of the sampled rows that are held at once
 SPLITS = 16  # of the rows of chosen columns
 
 
@@ -40,22 +42,28 @@ class FusedHardness:
         self.block_sums = torch.zeros(self.g.heads_q, self.levels, self.length, device=self.device)
 
     def _describe_rows(self) -> None:
-        """What the sampled rows are, int32 on the device: once for all heads."""
+        """What the sampled rows are, int32 on the device: found on the processor and copied once, for all heads."""
         g, config, sets = self.g, self.g.config, self.sets
-        tile = self.tile = RowTile.of(g, self.rows, self.length, self.device)
-        self.position, self.far = tile.position.int(), sets.far(tile).int()
-        self.last = self.position if config.causal else torch.full_like(self.far, self.length - 1)
-        blocks = row_nodes(block_tree(g), tile, self.length)
+        tile = RowTile.of(g, self.rows, self.length, torch.device("cpu"))
+        blocks, far = row_nodes(block_tree(g), tile, self.length), sets.far(tile)
         self.levels = len(blocks.number) if config.causal else 0
-        self.block_first, self.block_keys = (x[: self.levels].int().T.contiguous() for x in (blocks.key, blocks.keys))
         self.local = config.local_size if config.causal else self.length
-        self.own_first = (tile.block * self.local).int()
-        bound = torch.arange(-(-tile.stop // self.local) + 1, device=self.device) * (self.local if config.causal else g.seq_q + 1)
-        self.edge = torch.searchsorted(tile.position, bound).int()
-        none = self.far[:, None][:, :0]
-        self.draw_first, self.draw_count = (x.int().contiguous() for x in sets.draws(tile)) if config.sample_size else (none, none)
-        self.order, self.order_first = sets.sorted_keys(tile)
+        last = tile.position if config.causal else torch.full_like(far, self.length - 1)
+        edge = [bisect_left(self.rows, n * self.local - g.first) for n in range(-(-tile.stop // self.local))] if config.causal else [0]
+        draws = sets.draws(tile) if config.sample_size else (far[:, None][:, :0],) * 2
+        own = [tile.at, tile.position, tile.block, far, last, tile.block * self.local, torch.tensor([*edge, len(self.rows)])]
+        tables = self._copied([*own, blocks.key[: self.levels].T, blocks.keys[: self.levels].T, *draws])
+        at, self.position, block, self.far, self.last, self.own_first, self.edge, *rest = tables
+        self.block_first, self.block_keys, self.draw_first, self.draw_count = rest
+        self.tile = replace(tile, at=at.long(), position=self.position.long(), block=block.long())
+        self.order, self.order_first = sets.sorted_keys(self.tile)
         self.width = min(512, max(16, triton.next_power_of_2(-(-self.length // max(1, min(config.sample_size, self.length))))))
+
+    def _copied(self, tables: list[Tensor]) -> tuple[Tensor, ...]:
+        """Tables of the processor on the device, int32, without waiting for it."""
+        line = torch.cat([table.int().flatten() for table in tables]).to(self.device, non_blocking=True)
+        parts = line.split([table.numel() for table in tables])
+        return tuple(part.view(table.shape) for part, table in zip(parts, tables, strict=True))
 
     def measure(self) -> tuple[RowNumbers, Alphas]:
         """Numbers [Hq, rows] of the sampled rows, and alpha of each query head; float64, on the CPU."""
@@ -131,11 +139,12 @@ class FusedHardness:
         return self._columns(column, self.lse, first, stop, causal, splits=1)
 
     def _columns(self, key: Tensor, lse: Tensor, first: Tensor, stop: Tensor, causal: int, splits: int = 0) -> Tensor:
-        """Squared norms [Hq, C] of the columns key int32 [Hq or 1, C] over the rows from first to stop, int32 [Hq or 1, tiles or 1]."""
+        """Squared norms [N, C] of the columns key int32 [N or 1, C] under lse [N, Sq], N a multiple of Hq, over the rows from first to
+        stop, int32 [N or 1, tiles or 1]."""
         g, count, splits = self.g, key.shape[-1], splits or SPLITS
-        sums, tiles = torch.empty(splits, g.heads_q, count, device=self.device), -(-count // self.size)
-        kernels.column_kernel[(tiles, splits, g.heads_q)](
-            self.q, self.k, lse, key, first, stop, sums, self.scale, g.first, g.seq_q, g.seq_k, g.head_dim, g.group, count,
+        sums, tiles = torch.empty(splits, len(lse), count, device=self.device), -(-count // self.size)
+        kernels.column_kernel[(tiles, splits, len(lse))](
+            self.q, self.k, lse, key, first, stop, sums, self.scale, g.heads_q, g.first, g.seq_q, g.seq_k, g.head_dim, g.group, count,
             count * (len(key) > 1), first.shape[1] * (len(first) > 1), int(first.shape[1] > 1),
             CAUSAL=causal, DIM=self.dim, ROWS=self.size, SIZE=self.size,
         )  # fmt: skip
@@ -152,29 +161,25 @@ class FusedHardness:
         inside = [self.block_sums[:, b.level, b.keys.start : b.keys.stop].amax(-1) for b in blocks]
         table = [[b.rows.start, b.rows.stop, b.keys.start, b.keys.stop, b.level] for b in blocks]
         weight = torch.tensor([len(b.keys) * len(b.rows) / b.sampled for b in blocks]).to(self.device, non_blocking=True)
+        (bounds,) = self._copied([torch.tensor(table)])
         best = (torch.stack(inside, -1) * weight).argmax(-1).unflatten(0, (-1, g.group))
-        bounds = torch.tensor(table, dtype=torch.int32).to(self.device, non_blocking=True)[best]  # [Hkv, G, 5]
-        found = []
-        for at in range(g.group):
-            first, stop, key_first, key_stop, level = bounds[:, at].repeat_interleave(g.group, 0).T.contiguous()
-            again = (best[:, :at] == best[:, at : at + 1]).any(1).repeat_interleave(g.group)
-            stop = torch.where(again, first, stop)
-            found.append(self._alpha_of_blocks(first, stop, key_first, key_stop, level, max(len(b.rows) for b in blocks)))
-        return torch.stack(found).amax(0)
-
-    def _alpha_of_blocks(self, first: Tensor, stop: Tensor, key_first: Tensor, key_stop: Tensor, level: Tensor, most: int) -> Tensor:
-        """alpha of one block of each query head [Hq], of at most `most` rows; its bounds and level int32 [Hq]; 0 without rows."""
-        g, lse = self.g, torch.empty_like(self.lse)
-        kernels.lse_kernel[(-(-most // self.lse_rows), g.heads_q)](
-            self.q, self.k, first, stop, key_first, key_stop, lse, self.scale, g.seq_q, g.seq_k, g.head_dim, g.group,
+        # Each choice of a group in turn for all of its heads, [G, Hq]; one that stood before has no rows.
+        choice = best.T[:, :, None].expand(-1, -1, g.group).flatten(1)
+        first, stop, key_first, key_stop, level = bounds[choice.flatten()].T.contiguous()
+        again = (best[:, :, None] == best[:, None]).tril(-1).any(-1).T[:, :, None].expand(-1, -1, g.group).flatten()
+        stop = torch.where(again, first, stop)
+        lse, most = self.lse.new_empty(len(stop), g.seq_q), max(len(b.rows) for b in blocks)
+        kernels.lse_kernel[(-(-most // self.lse_rows), len(stop))](
+            self.q, self.k, first, stop, key_first, key_stop, lse, self.scale, g.heads_q, g.seq_q, g.seq_k, g.head_dim, g.group,
             DIM=self.dim, ROWS=self.lse_rows, SIZE=self.size,
         )  # fmt: skip
         key = torch.arange(self.length, device=self.device)
         outside = (key < key_first[:, None]) | (key >= key_stop[:, None])
-        sums = self.block_sums[torch.arange(g.heads_q, device=self.device), level].masked_fill_(outside, -1.0)
+        sums = self.block_sums[torch.arange(g.heads_q, device=self.device).repeat(g.group), level].masked_fill_(outside, -1.0)
         key = sums.topk(min(NODE_COLUMNS, self.length), sorted=False).indices
         norms = self._columns(key.int(), lse, first[:, None], stop[:, None], causal=0)
-        return norms.masked_fill_(outside.gather(-1, key), 0.0).amax(-1) * (key_stop - key_first)
+        alpha = norms.masked_fill_(outside.gather(-1, key), 0.0).amax(-1) * (key_stop - key_first)
+        return alpha.view(g.group, -1).amax(0)
 
 
 def _product(q: Tensor, k: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ _LOWEST = tl.constexpr(-1e38)  # finite: its difference from -inf is no NaN
 _ANY_ROWS = ["length", "sinks", "rows", "nodes"]
 _ANY_LEFT = ["sinks", "samples", "rows", "heavy_keys", "order_keys", "order_levels", "order_first", "draws", "group"]
 _ANY_SAMPLED = ["length", "rows", "padded", "local_size", "blocks", "levels"]
-_ANY_COLUMNS = ["first", "seq_q", "seq_k", "group", "columns", "column_stride", "range_stride", "tile_stride"]
-_ANY_LSE = ["seq_q", "seq_k", "group"]
+_ANY_COLUMNS = ["heads", "first", "seq_q", "seq_k", "group", "columns", "column_stride", "range_stride", "tile_stride"]
+_ANY_LSE = ["heads", "seq_q", "seq_k", "group"]
 
 
 @triton.jit
@@ -210,12 +210,13 @@ def sampled_kernel(
 def column_kernel(
     q,  # [Hq, seq_q, dim]
     k,  # [Hkv, seq_k, dim]
-    lse,  # fp32 [Hq, seq_q]
-    column,  # int32 [Hq or 1, columns]: keys
-    row_first,  # int32 [Hq or 1, tiles or 1]
+    lse,  # fp32 [N, seq_q], N a multiple of Hq: n is of head n % Hq
+    column,  # int32 [N or 1, columns]: keys
+    row_first,  # int32 [N or 1, tiles or 1]
     row_stop,  # the same
-    sums,  # out: fp32 [splits, Hq, columns]
+    sums,  # out: fp32 [splits, N, columns]
     scale,
+    heads,
     first,
     seq_q,
     seq_k,
@@ -231,12 +232,13 @@ def column_kernel(
     SIZE: tl.constexpr,
 ):
     """Sums of squared probabilities of chosen columns over a range of rows; each tile of columns has its own range."""
-    tile, split, h = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    tile, split, n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    h = n % heads
     place, d = tile * SIZE + tl.arange(0, SIZE), tl.arange(0, DIM)
-    key = tl.load(column + h * column_stride + place, place < columns, 0)
+    key = tl.load(column + n * column_stride + place, place < columns, 0)
     chosen = tl.load(k + ((h // group * seq_k + key) * dim)[:, None] + d[None, :], (place < columns)[:, None] & (d < dim)[None, :], 0.0)
-    start = tl.load(row_first + h * range_stride + tile * tile_stride)
-    stop = tl.load(row_stop + h * range_stride + tile * tile_stride)
+    start = tl.load(row_first + n * range_stride + tile * tile_stride)
+    stop = tl.load(row_stop + n * range_stride + tile * tile_stride)
     share = tl.cdiv(tl.cdiv(stop - start, tl.num_programs(1)), ROWS) * ROWS
     start += split * share
     stop = tl.minimum(stop, start + share)
@@ -245,24 +247,24 @@ def column_kernel(
         row = at + tl.arange(0, ROWS)
         some = tl.load(q + ((h * seq_q + row) * dim)[:, None] + d[None, :], (row < stop)[:, None] & (d < dim)[None, :], 0.0)
         logit = tl.dot(some, tl.trans(chosen), input_precision="ieee") * scale
-        p = tl.exp(2 * (logit - tl.load(lse + h * seq_q + row, row < stop, float("inf"))[:, None]))
+        p = tl.exp(2 * (logit - tl.load(lse + n * seq_q + row, row < stop, float("inf"))[:, None]))
         if CAUSAL:
             p = tl.where(key[None, :] <= (row + first)[:, None], p, 0.0)
         total += tl.sum(p, 0)
-    heads = tl.num_programs(2)
-    tl.store(sums + (split * heads + h) * columns + place, total, place < columns)
+    tl.store(sums + (split * tl.num_programs(2) + n) * columns + place, total, place < columns)
 
 
 @triton.jit(do_not_specialize=_ANY_LSE)
 def lse_kernel(
     q,  # [Hq, seq_q, dim]
     k,  # [Hkv, seq_k, dim]
-    row_first,  # int32 [Hq], as the next three
+    row_first,  # int32 [N], N a multiple of Hq: n is of head n % Hq; so are the next three
     row_stop,
     key_first,
     key_stop,
-    lse,  # out: fp32 [Hq, seq_q], of the head's rows alone
+    lse,  # out: fp32 [N, seq_q], of the block's rows alone
     scale,
+    heads,
     seq_q,
     seq_k,
     dim,
@@ -271,19 +273,20 @@ def lse_kernel(
     ROWS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """LSE of the rows of one block of each query head over the block's keys, none of which is masked."""
-    h = tl.program_id(1).to(tl.int64)
-    row = tl.load(row_first + h) + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    d, real = tl.arange(0, DIM), row < tl.load(row_stop + h)
-    if tl.load(row_first + h) + tl.program_id(0) * ROWS < tl.load(row_stop + h):
+    """LSE of the rows of a block of a query head over the block's keys, none of which is masked."""
+    n = tl.program_id(1).to(tl.int64)
+    h = n % heads
+    row = tl.load(row_first + n) + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d, real = tl.arange(0, DIM), row < tl.load(row_stop + n)
+    if tl.load(row_first + n) + tl.program_id(0) * ROWS < tl.load(row_stop + n):
         some = tl.load(q + ((h * seq_q + row) * dim)[:, None] + d[None, :], real[:, None] & (d < dim)[None, :], 0.0)
         most, total = tl.full([ROWS], _NONE, tl.float32), tl.zeros([ROWS], tl.float32)
-        stop = tl.load(key_stop + h)
-        for start in range(tl.load(key_first + h), stop, SIZE):
+        stop = tl.load(key_stop + n)
+        for start in range(tl.load(key_first + n), stop, SIZE):
             key = start + tl.arange(0, SIZE)
             keys = tl.load(k + ((h // group * seq_k + key) * dim)[:, None] + d[None, :], (key < stop)[:, None] & (d < dim)[None, :], 0.0)
             logit = tl.where((key < stop)[None, :], tl.dot(some, tl.trans(keys), input_precision="ieee") * scale, _NONE)
             highest = tl.maximum(most, tl.max(logit, 1))
             total = total * tl.exp(most - highest) + tl.sum(tl.exp(logit - highest[:, None]), 1)
             most = highest
-        tl.store(lse + h * seq_q + row, most + tl.log(total), real)
+        tl.store(lse + n * seq_q + row, most + tl.log(total), real)

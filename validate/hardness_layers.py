@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -68,15 +67,17 @@ def _plan(calls: Sequence[Captured], q: Tensor, k: Tensor, kernels: Library | No
 
     It does not depend on V, for which K stands, and has no samples: hardness knows them by rule.
     """
-    chosen, g = [], Geometry.of(q, k, k, calls[0].config)
-    for c, some_q, some_k in zip(calls, q.chunk(len(calls), 1), k.chunk(len(calls), 1), strict=True):
-        own = Geometry.of(some_q, some_k, some_k, c.config)
-        plan = make_plan(some_q, some_k, own).selection if kernels is None else kernels.select(some_q, some_k, some_k, c.config)
-        chosen.append(plan.split([math.prod(shape) for shape in own.order_shapes]) if own.sorts else plan)
+    g = Geometry.of(q, k, k, calls[0].config)
     shape = g.batch, g.heads_q, len(g.draws(0)), g.config.sample_size
     none = q.new_full((1,), -1, dtype=torch.int32).expand(shape), q.new_zeros(1, dtype=torch.float32).expand(shape)
-    if not g.sorts:
-        return Plan(torch.cat(chosen, 1), *none)
-    shapes = Geometry.of(calls[0].q, calls[0].k, calls[0].k, calls[0].config).order_shapes
-    orders = (torch.cat([x.view(shape) for x in part], 1) for part, shape in zip(zip(*chosen, strict=True), shapes, strict=True))
-    return Plan(torch.cat([x.flatten() for x in orders]), *none)
+    if not g.sorts:  # what `blocks` chooses does not depend on the seed, in which alone the calls differ
+        return Plan(_selection(q, k, g, kernels), *none)
+    orders = []
+    for c, some_q, some_k in zip(calls, q.chunk(len(calls), 1), k.chunk(len(calls), 1), strict=True):
+        own = Geometry.of(some_q, some_k, some_k, c.config)
+        orders.append(Plan(_selection(some_q, some_k, own, kernels), *none).orders(own))
+    return Plan(torch.cat([torch.cat(part, 1).flatten() for part in zip(*orders, strict=True)]), *none)
+
+
+def _selection(q: Tensor, k: Tensor, g: Geometry, kernels: Library | None) -> Tensor:
+    return make_plan(q, k, g).selection if kernels is None else kernels.select(q, k, k, g.config)
