@@ -56,7 +56,7 @@ class FusedHardness:
         at, self.position, block, self.far, self.last, self.own_first, self.edge, *rest = tables
         self.block_first, self.block_keys, self.draw_first, self.draw_count = rest
         self.tile = replace(tile, at=at.long(), position=self.position.long(), block=block.long())
-        self.order, self.order_first = sets.sorted_keys(self.tile)
+        self.order, self.order_first = sets.sorted_keys()
         self.width = min(512, max(16, triton.next_power_of_2(-(-self.length // max(1, min(config.sample_size, self.length))))))
 
     def _copied(self, tables: list[Tensor]) -> tuple[Tensor, ...]:

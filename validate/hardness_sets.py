@@ -109,11 +109,11 @@ class ExactSets:
             found = order[:, :1, : tile.reach].expand(-1, len(tile.rows), -1)
         return found.clamp(0, tile.reach - 1)  # a place that is no candidate's may hold no key
 
-    def sorted_keys(self, tile: RowTile) -> tuple[Tensor, int]:
+    def sorted_keys(self) -> tuple[Tensor, int]:
         """Of `sortlsh` the sorted keys of each level, int32 [Hkv, levels, Sk], and the level of the first draw; of `blocks` nothing."""
         if not self.g.sorts:
-            return tile.at.new_zeros(self.g.heads_kv, 1, 1, dtype=torch.int32), 0
-        return self._keys.int(), row_nodes(self.g, tile, self.length).first
+            return self._blocks.new_zeros(self.g.heads_kv, 1, 1, dtype=torch.int32), 0
+        return self._keys.int(), self.g.config.local_overlap if self.g.config.causal else 0
 
     def far(self, tile: RowTile) -> Tensor:
         """First key that is not far from each row, int64 [R] (rule 9)."""
