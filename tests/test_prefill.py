@@ -197,9 +197,6 @@ class MadeUp:
         scaled = {name: value * self.tokens / 1000 for name, value in parts.items()}
         return {"plugin_ms": sum(scaled.values()), **scaled, "profiled_ms": self.time(0)}
 
-    def split_by_layers(self, ids: torch.Tensor) -> dict[str, float]:
-        raise EnvironmentFault("no profiler")
-
     def _layer(self) -> float:
         return 1.0 - 0.9 * len(self.plan.approximate) / self.depth
 

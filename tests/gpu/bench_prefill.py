@@ -202,12 +202,10 @@ class Bench:
                         self.fail(f"{name}, {tokens} tokens", f"{row['from_torch']:.3g} from PyTorch's logits, allowed is {DIFFERENCE}")
             for row in reversed(found["rows"]):  # after all times, for the profiler may slow runs; the last length is still bound
                 ids = token_ids(shape, row["tokens"]).to(self.device)
-                for split in (engine.split, engine.split_by_layers):
-                    try:
-                        row |= split(ids)
-                        break
-                    except (EnvironmentFault, RuntimeError) as error:  # the time stands without it
-                        self.fail(f"{name}, {row['tokens']} tokens, {split.__name__}", error)
+                try:
+                    row |= engine.split(ids)
+                except (EnvironmentFault, RuntimeError) as error:  # the time stands without it
+                    self.fail(f"{name}, {row['tokens']} tokens, profile", error)
                 self.say(f"{name}: " + ", ".join(f"{key} {value:,.5g}" for key, value in row.items()))
                 self.save()
 

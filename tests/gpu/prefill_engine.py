@@ -11,7 +11,6 @@ from gpu_timing import median_ms
 from prefill_split import split
 from torch import Tensor
 
-from hyperattention.errors import EnvironmentFault
 from hyperattention.export.engine import build_engine, layer_names, read_engine
 from hyperattention.export.files import ENGINE
 from hyperattention.export.plan import ExportPlan
@@ -19,17 +18,6 @@ from hyperattention.library import trt_library_path
 from hyperattention.validate.bench_profile_cuda import launches_of
 from hyperattention.validate.bench_runtimes import EngineRunner
 from hyperattention.validate.provenance import engine_proof
-
-
-class LayerTimes(trt.IProfiler):
-    """Milliseconds by layer, of one run."""
-
-    def __init__(self) -> None:
-        trt.IProfiler.__init__(self)
-        self.ms: dict[str, float] = {}
-
-    def report_layer_time(self, layer_name: str, ms: float) -> None:
-        self.ms[layer_name] = self.ms.get(layer_name, 0.0) + ms
 
 
 class PrefillEngine:
@@ -48,8 +36,7 @@ class PrefillEngine:
         start = time.perf_counter()
         self.engine = read_engine(self.folder / ENGINE, trt_library_path())
         (self.folder / ENGINE).unlink()
-        self.plugin_layers = layer_names(self.engine)  # in the order of the model's
-        engine_proof(self.folder.name, self.plugin_layers, len(self.plan.planned), 0)
+        engine_proof(self.folder.name, layer_names(self.engine), len(self.plan.planned), 0)
         self.runner = EngineRunner(trt, self.engine)
         self.build = {
             "build_seconds": info.seconds,
@@ -76,29 +63,10 @@ class PrefillEngine:
             return median_ms(self.runner.launch, budget_ms, warm_ups=0)
 
     def split(self, ids: Tensor) -> dict[str, float]:
-        """One more run of `ids`, split by its launches (prefill_split.py). Costs least for the length that ran last."""
-        self._bind(ids)
-        return split(launches_of(self.runner.launch), [layer.mode for layer in self.plan.planned])
+        """One more run of `ids`, split by its launches (prefill_split.py). Costs least for the length that ran last.
 
-    def split_by_layers(self, ids: Tensor) -> dict[str, float]:
-        """The same by TensorRT's own profiler, which stays on and under which a run takes 4 to 22 % longer.
-
-        Raises EnvironmentFault where the profiler does not know the plugin's layers.
+        Raises EnvironmentFault where these are not those of the plugin's layers.
         """
-        self._bind(ids)
-        self.runner.context.profiler = profiler = LayerTimes()
-        self.runner.launch()
-        self.runner.stream.synchronize()
-        found = profiler.ms
-        missing = [name for name in self.plugin_layers if name not in found]
-        if missing:
-            raise EnvironmentFault(f"TensorRT's profiler names no {missing[0]}; it names {', '.join(found)}"[:1000])
-        sums = {"approximate": 0.0, "exact": 0.0}
-        for name, layer in zip(self.plugin_layers, self.plan.planned, strict=True):
-            sums[layer.mode] += found[name]
-        parts = {f"{mode}_ms": value for mode, value in sums.items()}
-        return {"plugin_ms": sum(sums.values()), **parts, "profiled_ms": sum(found.values())}
-
-    def _bind(self, ids: Tensor) -> None:
         if self.runner.inputs["input_ids"].shape != ids.shape:
             self.logits(ids)
+        return split(launches_of(self.runner.launch), [layer.mode for layer in self.plan.planned])
