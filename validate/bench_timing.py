@@ -6,6 +6,7 @@ the wall clock.
 
 from __future__ import annotations
 
+import gc
 import signal
 import time
 import warnings
@@ -162,7 +163,8 @@ def measured(kind: str, call: Callable[[], Any]) -> dict[str, Any] | None:
     """Bytes of memory that a call took over what was held before it, and how that was found; None where it cannot be had.
 
     "torch": the peak of torch's own CUDA allocations. "device": what the call left the device short of, for runtimes with an
-    allocator of their own. "process": the peak of resident memory, which the kernel resets on request (Linux).
+    allocator of their own. "process": the peak of resident memory, which the kernel resets on request (Linux); pages held before that
+    the kernel takes back during the call make it less.
     """
     if kind == "torch":
         torch.cuda.synchronize()
@@ -177,6 +179,7 @@ def measured(kind: str, call: Callable[[], Any]) -> dict[str, Any] | None:
         call()
         torch.cuda.synchronize()
         return {"bytes": max(0, before - torch.cuda.mem_get_info()[0]), "how": "device memory taken by the first run"}
+    gc.collect()  # what nobody holds any more could be freed during the call, and the peak be that less
     try:
         Path("/proc/self/clear_refs").write_text("5")
         before = _resident("VmRSS")
