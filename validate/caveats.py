@@ -11,9 +11,8 @@ from typing import Any
 from hyperattention.export.budget import ACCURACY, REGIMES, Budget, budget_from_json
 from hyperattention.export.gate_options import LANGUAGE, Limits
 from hyperattention.validate.gates import ALL, Gate, token_gates
+from hyperattention.validate.policy.readings import Reading, of_planted, of_text
 from hyperattention.validate.report_format import number
-
-KEYS = {"nats": "delta_nats", "kl": "kl", "top1": "top1"}  # of a budget's limits in report.json
 
 
 def caveats(report: dict, gates: list[Gate]) -> list[str]:
@@ -78,32 +77,18 @@ def _budget(report: dict) -> list[str]:
     measured = next((row for row in report["approximation"] if row["length"] == length), None)
     if measured is None:
         return [f"The policy's budget ({budget}) was not held against this text: nothing was measured at its {length:,} tokens."]
-    over = [*_over(budget, measured), *_forgotten(budget, report["needle"], length)]
+    held = (*of_text(budget, measured), *_planted(budget, report["needle"], length))
+    over = [_exceeded(reading) for reading in held if not reading.kept]
     return [f"The policy's budget ({budget}) is exceeded on this text, which it was not chosen on: {'; '.join(over)}."] if over else []
 
 
-def _over(budget: Budget, measured: dict) -> list[str]:
-    found = []
-    for regime in REGIMES:
-        for name, key in KEYS.items():
-            limit, told = budget.limit(name, regime), measured[regime][key]
-            if limit is not None and not (told["mean"] >= limit if name == "top1" else told["mean"] <= limit):
-                spread = "" if told["se"] is None else f" ± {number(told['se'], 2)}"
-                found.append(f"{name} {number(told['mean'])}{spread} {_where(regime)}")
-    return found
-
-
-def _forgotten(budget: Budget, needle: dict[str, Any] | None, length: int) -> list[str]:
+def _planted(budget: Budget, needle: dict[str, Any] | None, length: int) -> list[Reading]:
     """Planted keys are asked for one at a time in a search."""
     rows = [row for row in needle["rows"] if row["length"] == length and row["kind"] == "single"] if needle else []
-    limits = {regime: budget.limit("needle", regime) for regime in REGIMES}
-    return [
-        f"needle {number(row[regime]['mean'])} {_where(regime)}"
-        for row in rows
-        for regime, limit in limits.items()
-        if limit is not None and not row[regime]["mean"] >= limit
-    ]
+    return [reading for row in rows for reading in of_planted(budget, {regime: row[regime]["mean"] for regime in REGIMES})]
 
 
-def _where(regime: str) -> str:
-    return "at all positions" if regime == ALL else "after a prefill"
+def _exceeded(reading: Reading) -> str:
+    spread = "" if reading.se is None else f" ± {number(reading.se, 2)}"
+    where = "at all positions" if reading.regime == ALL else "after a prefill"
+    return f"{reading.name} {number(reading.value)}{spread} {where}"

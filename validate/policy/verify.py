@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hyperattention.export.budget import ACCURACY, Budget
+from hyperattention.export.budget import Budget
 from hyperattention.validate.policy.choose import Choice
+from hyperattention.validate.policy.readings import of_planted, of_text
 
 MOST_TRIALS = 8
 CLOSE = 0.02  # costs nearer than this are not told apart
@@ -26,29 +27,12 @@ class Trial:
 
 
 def excess(budget: Budget, measured: dict[str, Any]) -> float:
-    """The worst limit's use: measured over allowed (or what is missing of 1, over what may be), at most 1 where the budget holds.
+    """The worst limit's use (`Reading.use`), at most 1 where the budget holds: 0 without limits, infinite where NaN is held against one.
 
-    NaN anywhere is infinite.
+    `measured` is what `Laboratory.measure` answers.
     """
-    uses = [0.0]
-    for regime in budget.regimes:
-        row, limits = measured[regime], {name: budget.limit(name, regime) for name in ACCURACY}
-        values = {"nats": row["delta_nats"]["mean"], "kl": row["kl"]["mean"], "top1": 1 - row["top1"]["mean"]}
-        if limits["needle"] is not None:
-            values["needle"] = 1 - measured["needle"][regime]
-        for name, value in values.items():
-            limit = limits[name]
-            if limit is not None:
-                uses.append(_over(value, limit if name in ("nats", "kl") else 1 - limit))
-    return max(uses)
-
-
-def _over(value: float, limit: float) -> float:
-    if math.isnan(value):
-        return math.inf
-    if value <= limit + 1e-12:
-        return max(0.0, value / limit) if limit > 0 else 0.0
-    return value / limit if limit > 0 else math.inf
+    held = (*of_text(budget, measured), *of_planted(budget, measured["needle"] or {}))
+    return max((reading.use for reading in held), default=0.0)
 
 
 def most_accurate(trials: Sequence[Trial], regimes: Sequence[str]) -> Trial:

@@ -12,6 +12,7 @@ from hyperattention.export.files import digest
 from hyperattention.export.identity import identity
 from hyperattention.export.policy import LayerPolicy, Policy, read_policy
 from hyperattention.validate.policy.prepare import Prepared
+from hyperattention.validate.policy.readings import of_text
 from hyperattention.validate.policy.search import Found, Search
 
 
@@ -80,16 +81,12 @@ def lines(policy: Policy) -> list[str]:
 
 def _unproven(policy: Policy) -> list[str]:
     """Limits of loss and KL that the means keep and two standard errors above them do not."""
-    budget, found = budget_from_json(policy.budget), []
-    for regime in (regime for regime in REGIMES if regime in policy.verified):
-        for name, key in (("nats", "delta_nats"), ("kl", "kl")):
-            limit, told = budget.limit(name, regime), policy.verified[regime][key]
-            if limit is not None and told["mean"] <= limit and told["se"] is not None and told["mean"] + 2 * told["se"] > limit:
-                found.append(
-                    f"  {name} <= {limit:g} {regime.replace('_', ' ')}: kept by the mean alone, the limit lies within two standard errors; "
-                    f"more --windows prove it"
-                )
-    return found
+    return [
+        f"  {held.name} {held.sense} {held.limit:g} {held.regime.replace('_', ' ')}: kept by the mean alone, the limit lies within two "
+        f"standard errors; more --windows prove it"
+        for held in of_text(budget_from_json(policy.budget), policy.verified)
+        if held.sense == "<=" and held.kept and held.se is not None and held.value + 2 * held.se > held.limit
+    ]
 
 
 def _rivals(judged: dict[str, Any]) -> list[str]:
