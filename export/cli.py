@@ -18,6 +18,7 @@ from hyperattention.export.choices import DEVICES, DTYPES, FEATURES, INPUT_IDS, 
 if TYPE_CHECKING:
     from hyperattention.export import automatic, pipeline
     from hyperattention.export.console import Reporter
+    from hyperattention.export.held_out import Extent
     from hyperattention.export.plan import ExportPlan
     from hyperattention.export.source import Source
 
@@ -177,12 +178,12 @@ def export_model(
         keep_exact=keep_exact,
     )
     if search is None:
-        plan, found = plan_for(layers=layers), {}
+        plan, found, read = plan_for(layers=layers), {}, None
     else:
-        plan, found = _plan_by_policy(search, plan_for, source, options, dry_run, reporter)
+        plan, found, read = _plan_by_policy(search, plan_for, source, options, dry_run, reporter)
     idle = planning.idle_attributes(preset, attributes) + checks.idle_options(search is not None and search.measures)
     found |= _announce(plan, source, [*planning.warnings(plan, source.max_positions), *idle], reporter)
-    pipeline.check_validation(source, plan, checks)
+    pipeline.check_validation(source, plan, checks, read)
     if dry_run:
         for name, reason in found["missing"].items():
             reporter.say(escape(f"missing: {name}: {reason}"))
@@ -201,19 +202,20 @@ def _plan_by_policy(
     options: pipeline.Options,
     dry_run: bool,
     reporter: Reporter,
-) -> tuple[ExportPlan, dict[str, Any]]:
-    """The plan that a policy decides, read or measured here; of a dry run, which measures none, also what the search would do."""
+) -> tuple[ExportPlan, dict[str, Any], Extent | None]:
+    """The plan that a policy decides, read or measured here; of a dry run, which measures none, also what the search would do; and the
+    text as far as it was read for that."""
     from hyperattention.export import automatic, pipeline
 
-    every = plan_for(layers="all")
+    every, read = plan_for(layers="all"), None
     if search.measures:
-        pipeline.check_validation(source, every, options.validation)  # a wrong option is found before a policy is measured
+        read = pipeline.check_validation(source, every, options.validation)  # a wrong option is found before a policy is measured
         if dry_run:
-            return automatic.undecided(every), {"policy": automatic.dry_run(search, source, reporter)}
+            return automatic.undecided(every), {"policy": automatic.dry_run(search, source, reporter)}, read
         pipeline.check_environment(source, every, options, pipeline.missing_parts())
     chosen = automatic.choose(search, source, options.out, options.resume, reporter)
     reporter.say(escape(chosen.summary()))
-    return plan_for(layers=automatic.AUTO, policy=chosen), {}
+    return plan_for(layers=automatic.AUTO, policy=chosen), {}, read
 
 
 def _announce(plan: ExportPlan, source: Source, warnings: list[str], reporter: Reporter) -> dict[str, Any]:

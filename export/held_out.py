@@ -23,12 +23,25 @@ def default_lengths(low: int, top: int, several: bool = True) -> tuple[int, ...]
 
 
 @dataclass(frozen=True)
+class Extent:
+    """What stays known of a text once it was read: the name and sha256 of its file, and how many tokens it is."""
+
+    name: str
+    sha256: str
+    tokens: int
+
+
+@dataclass(frozen=True)
 class HeldOut:
     """The tokens of a text, and the sha256 of its file."""
 
     name: str
     ids: Sequence[int]
     sha256: str
+
+    @property
+    def extent(self) -> Extent:
+        return Extent(self.name, self.sha256, len(self.ids))
 
 
 def read_text(text: Path, input_ids: str, model: Path, vocabulary: int, longest: int) -> HeldOut:
@@ -52,18 +65,18 @@ def read_text(text: Path, input_ids: str, model: Path, vocabulary: int, longest:
     return HeldOut(text.name, ids, hashlib.sha256(data).hexdigest())
 
 
-def seen_tokens(name: str, sha256: str, tokens: int, policy: Mapping[str, Any] | None, longest: int) -> int:
+def seen_tokens(text: Extent, policy: Mapping[str, Any] | None, longest: int) -> int:
     """How many of a text's first tokens a policy was chosen on: none where that was another text or there is no policy.
 
     Raises UsageError where fewer than `longest` + 1 are left behind them.
     """
     seen = (policy or {}).get("calibration", {})
-    if seen.get("sha256") != sha256:
+    if seen.get("sha256") != text.sha256:
         return 0
-    left = max(0, tokens - seen["to"])
+    left = max(0, text.tokens - seen["to"])
     if left < longest + 1:
         raise UsageError(
-            f"{name}: the policy was chosen on its first {seen['to']:,} tokens, and the {left:,} behind them hold no window of "
+            f"{text.name}: the policy was chosen on its first {seen['to']:,} tokens, and the {left:,} behind them hold no window of "
             f"{longest:,}; give another text or shorter --lengths"
         )
     return seen["to"]

@@ -19,6 +19,7 @@ from hyperattention.export import bundle, disk, fingerprint, policy
 from hyperattention.export.automatic import forget
 from hyperattention.export.console import Reporter
 from hyperattention.export.folder import output_folder
+from hyperattention.export.held_out import Extent
 from hyperattention.export.memory import workspace_bytes
 from hyperattention.export.plan import ExportPlan
 from hyperattention.export.stages import Stages
@@ -101,15 +102,15 @@ def check_environment(source: "Source", plan: ExportPlan, options: Options, miss
         raise EnvironmentFault(f"the result cannot be validated: {missing['ONNX Runtime library']}, or pass --no-validate")
 
 
-def check_validation(source: "Source", plan: ExportPlan, asked: Request) -> None:
+def check_validation(source: "Source", plan: ExportPlan, asked: Request, read: Extent | None = None) -> Extent | None:
     """Before any work: the validation takes what was asked of it and, with --device cuda, will have an engine, or ONNX Runtime's CUDA
-    provider, to measure.
+    provider, to measure. `read` and what is returned: as `Request.check` has them.
 
     Raises UsageError for an option that does not fit, EnvironmentFault where the device or both runtimes are missing.
     """
-    asked.check(source, plan)
+    read = asked.check(source, plan, read)
     if not asked.wanted or asked.device != "cuda":
-        return
+        return read
     obstacle, missing = engine_obstacle(source, plan), missing_parts()
     if obstacle is not None:
         raise UsageError(f"--device cuda: {obstacle}; leave --device out, or give cpu")
@@ -118,6 +119,7 @@ def check_validation(source: "Source", plan: ExportPlan, asked: Request) -> None
             f"--device cuda validates an engine, and none will be built ({missing['engine']}), or ONNX Runtime's CUDA provider, which is "
             f"not installed either; install onnxruntime-gpu, or give --device cpu"
         )
+    return read
 
 
 def _has_cuda_provider() -> bool:

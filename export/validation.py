@@ -14,7 +14,7 @@ from hyperattention.export.choices import check_device
 from hyperattention.export.console import Reporter
 from hyperattention.export.entry import numbers
 from hyperattention.export.gate_options import LANGUAGE, kind_of, parse_gates
-from hyperattention.export.held_out import default_lengths, read_text, seen_tokens
+from hyperattention.export.held_out import Extent, default_lengths, read_text, seen_tokens
 from hyperattention.export.plan import ExportPlan
 from hyperattention.export.source import Source
 
@@ -37,8 +37,12 @@ class Request:
         """The arguments behind `hyperattention validate OUT --model MODEL`."""
         return tuple(part for option in self._given() for part in option) + self.further
 
-    def check(self, source: Source, plan: ExportPlan) -> None:
-        """Before any work, what the validation would refuse only after the whole export. Raises UsageError and EnvironmentFault."""
+    def check(self, source: Source, plan: ExportPlan, read: Extent | None = None) -> Extent | None:
+        """Before any work, what the validation would refuse only after the whole export. Raises UsageError and EnvironmentFault.
+
+        Returns what it read of the text, None where it reads none. Given as `read` to the check of a plan that differs in its layers
+        alone, that spares reading the text again.
+        """
         if self.wanted and plan.input_ids == "bytes" and self.text is None and self.inputs is None:
             raise UsageError("--input-ids bytes: the validation needs held-out text; give --text FILE, or --no-validate")
         check_material(source, plan, self.text, self.inputs)
@@ -49,9 +53,10 @@ class Request:
                 raise UsageError(f"--lengths names {length}; the plan takes {low} to {high} (--min-seq, --max-seq)")
         if self.wanted and self.text is not None:
             longest = max(lengths or default_lengths(low, min(high, source.max_positions or high)))
-            read = read_text(self.text, plan.input_ids, Path(source.model), source.vocab_size, longest)
-            seen_tokens(read.name, read.sha256, len(read.ids), plan.policy, longest)
+            read = read or read_text(self.text, plan.input_ids, Path(source.model), source.vocab_size, longest).extent
+            seen_tokens(read, plan.policy, longest)
         check_device(self.device)
+        return read
 
     def idle_options(self, searched: bool) -> list[str]:
         """One sentence for each option given that nothing reads; where a policy is `searched`, that reads the text and the device."""

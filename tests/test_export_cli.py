@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import report_samples as samples
 import tiny
 from commands import SMALL, Runner, run
 
-from hyperattention.export import pipeline
+from hyperattention.export import automatic, pipeline
 from hyperattention.export.bundle import DRAFT, MANIFEST, Bundle
+from hyperattention.export.policy import Policy
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -228,6 +231,26 @@ def test_validation_options_are_passed_on(model: Path, tmp_path: Path, export: R
     given = ("--text", str(text), "--lengths", "64,128", "--device", "cpu", "--gate", "delta-nats=0.5", "--gate", "kl=0.25")
     assert export(model, tmp_path / "out", "--input-ids", "bytes", *given).code == 0
     assert seen[0].validation.arguments() == given
+
+
+@pytest.mark.parametrize(("seen", "code"), [(130, 0), (131, 2)], ids=["a-window-is-left", "none-is-left"])
+def test_a_searched_export_reads_its_text_once(
+    seen: int, code: int, tmp_path: Path, export: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, text = tiny.save(tmp_path / "model", vocab_size=256, num_hidden_layers=4), tmp_path / "text"
+    text.write_bytes(b"!" * 259)
+    sha256 = hashlib.sha256(text.read_bytes()).hexdigest()
+    sample = Policy.from_json(samples.policy())
+
+    def choose(*_: object) -> Policy:
+        text.unlink()  # what was read before the search has to do
+        return replace(sample, calibration={**sample.calibration, "sha256": sha256, "to": seen})
+
+    monkeypatch.setattr(automatic, "choose", choose)
+    monkeypatch.setattr(pipeline, "check_environment", lambda *_: None)
+    monkeypatch.setattr(pipeline, "run", lambda *_: {})
+    result = export(model, tmp_path / "out", "--layers", "auto", "--input-ids", "bytes", "--text", text, "--lengths", "64,128")
+    assert result.code == code and ("first 131 tokens, and the 128 behind them hold no window of 128" in result.said) == bool(code)
 
 
 @pytest.mark.ort

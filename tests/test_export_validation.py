@@ -113,6 +113,22 @@ def test_what_a_policy_was_not_chosen_on_has_to_hold_a_window(tmp_path: Path) ->
         replace(more, wanted=False).check(source, chosen)
 
 
+def test_a_text_that_was_read_is_held_against_a_policy_unread(tmp_path: Path) -> None:
+    source, text = inspect_source(tiny.save(tmp_path / "model")), tmp_path / "text.txt"
+    text.write_bytes(bytes(n % source.vocab_size for n in range(999)))
+    plan, asked = make_plan(source, seq=(1, 512, 512), input_ids="bytes"), validation.Request(text=text, lengths="512")
+    read = asked.check(source, plan)
+    assert read is not None and (read.name, read.tokens) == ("text.txt", 999)
+    assert replace(asked, wanted=False).check(source, plan) is None and validation.Request(False).check(source, plan) is None
+    text.unlink()
+    enough, too_few = (replace(plan, policy={"calibration": {"sha256": read.sha256, "to": seen}}) for seen in (486, 487))
+    assert asked.check(source, enough, read) is read
+    with pytest.raises(UsageError, match="first 487 tokens, and the 512 behind them hold no window of 512"):
+        asked.check(source, too_few, read)
+    with pytest.raises(UsageError, match="does not exist"):
+        asked.check(source, plan)
+
+
 def test_without_lengths_the_text_has_to_hold_the_usual_one(tmp_path: Path) -> None:
     source, text = inspect_source(tiny.save(tmp_path / "model")), tmp_path / "text.txt"
     plan = make_plan(source, seq=(1, 1024, 1024), input_ids="bytes")  # the model itself holds 512

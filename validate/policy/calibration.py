@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from hyperattention.errors import UsageError
-from hyperattention.export.held_out import seen_tokens
+from hyperattention.export.held_out import Extent, seen_tokens
 from hyperattention.validate.inputs import Corpus
 
 SHARE = 4  # one token in so many is for calibration, more where its windows need more, at most half
@@ -35,7 +35,7 @@ def unseen_part(corpus: Corpus, policy: Mapping[str, Any] | None, needed: int) -
 
     Raises UsageError where fewer than `needed` + 1 tokens are left, the longest window.
     """
-    seen = seen_tokens(corpus.name, corpus.sha256, len(corpus.ids), policy, needed)
+    seen = seen_tokens(Extent(corpus.name, corpus.sha256, len(corpus.ids)), policy, needed)
     if not seen:
         return corpus
     note = (
