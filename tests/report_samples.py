@@ -257,6 +257,7 @@ def report(kind: str = "language", limits: Limits | None = None, **changes: Any)
             "delta_nats": estimate(0.0057) if language else None,
             "kl": estimate(0.0043) if language else None,
             "top1": estimate(0.9871) if language else None,
+            "all_positions": _tokens(0.0123, 0.0097) if language else None,
         }
         for n in LENGTHS
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,7 @@ from hyperattention.export.plan import ExportPlan, LayerPlan
 from hyperattention.export.source import Input
 from hyperattention.validate import cli
 from hyperattention.validate.compare_folders import compare
+from hyperattention.validate.compare_text import tables
 from hyperattention.validate.report import write
 
 Make = Callable[..., Path]
@@ -150,6 +152,28 @@ def test_policies_stand_side_by_side(make: Make, capsys: pytest.CaptureFixture[s
     code, out, _ = run([make("c", None), chosen], capsys)
     assert code == 0 and "1,701" in out and "Policy" in out
     assert compare(make("d", None), make("e", None))["policy"] == []
+
+
+def test_losses_stand_in_nats_and_as_ratios_of_perplexities(make: Make) -> None:
+    first, second = samples.report(), samples.report()
+    for row in second["approximation"]:
+        row["prefill_exact_decode"]["delta_nats"]["mean"] = 0.25
+    found = compare(make("a", first, plan(policy=samples.policy())), make("b", second))
+    told = {table.title: table for table in tables(found)}
+    errors = {(row[0], row[1]): row[2:] for row in told["Error against exact attention, by length"].rows}
+    names = {"prefill_exact_decode": "", "all_positions": ", all positions"}
+    for i, report in enumerate((first, second)):
+        for row in report["approximation"]:
+            for regime, where in names.items():
+                nats, length = row[regime]["delta_nats"]["mean"], f"{row['length']:,}"
+                assert float(errors[length, f"delta nats{where}"][i]) == pytest.approx(nats, rel=0.01)
+                assert float(errors[length, f"exp(delta nats){where}"][i]) == pytest.approx(math.exp(nats), abs=6e-6)
+                assert float(errors[length, f"top-1{where}"][i]) == pytest.approx(row[regime]["top1"]["mean"], abs=6e-5)
+    policy = {row[0]: row[1:] for row in told["Policy"].rows}
+    for regime, nats in (("all positions", 0.00078), ("prefill exact decode", 0.00039)):  # as the sample has them
+        assert float(policy[f"delta nats, {regime}"][0]) == pytest.approx(nats)
+        assert policy[f"exp(delta nats), {regime}"] == [f"{math.exp(nats):.5f}", "–"]
+    assert [row[-2:] for row in told["Cost of the strict choice, nats"].rows] == [["1.00210"] * 2, ["1.00011"] * 2]
 
 
 def test_a_speed_without_approximation_is_not_shown_as_one(make: Make, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

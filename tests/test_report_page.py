@@ -125,9 +125,6 @@ def test_tables_say_what_the_json_says(kind: str) -> None:
     for ours, window, row in zip(baseline[::2], baseline[1::2], report["baseline"], strict=True):
         close(ours[2] + " " + ours[3], [row["keys_per_query_ours"], row["ours_layers_relative_l2"]["mean"]])
         close(window[2] + " " + window[3], [row["keys_per_query"], row["layers_relative_l2"]["mean"]])
-        if kind == "language":
-            for cell, key in zip(window[5:8], ("delta_nats", "kl", "top1"), strict=True):
-                close(cell, [row[key]["mean"], row[key]["se"]])
 
 
 def test_token_tables_say_what_the_json_says() -> None:
@@ -143,6 +140,26 @@ def test_token_tables_say_what_the_json_says() -> None:
                 close(cell, [told[key]["mean"], told[key]["se"]])
             exact, added = (math.exp(told[key]["mean"]) for key in ("exact_nats", "delta_nats"))
             assert numbers(f"{row[5]} {row[6]}") == pytest.approx([exact, exact * added], abs=6e-5)
+
+
+def test_the_window_of_equal_cost_stands_beside_ours_in_both_regimes() -> None:
+    report = samples.report()
+    heads = ["Tokens", "Attention", "Delta nats", "exp(delta nats)", "KL", "Same first choice", "Windows"]
+    shown = [t[1:] for t in page(report).tables if t[0] == heads]
+    lines = [line.strip("| ").split(" | ") for line in render(report, "report.md.jinja").splitlines()]
+    starts = [i + 2 for i, line in enumerate(lines) if line[:4] == ["tokens", "attention", "delta nats", "exp(delta nats)"]]
+    assert [lines[start : start + 6] for start in starts] == shown
+    for table, regime in zip(shown, ("prefill_exact_decode", "all_positions"), strict=True):
+        beside = [row if regime == "prefill_exact_decode" else row["all_positions"] for row in report["baseline"]]
+        ours = [row[regime] for row in report["approximation"]]
+        for cells, told in zip(table, [of for pair in zip(ours, beside, strict=True) for of in pair], strict=True):
+            for i, key in ((2, "delta_nats"), (4, "kl"), (5, "top1")):
+                close(cells[i], [told[key]["mean"], told[key]["se"]])
+            assert numbers(cells[3]) == pytest.approx([math.exp(told["delta_nats"]["mean"])], abs=6e-6)
+            assert numbers(cells[6]) == [told["windows"]]
+    del report["baseline"][0]["all_positions"]
+    (rows,) = [t[1:] for t in page(report).tables if t[0] == heads and t[2][2] == "not measured"]
+    assert [row[1:] for row in rows[:2]] == [rows[0][1:], ["window + sinks", "not measured"]] and len(rows[0]) == 7
 
 
 def test_the_needle_tables_and_grids_say_what_the_json_says() -> None:

@@ -27,7 +27,9 @@ _TOKEN_METRICS = (
     ("delta nats", "prefill_exact_decode", "delta_nats"),
     ("KL", "prefill_exact_decode", "kl"),
     ("top-1", "prefill_exact_decode", "top1"),
+    ("delta nats, all positions", "all_positions", "delta_nats"),
     ("KL, all positions", "all_positions", "kl"),
+    ("top-1, all positions", "all_positions", "top1"),
 )
 
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from hyperattention.validate.compare_table import Table
-from hyperattention.validate.report_format import NOTHING, number, percent, plus_minus
+from hyperattention.validate.compare_table import Table, under_loss
+from hyperattention.validate.report_format import NOTHING, exp_nats, number, percent, plus_minus
 
 # Of all heads: what is told, by which number, and which end of it is the worst.
 _WORST: tuple[tuple[str, str, Callable], ...] = (
@@ -33,14 +33,19 @@ def more_tables(found: dict[str, Any]) -> list[Table]:
             list(map(_keys, found["keys"])),
             "",
         ),
-        Table("Policy", ["", f">{first}", f">{second}"], list(map(_policy, found["policy"])), ""),
+        Table("Policy", ["", f">{first}", f">{second}"], [cells for row in found["policy"] for cells in _policy(row)], ""),
         Table(
             "Look-ahead: rows back that one change moves",
             ["attention", f">{first}", f">{second}", ">whole model", ">whole model", ">largest change", ">largest change"],
             list(map(_look_ahead, found["look_ahead"])),
             "",
         ),
-        Table("Cost of the strict choice, nats", ["", ">tokens", f">{first}", f">{second}"], list(map(_strict, found["strict"])), ""),
+        Table(
+            "Cost of the strict choice, nats",
+            ["", ">tokens", f">{first}", f">{second}", f">{first}: exp", f">{second}: exp"],
+            list(map(_strict, found["strict"])),
+            "",
+        ),
         Table(
             "Planted keys by depth",
             ["recall of", ">tokens", ">depth", f">{first}", f">{second}"],
@@ -92,13 +97,15 @@ def _whole(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def _policy(row: dict) -> list[str]:
+def _policy(row: dict) -> list[list[str]]:
+    """The row's line, and what stands under it."""
+
     def cell(value: Any) -> str:
         if value is None or isinstance(value, str):
             return value or NOTHING
         return _whole(value) if row["what"].startswith("keys") else number(value)
 
-    return [row["what"], *map(cell, row["pair"])]
+    return [[row["what"], *map(cell, row["pair"])], *under_loss(row["what"], row["pair"])]
 
 
 def _look_ahead(row: dict) -> list[str]:
@@ -111,7 +118,7 @@ def _look_ahead(row: dict) -> list[str]:
 
 
 def _strict(row: dict) -> list[str]:
-    return [row["regime"], f"{row['length']:,}", *(plus_minus(value, 5, True) for value in row["pair"])]
+    return [row["regime"], f"{row['length']:,}", *(plus_minus(value, 5, True) for value in row["pair"]), *map(exp_nats, row["pair"])]
 
 
 def _needle(row: dict) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hyperattention.export.console import readable
-from hyperattention.validate.compare_table import Table
+from hyperattention.validate.compare_table import Table, under_loss
 from hyperattention.validate.compare_tables import more_tables
 from hyperattention.validate.report_format import NOTHING, layer_list, number, percent, seconds
 
@@ -16,7 +16,7 @@ _AFFECTED = {
     ("time",): "times cannot be compared",
 }
 _NO_REPORT = "Neither folder has a report."
-_DIGITS = {"top-1": 4, "cosine": 5, "norm ratio": 5}
+_DIGITS = {"top-1": 4, "top-1, all positions": 4, "cosine": 5, "norm ratio": 5}
 
 
 def sentences(found: dict[str, Any]) -> list[str]:
@@ -37,7 +37,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
         Table(
             "Error against exact attention, by length",
             [">tokens", "", f">{first}", f">{second}", ">second over first"],
-            list(map(_error, found["errors"])),
+            [cells for row in found["errors"] for cells in _error(row)],
             _NO_REPORT,
         ),
         Table(
@@ -88,11 +88,14 @@ def _gate(row: dict) -> list[str]:
     return [row["name"], *map(cell, row["pair"]), " and ".join(limits)]
 
 
-def _error(row: dict) -> list[str]:
+def _error(row: dict) -> list[list[str]]:
+    """The metric's line, and what stands under it."""
     digits = next((n for name, n in _DIGITS.items() if row["metric"].endswith(name)), 3)
     means = [value and value["mean"] for value in row["pair"]]
     ratio = means[1] / means[0] if all(means) and digits == 3 and means[0] * means[1] > 0 else None
-    return [f"{row['length']:,}", row["metric"], *(number(mean, digits) for mean in means), number(ratio)]
+    length, name = f"{row['length']:,}", row["metric"]
+    under = ([length, *line, NOTHING] for line in under_loss(name, means))
+    return [[length, name, *(number(mean, digits) for mean in means), number(ratio)], *under]
 
 
 def _time(row: dict) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hyperattention.export.budget import REGIMES, budget_from_json
+from hyperattention.validate.gates import PREFILL
 from hyperattention.validate.plot_scatter import Group, Point, scatter_chart
 from hyperattention.validate.plots import Chart
 
@@ -51,6 +52,16 @@ def _policy_row(name: str, of: dict[str, Any], run: dict[str, Any]) -> dict[str,
     """`run`: what whole forward passes gave."""
     regimes = {regime: run.get(regime) for regime in REGIMES}
     return {"name": name, "keys": of["keys"], "predicted_kl": of["predicted_kl"], **regimes, "needle": run.get("needle")}
+
+
+def window_rows(report: dict, regime: str) -> list[tuple[int, str, dict[str, Any] | None]]:
+    """(length, name, the tokens' numbers in `regime`) of ours and of the window of equal cost; None where these were not measured."""
+    rows: list[tuple[int, str, dict[str, Any] | None]] = []
+    for row in report["baseline"]:
+        ours = next((found[regime] for found in report["approximation"] if found["length"] == row["length"]), None)
+        window = row if regime == PREFILL else row.get(regime)
+        rows += [(row["length"], "ours", ours), (row["length"], row["name"], window)]
+    return rows
 
 
 def judged_regime(policy: dict[str, Any]) -> str:

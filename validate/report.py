@@ -15,7 +15,7 @@ from hyperattention.export.console import jsonable
 from hyperattention.export.gate_options import FEATURES, LANGUAGE
 from hyperattention.validate.caveats import over_everywhere
 from hyperattention.validate.charts import bin_text, charts, hardest_heads, row_histogram
-from hyperattention.validate.cost_charts import judged_regime, policy_rows, rival_rows, setting_text
+from hyperattention.validate.cost_charts import judged_regime, policy_rows, rival_rows, setting_text, window_rows
 from hyperattention.validate.perplexity import perplexity
 from hyperattention.validate.report_format import FILTERS
 
@@ -98,7 +98,7 @@ def templates(html: bool) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters.update({**FILTERS, "setting": setting_text, "perplexity": perplexity})
+    made.filters.update({**FILTERS, "setting": setting_text, "perplexity": perplexity, "window_rows": window_rows})
     return made
 
 

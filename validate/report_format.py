@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from hyperattention.validate.perplexity import exp
 from hyperattention.validate.plots import short
 
 NOTHING = "–"
@@ -61,6 +62,13 @@ def estimate(value: dict | float | None, digits: int = 3) -> str:
     return number(value["mean"] if isinstance(value, dict) else value, digits)
 
 
+def exp_nats(value: dict | float | None) -> str:
+    """e to the power of nats a token, an estimate's mean or a plain number: of delta nats, our perplexity over exact attention's."""
+    if value is None:
+        return NOTHING
+    return number(exp(value["mean"] if isinstance(value, dict) else value), 6)
+
+
 def seconds(value: float | None) -> str:
     """Three digits with a unit."""
     if value is None:
@@ -109,6 +117,7 @@ FILTERS = {
     "ends": ends,
     "span": span,
     "estimate": estimate,
+    "exp": exp_nats,
     "seconds": seconds,
     "count": count,
     "layers": layer_list,
