@@ -15,7 +15,7 @@ from torch import Tensor
 from hyperattention.errors import UsageError
 from hyperattention.validate import needle as needle_module
 from hyperattention.validate.feeds import IDS, TextMaterial
-from hyperattention.validate.inputs import DEPTHS, EDGE_ROWS, NEEDLE_DIGITS, Window, needle, needle_room, recalled
+from hyperattention.validate.inputs import DEPTHS, EDGE_ROWS, NEEDLE_DIGITS, QUESTION_ROWS, Window, needle, needle_room, recalled
 from hyperattention.validate.needle import KINDS, Grid, choose_grid, measure_needle
 
 PAIR = re.compile(r"# key ([0-9a-f]{8}) = (\d{8})\n")
@@ -34,6 +34,7 @@ def test_pairs_are_planted_once_and_one_is_asked_at_the_end(depth: float, keys: 
     pairs = PAIR.findall(text)
     assert w.ids.shape == (1, length + 1) and len(pairs) == len(dict(pairs)) == keys
     key, digits = re.search(r"\n# recall ([0-9a-f]{8}) = (\d{8})$", text).groups()
+    assert text[-QUESTION_ROWS - 1 :].startswith("\n# recall") and w.asked == QUESTION_ROWS
     assert (key, digits) in pairs and bytes(w.answer).decode() == digits and text.count("# recall") == 1
     for name, _ in pairs:
         at = text.index(f"# key {name}")

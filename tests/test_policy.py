@@ -140,6 +140,7 @@ class Refused:
         Refused("too-long", ("--length", "13000"), "longest window needs 13001"),
         Refused("over-half", ("--windows", "9"), "may have half of them"),
         Refused("windows", ("--windows", "0"), "--windows is 0"),
+        Refused("needle-without-tail", ("--budget", "needle=1", "--tail", "28"), "takes more than 28"),
         Refused("needle-of-tokens", ("--budget", "needle=1", "--input-ids", "tokens"), "--input-ids bytes"),
     ],
     ids=str,

@@ -16,7 +16,7 @@ from hyperattention.validate.policy.candidates import Candidate, candidates
 from hyperattention.validate.policy.choose import Choice, Option, fill, frontier, hull, within
 from hyperattention.validate.policy.interpolate import with_interpolation
 from hyperattention.validate.policy.sensitivity import Probe, options, probed
-from hyperattention.validate.policy.verify import MOST_TRIALS, cheapest_that_holds, excess
+from hyperattention.validate.policy.verify import cheapest_that_holds, excess
 
 
 def drawn(seed: int, layers: int, count: int) -> list[list[Option]]:
@@ -172,16 +172,16 @@ def test_the_cheapest_point_that_holds_is_found(count: int, scale: float) -> Non
     points = [Choice((Option(i, 100.0 * 1.02**i, 0.05 * 0.97**i if i < count - 1 else 0.0),)) for i in range(count)]
     budget = Budget(nats=0.01)
     first = next(i for i, point in enumerate(points) if point.loss <= 0.01)
-    held, trials = cheapest_that_holds(points, budget, first, lambda choice: measured(nats=scale * choice.loss))
+    held, trials = cheapest_that_holds(points, budget, first, 8, lambda choice: measured(nats=scale * choice.loss))
     truth = next(point for point in points if scale * point.loss <= 0.01)
     assert held is not None and scale * held.choice.loss <= 0.01
     assert truth.cost <= held.choice.cost <= 1.25 * truth.cost
-    assert len(trials) <= MOST_TRIALS and len({trial.choice.cost for trial in trials}) == len(trials)
+    assert len(trials) <= 8 and len({trial.choice.cost for trial in trials}) == len(trials)
 
 
 def test_a_budget_that_nothing_holds_is_said_with_everything_tried() -> None:
     points = [Choice((Option(i, 1.0 + i, 1.0 / (1 + i)),)) for i in range(5)]
-    held, trials = cheapest_that_holds(points, Budget(nats=0.001), 4, lambda choice: measured(nats=choice.loss))
+    held, trials = cheapest_that_holds(points, Budget(nats=0.001), 4, 2, lambda choice: measured(nats=choice.loss))
     assert held is None and trials[-1].choice == points[-1]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import tiny
@@ -16,13 +16,14 @@ from hyperattention.export.budget import REGIMES
 from hyperattention.export.load import inspect_source
 from hyperattention.export.patch import Patched
 from hyperattention.export.plan import make_plan
-from hyperattention.validate.inputs import Corpus, windows
+from hyperattention.validate.inputs import QUESTION_ROWS, Corpus, windows
 from hyperattention.validate.operators import Operator, reference_operator
 from hyperattention.validate.policy.choose import Choice, Option, fill, frontier, hull, neighbours, within
-from hyperattention.validate.policy.probe import in_fp32, probe, splits
+from hyperattention.validate.policy.probe import PLANTED, TEXT, in_fp32, probe, splits
 from hyperattention.validate.policy.times import op_times
 from hyperattention.validate.policy.trial import Laboratory
 from hyperattention.validate.policy.weigh import scales, weighed
+from hyperattention.validate.regimes import one_pass_serves
 
 SMALL = dict(exact_below=32, block_size=16, local_size=32, sinks=4, num_blocks=1, sample_size=8)
 ALL, PREFILL = REGIMES
@@ -90,7 +91,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
     assert isinstance(patched, Patched)
     ids = torch.randint(256, (600,), generator=torch.Generator().manual_seed(1))
     text = Corpus(ids, "text.txt", "text", "bytes", "sha256")
-    return Laboratory(patched, reference_operator(), windows(text, 211, 2), [], 37, torch.device("cpu"))
+    return Laboratory(patched, reference_operator(), windows(text, 211, 2), 37, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("length, tail, count", [(8192, 512, 8), (8192, 512, 1), (211, 37, 8), (2, 1, 3), (10, 9, 2)], ids=str)
@@ -106,20 +107,89 @@ def test_one_pass_says_what_a_layer_does_in_both_regimes(lab: Laboratory, layer:
     assert own is not None
     chosen, window = {layer: replace(own, **SMALL, strict_causal=1)}, lab.windows[1]
     whole = lab.measure(chosen, REGIMES, [window])
-    found = probe(lab, chosen, REGIMES, window, 1)
-    assert found == {regime: pytest.approx(whole[regime]["kl"]["mean"], rel=1e-4) for regime in REGIMES} and found[PREFILL] > 1e-7
+    found = probe(lab, chosen, REGIMES, [window], 1)
+    assert list(found) == [TEXT] and found[TEXT][PREFILL] > 1e-7
+    assert found[TEXT] == {regime: pytest.approx(whole[regime]["kl"]["mean"], rel=1e-4) for regime in REGIMES}
     each = []
     for split in splits(211, 37, 2):  # a shorter window has its tail where the longer one's first tail is
         part = replace(window, ids=window.ids[:, : split + 38], length=split + 37)
         each.append(lab.measure(chosen, [PREFILL], [part])[PREFILL]["kl"]["mean"])
-    assert probe(lab, chosen, [PREFILL], window, 2) == {PREFILL: pytest.approx(sum(each) / 2, rel=1e-3)}
+    assert probe(lab, chosen, [PREFILL], [window], 2) == {TEXT: {PREFILL: pytest.approx(sum(each) / 2, rel=1e-3)}}
 
 
 def test_the_last_layer_does_nothing_to_what_is_decoded(lab: Laboratory) -> None:
     own = lab.patched.plan.planned[2].config
     assert own is not None
-    found = probe(lab, {2: replace(own, **SMALL)}, REGIMES, lab.windows[0], 3)
+    found = probe(lab, {2: replace(own, **SMALL)}, REGIMES, lab.windows[:1], 3)[TEXT]
     assert found[ALL] > 1e-6 and found[PREFILL] < 1e-9
+
+
+def test_digits_and_text_of_a_prompt_are_told_apart(lab: Laboratory) -> None:
+    own = lab.patched.plan.planned[0].config
+    assert own is not None
+    chosen = {0: replace(own, **SMALL, strict_causal=1)}
+    prompts = [replace(window, answer=tuple(window.targets[-8:].tolist())) for window in lab.windows]
+    whole, found = lab.measure(chosen, REGIMES, prompts), probe(lab, chosen, REGIMES, prompts, 1)
+    kl: dict[str, list[Tensor]] = {regime: [] for regime in REGIMES}
+    for window in prompts:
+        with lab.patched.mode("exact"):
+            exact = lab.patched.forward(window.inputs).logits[0].double().log_softmax(-1)
+        lab.configure(chosen)
+        with lab.patched.mode("plan", attention=reference_operator()):
+            ours = lab.patched.forward(window.inputs).logits[0].double().log_softmax(-1)
+            cache = lab.patched.forward(window.inputs[:, : 211 - 37], use_cache=True).past_key_values
+        with lab.patched.mode("exact"):
+            tail = lab.patched.forward(window.inputs[:, 211 - 37 :], past_key_values=cache, use_cache=True).logits[0].double()
+        kl[ALL].append((exact.exp() * (exact - ours)).sum(-1))
+        kl[PREFILL].append((exact[-37:].exp() * (exact[-37:] - tail.log_softmax(-1))).sum(-1))
+    for regime, rows in kl.items():
+        text, digits = (float(torch.cat(part).mean()) for part in zip(*((row[:-QUESTION_ROWS], row[-8:]) for row in rows), strict=True))
+        assert whole[regime]["kl"]["mean"] == pytest.approx(text, rel=1e-4) == found[TEXT][regime] and text > 1e-7
+        assert whole["needle_kl"][regime] == pytest.approx(digits, rel=1e-4) == found[PLANTED][regime] and digits > 1e-7
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where a prompt of 211 tokens ends, a node, and whether one pass is said to serve."""
+
+    at: int
+    node: dict[str, int | str]
+    serves: bool
+
+    def __str__(self) -> str:
+        return f"{self.at}-{'-'.join(f'{name}={value}' for name, value in self.node.items()) or 'small'}"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Split(176, {}, True),
+        Split(80, {"local_size": 128}, True),
+        Split(175, {}, False),
+        Split(64, {}, False),
+        Split(175, {"strict_causal": 1}, True),
+        Split(176, {"sample_size": 0, "num_blocks": 3}, True),
+        Split(176, {"exact_below": 190}, False),
+        Split(175, {"exact_below": 300}, True),
+        Split(176, {"selector": "sortlsh"}, False),
+    ],
+    ids=str,
+)
+def test_where_one_pass_serves_it_leaves_what_a_prefill_would(lab: Laboratory, case: Split) -> None:
+    own = lab.patched.plan.planned[0].config
+    assert own is not None
+    config = replace(own, **{**SMALL, "strict_causal": 0, **case.node})
+    assert one_pass_serves(config, case.at, 211) == case.serves
+    lab.configure({layer.index: config for layer in lab.patched.plan.planned})
+    ids = lab.windows[0].inputs
+    whole, alone = (lab.approximate(part, True)[1] for part in (ids, ids[:, : case.at]))
+    pairs = zip(whole.layers, alone.layers, strict=True)
+    same = [torch.allclose(a.values[:, :, : case.at], b.values, rtol=1e-4, atol=1e-5) for a, b in pairs]
+    assert same[0] and (all(same) or not case.serves)
+
+
+def test_one_pass_serves_no_node_that_sees_both_ways() -> None:
+    assert not one_pass_serves(Config(causal=0).exact(), 64, 128)
 
 
 # --- rounding ----------------------------------------------------------------------------------------------------------
@@ -157,7 +227,7 @@ def test_rounding_is_what_exact_attention_by_the_operator_differs_by(lab: Labora
 
     own = replace(lab, operator=Operator("rounds", exact), kept={})
     found = own.rounding(REGIMES)
-    assert calls == [True] * 12  # three layers, two windows, two regimes
+    assert calls == [True] * 6  # three layers, two windows, one pass for both regimes
     for regime in REGIMES:
         assert 1e-10 < found[regime]["kl"]["mean"] < 1e-4 and found[regime]["windows"] == 2
     assert lab.rounding([ALL])[ALL]["kl"]["mean"] < 1e-9

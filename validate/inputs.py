@@ -22,6 +22,17 @@ DEPTHS = (0.1, 0.35, 0.6, 0.85)
 EDGE_ROWS = 512  # a needle keeps this distance from the end, so that it is never inside the exact tail
 
 
+def _planted(key: str, digits: str) -> bytes:
+    return f"# key {key} = {digits}\n".encode()
+
+
+def _question(key: str, digits: str) -> bytes:
+    return f"# recall {key} = {digits}".encode()
+
+
+QUESTION_ROWS = len(_question("0" * 8, "0" * NEEDLE_DIGITS))  # with its answer, at the end of a prompt
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Token ids int64 [N] to cut windows from, and what to say about them in the report."""
@@ -56,6 +67,11 @@ class Window:
 
     def __str__(self) -> str:
         return f"{self.length}@{self.start}"
+
+    @property
+    def asked(self) -> int:
+        """Rows at its end that are a question and its answer, and no text."""
+        return QUESTION_ROWS if self.answer else 0
 
     @property
     def inputs(self) -> Tensor:
@@ -128,14 +144,6 @@ def needle(corpus: Corpus, length: int, depth: float, seed: int, keys: int = 1) 
         body, end = body + text[end:at] + line, at
     ids = torch.tensor(list(body + text[end:-1] + b"\n" + question), dtype=torch.int64)[None]
     return Window(ids, length, start, tuple(ids[0, -NEEDLE_DIGITS:].tolist()))
-
-
-def _planted(key: str, digits: str) -> bytes:
-    return f"# key {key} = {digits}\n".encode()
-
-
-def _question(key: str, digits: str) -> bytes:
-    return f"# recall {key} = {digits}".encode()
 
 
 def recalled(logits: Tensor, window: Window) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperattention.config import Config
 from hyperattention.export.patch import Patched
 from hyperattention.validate.feeds import Feed, feed
 from hyperattention.validate.inputs import Window
@@ -61,6 +62,17 @@ def exact_decode(model: Patched, ids: Tensor, cache: Any) -> Tensor:
     """Logits [S, vocabulary] of ids int64 [1, S], which attend exactly over themselves and `cache`, which is extended."""
     with model.mode("exact"):
         return model.forward(ids, past_key_values=cache, use_cache=True).logits[0]
+
+
+def one_pass_serves(config: Config, split: int, length: int) -> bool:
+    """Whether a node does to the first `split` of `length` tokens what it would do to them alone, so that one pass is also the prefill.
+
+    Causal exact attention does. Selector `blocks` does where no query block lies across the split, or plans look at no later row.
+    """
+    exact = config.is_exact(length, length)
+    if not config.causal or config.is_exact(split, split) != exact:
+        return False
+    return exact or (config.selector == "blocks" and (bool(config.strict_causal) or split % config.block_size == 0))
 
 
 def both_regimes(bench: Workbench, window: Window, exact: Tensor, operator: Operator) -> tuple[TokenMetrics, TokenMetrics]:

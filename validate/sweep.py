@@ -56,7 +56,7 @@ class _Length:
         record.add_windows(length, self.ranking.start, [window.start for window in self.windows])
         self.methods = {name: Method.of(name, config, subject.operator, length) for name, config in options.configs.items()}
         patched = install(subject.model, subject.plan)
-        self.laboratory = Laboratory(patched, subject.operator, self.windows, (), options.tail, subject.device)
+        self.laboratory = Laboratory(patched, subject.operator, self.windows, options.tail, subject.device)
         self.rows = record.layers(length, list(self.methods))
         self.step(f"{length:,} tokens: every layer alone{' (known)' * bool(self.rows)}")
         if not self.rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -26,22 +27,22 @@ def some_heads(call: Captured) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return call.q[:1, queries], call.k[:1, chosen], call.v[:1, chosen], call.o[:1, queries]
 
 
-def squared_error(operator: Operator, heads: tuple[Tensor, Tensor, Tensor, Tensor], config: Config, rows: int = 0) -> float:
-    """|ours - exact|^2 / |exact|^2 over the last `rows` rows (0: all) of the heads that `some_heads` gave, in float64."""
+def squared_errors(operator: Operator, heads: tuple[Tensor, Tensor, Tensor, Tensor], config: Config, rows: Sequence[int]) -> list[float]:
+    """|ours - exact|^2 / |exact|^2 over the last rows, so many as each of `rows` says (0: all), of heads from `some_heads`, in float64."""
     q, k, v, exact = heads
     with torch.inference_mode():
         o, _ = operator(q, k, v, config)
-        ours, other = o[:, :, -rows:].double(), exact[:, :, -rows:].double()
-        return float((ours - other).square().sum() / other.square().sum().clamp(min=1e-300))
+        lost, whole = (x.square().sum((0, 1, 3)) for x in (o.double() - exact.double(), exact.double()))
+        return [float(lost[-count:].sum() / whole[-count:].sum().clamp(min=1e-300)) for count in rows]
 
 
-def layer_errors(operator: Operator, call: Captured, configs: Sequence[Config], rows: int = 0) -> list[float]:
-    """`squared_error` of each config in one layer; 0 for one that is exact there. Raises FloatingPointError for NaN."""
+def layer_errors(operator: Operator, call: Captured, configs: Sequence[Config], rows: Sequence[int] = (0,)) -> list[list[float]]:
+    """`squared_errors` of each config in one layer, by config; 0 for one that is exact there. Raises FloatingPointError for NaN."""
     heads, found = some_heads(call), []
     for config in configs:
         exact = config.is_exact(call.q.shape[2], call.k.shape[2])
-        error = 0.0 if exact else squared_error(operator, heads, config, rows)
-        if error != error:
+        errors = [0.0] * len(rows) if exact else squared_errors(operator, heads, config, rows)
+        if any(math.isnan(error) for error in errors):
             raise FloatingPointError(f"layer {call.layer} answers NaN under {config}")
-        found.append(error)
+        found.append(errors)
     return found

@@ -21,7 +21,7 @@ from hyperattention.export.shape_options import MAX_SEQUENCE
 from hyperattention.export.source import AttentionLayer, Source, Trust, default_dtype, open_source
 from hyperattention.library import ort_library_path, trt_library_path
 from hyperattention.native import Library
-from hyperattention.validate.inputs import DEPTHS, Corpus, Window, load_corpus, needle, needle_room, windows
+from hyperattention.validate.inputs import DEPTHS, QUESTION_ROWS, Corpus, Window, load_corpus, needle, needle_room, windows
 from hyperattention.validate.operators import native_operator
 from hyperattention.validate.policy.calibration import calibration_part, describe_part, unseen_part
 from hyperattention.validate.policy.candidates import Candidate, candidates
@@ -34,7 +34,8 @@ from hyperattention.validate.policy.trial import Laboratory
 LONGEST = {"cuda": 32768, "cpu": 8192}  # of a calibration window, unless --length says otherwise
 PROBES = {"cuda": 4, "cpu": 2}  # with 2 the layer that loses most was misjudged (byte-lm-30m, 32k); more take minutes on a processor
 JUDGED = {"cuda": 8, "cpu": 1}  # rivals are run on so many times as many windows as the search reads, where the text holds them
-TAIL, WINDOWS, PROMPTS = 512, 2, 2
+TAIL, WINDOWS = 512, 2
+ASKING = {"cuda": 8, "cpu": 4}  # windows at least, where keys are planted: one a depth, and again
 NEEDLE_SEED = 2**20  # prompts of a seed that no validation uses by default
 
 
@@ -97,21 +98,28 @@ class Prepared:
         return {
             **describe_part(self.part),
             "length": self.length,
-            "windows": self.options.windows,
+            "windows": self.windows,
             "tail": self.tail,
-            "needle_prompts": len(DEPTHS) * PROMPTS if self.options.budget.plants else 0,
+            "needle_prompts": self.windows if self.options.budget.plants else 0,
             "dtype": self.plan.dtype,
             "device": self.device.type,
             "seed": self.options.seed,
         }
 
+    @property
+    def windows(self) -> int:
+        """Of text, as many as were asked for, but with planted keys enough to tell a recall by."""
+        asking = ASKING[self.device.type] if self.options.budget.plants else 0
+        return max(self.options.windows, asking)
+
     def lines(self) -> list[str]:
         """What will be measured, for people."""
         o, layers = self.options, len(self.plan.planned)
         settings, part, asked = len(self.candidates) - 1, self.part, _asked(self.candidates)
+        planted = ", each with a planted key to recall" if o.budget.plants else ""
         return [
             f"{self.source.architecture}, {layers} layers, {self.plan.dtype} on {self.device.type}; budget: {o.budget}",
-            f"calibration: tokens 0 to {len(part.ids):,} of {part.name}, {o.windows} windows of {self.length:,}",
+            f"calibration: tokens 0 to {len(part.ids):,} of {part.name}, {self.windows} windows of {self.length:,}{planted}",
             f"in each layer {settings} settings of the op: the error of {asked} is measured, of the others it lies between; then the "
             f"whole model with one layer approximate, at least {layers * self.probes} times, and with joint choices",
             *([f"then the policy and rivals of equal keys, {o.rivals} of a family, on text behind that"] if o.rivals else []),
@@ -139,8 +147,7 @@ class Prepared:
         assert isinstance(patched, Patched)
         cuda = self.device.type == "cuda"
         operator = native_operator(Library(self.library, "ha_cuda_" if cuda else "ha_cpu_", self.device.type))
-        chosen = windows(self.part, self.length, self.options.windows)
-        lab = Laboratory(patched, operator, chosen, self._needles(), self.tail, self.device)
+        lab = Laboratory(patched, operator, self._calibration(), self.tail, self.device)
         return Search(lab, self.options.budget, self.candidates, self.probes, self._weights(), store, step)
 
     def judged(self, search: Search, found: Found) -> dict[str, Any] | None:
@@ -150,7 +157,7 @@ class Prepared:
             return None
         told = {**describe_part(self.part), "from": first, "to": first + len(self.rest.ids)}
         prompts = self.options.input_ids == "bytes" and self.length >= needle_room(1)
-        seed = NEEDLE_SEED + self.options.seed + PROMPTS
+        seed = NEEDLE_SEED + self.options.seed + 2  # not that of the search's own prompts, unless those are more than eight
         needles = [needle(self.rest, self.length, depth, seed) for depth in DEPTHS] if prompts else []
         texts = windows(self.rest, self.length, JUDGED[self.device.type] * self.options.windows)
         return judged(Field(search, found, self.options.fixed), count, texts, needles, told)
@@ -159,11 +166,12 @@ class Prepared:
         """About how many steps `judged` reports."""
         return len(FAMILIES) * (self.options.rivals + 1) + 2 if self.options.rivals else 0
 
-    def _needles(self) -> list[Window]:
+    def _calibration(self) -> list[Window]:
+        """Windows of text; where the budget limits what is recalled each has a key planted, at one depth after the other."""
         if not self.options.budget.plants:
-            return []
-        seeds = [NEEDLE_SEED + self.options.seed + number for number in range(PROMPTS)]
-        return [needle(self.part, self.length, depth, seed) for depth in DEPTHS for seed in seeds]
+            return windows(self.part, self.length, self.windows)
+        turns = [divmod(number, len(DEPTHS)) for number in range(self.windows)]
+        return [needle(self.part, self.length, DEPTHS[at], NEEDLE_SEED + self.options.seed + turn) for turn, at in turns]
 
     def _weights(self) -> list[float]:
         """What a key costs in each layer, as a share of all: products of head dimensions and query heads."""
@@ -206,6 +214,11 @@ def prepare(options: Options, say: Callable[[str], None] = lambda text: None) ->
     settings = candidates(length, bool(causal.pop()), options.fixed)
     if options.budget.plants and options.input_ids != "bytes":
         raise UsageError("--budget needle plants a prompt of bytes; it needs a model that reads them (--input-ids bytes)")
+    if options.budget.plants and tail <= QUESTION_ROWS:
+        raise UsageError(
+            f"--tail is {tail}; with --budget needle it takes more than {QUESTION_ROWS}: a question is asked and answered in the tail, "
+            f"behind text"
+        )
     if options.budget.plants and length < needle_room(1):
         raise UsageError(f"--budget needle plants prompts of at least {needle_room(1)} bytes; --length is {length}: give a longer one")
     _check_keys(options.budget, settings, plan, length)

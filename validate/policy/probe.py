@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from statistics import mean
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hyperattention.config import Config
 from hyperattention.validate.inputs import Window
-from hyperattention.validate.metrics import token_metrics
-from hyperattention.validate.operators import exact_by_torch
-from hyperattention.validate.policy.trial import ALL, PREFILL, Laboratory
-from hyperattention.validate.regimes import exact_decode, prefill
+from hyperattention.validate.policy.trial import ALL, PREFILL, Laboratory, digits_kl, text_metrics
+
+TEXT, PLANTED = "text", "needle"
 
 
 @contextmanager
@@ -34,31 +33,36 @@ def in_fp32(model: nn.Module) -> Iterator[None]:
             tensor.data = tensor.data.to(dtype)
 
 
-def probe(lab: Laboratory, configs: Mapping[int, Config], regimes: Sequence[str], window: Window, tails: int) -> dict[str, float]:
-    """KL from the exact model, mean nats a token, with `configs` by layer index and all other layers exact, by regime.
+def probe(
+    lab: Laboratory, configs: Mapping[int, Config], regimes: Sequence[str], windows: Sequence[Window], tails: int
+) -> dict[str, dict[str, float]]:
+    """KL from the exact model, mean nats a token, with `configs` by layer index and all other layers exact, by regime: that of the text
+    in `windows` (TEXT), and where keys are planted in them that of the answers' digits (PLANTED), means over the windows.
 
     Prefill, exact decode is the mean over `tails` tails of `lab.tail` positions, evenly spread over the window's second half; all read the
-    keys and values of one approximate pass. Rows before a split hardly depend on those behind it (`strict_causal`: not at all), so that
-    one pass stands for all prefills.
+    keys and values of one approximate pass. Rows before a split hardly depend on those behind it (`regimes.one_pass_serves`: mostly not
+    at all), so that one pass stands for all prefills.
     """
-    ids = window.inputs.to(lab.device)
-    exact = lab.exact_logits(window)
-    lab.configure(configs)
-    with torch.inference_mode(), lab.patched.mode("plan", attention=exact_by_torch(lab.operator)):
-        out = lab.patched.forward(ids, use_cache=PREFILL in regimes)
-    found = {}
-    if ALL in regimes:
-        found[ALL] = float(token_metrics(exact, out.logits[0], window.targets).kl.mean())
-    if PREFILL in regimes:
-        cache = out.past_key_values
-        del out
-        rows = []
-        for split in splits(ids.shape[1], lab.tail, tails):
-            part = slice(split, split + lab.tail)
-            ours = exact_decode(lab.patched, ids[:, part], _prefix(lab, cache, ids, split))
-            rows.append(float(token_metrics(exact[part], ours, window.targets[part]).kl.mean()))
-        found[PREFILL] = sum(rows) / len(rows)
-    return found
+    text: dict[str, list[float]] = {regime: [] for regime in regimes}
+    digits: dict[str, list[float]] = {regime: [] for regime in regimes}
+    for window in windows:
+        ids, exact = window.inputs.to(lab.device), lab.exact_logits(window)
+        lab.configure(configs)
+        ours, cache = lab.approximate(ids, PREFILL in regimes)
+        if ALL in regimes:
+            text[ALL].append(float(text_metrics(window, exact, ours).kl.mean()))
+            if window.answer:
+                digits[ALL].append(digits_kl(window, exact, ours))
+        del ours  # of a long window with many tokens they are gigabytes
+        if PREFILL in regimes:
+            rows = []
+            for split in splits(ids.shape[1], lab.tail, tails):
+                ours = lab.decoded(ids, slice(split, split + lab.tail), cache)
+                rows.append(float(text_metrics(window, exact, ours, split).kl.mean()))
+            text[PREFILL].append(mean(rows))
+            if window.answer:
+                digits[PREFILL].append(digits_kl(window, exact, ours))  # the last tail ends the window
+    return {what: {r: mean(kl) for r, kl in found.items()} for what, found in ((TEXT, text), (PLANTED, digits)) if all(found.values())}
 
 
 def splits(length: int, tail: int, count: int) -> list[int]:
@@ -66,15 +70,3 @@ def splits(length: int, tail: int, count: int) -> list[int]:
     last, first = length - tail, min(length // 2, length - tail)
     count = max(1, min(count, (last - first) // tail + 1))
     return [last - (last - first) * i // max(1, count - 1) for i in range(count)][::-1]
-
-
-def _prefix(lab: Laboratory, cache: Any, ids: Tensor, split: int) -> Any:
-    """transformers' cache of the first `split` positions: a part of `cache`, or where that holds windows, of a pass of its own."""
-    from transformers import DynamicCache
-
-    if any(layer.keys is None or layer.keys.shape[2] != ids.shape[1] for layer in cache.layers):
-        return prefill(lab.patched, ids[:, :split], exact_by_torch(lab.operator))
-    part = DynamicCache()
-    for number, layer in enumerate(cache.layers):
-        part.update(layer.keys[:, :, :split], layer.values[:, :, :split], number)
-    return part

@@ -16,10 +16,11 @@ from hyperattention.export.budget import REGIMES, Budget
 from hyperattention.validate.configs import configs
 from hyperattention.validate.policy.candidates import Candidate
 from hyperattention.validate.policy.choose import Choice, Option, fill, frontier, neighbours, within
-from hyperattention.validate.policy.options import PLANTED, TEXT, Measurements
+from hyperattention.validate.policy.options import Measurements
+from hyperattention.validate.policy.probe import PLANTED, TEXT
 from hyperattention.validate.policy.store import Store
 from hyperattention.validate.policy.trial import Laboratory
-from hyperattention.validate.policy.verify import MOST_TRIALS, Trial, cheapest_that_holds, excess, most_accurate
+from hyperattention.validate.policy.verify import Trial, cheapest_that_holds, excess, most_accurate
 from hyperattention.validate.policy.weigh import scales, weighed
 
 FIXED_RIVALS = 2  # settings that all layers share, measured beside the choice
@@ -29,13 +30,15 @@ NEEDLE_WEIGHTS = (0.0, 0.001, 0.01, 0.1, 1.0)
 
 @dataclass(frozen=True)
 class Effort:
-    """`rounds`: how often the settings of a choice are probed and the choice made anew. `moves`: choices beside it that are run whole."""
+    """`rounds`: how often the settings of a choice are probed and the choice made anew. `moves`: choices beside it that are run whole.
+    `trials`: along the frontier, at most, where no cost is given."""
 
     rounds: int
     moves: int
+    trials: int
 
 
-EFFORT = {"cuda": Effort(3, 6), "cpu": Effort(0, 0)}
+EFFORT = {"cuda": Effort(3, 6, 8), "cpu": Effort(0, 0, 6)}
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class Search:
 
         Raises AccuracyFailed, saying the best that was found, where no choice does, UsageError where every setting is over the cap.
         """
-        self.measurements.read((TEXT, PLANTED) if self.budget.plants else (TEXT,), self.budget.unit == "time")
+        self.measurements.read(self.budget.unit == "time")
         cap = self.budget.cap(sum(row[-1] for row in self._costs))
         least = sum(min(row) for row in self._costs)
         if least > cap:
@@ -164,7 +167,7 @@ class Search:
         layers = weighed(self._text(), self._scale(cap), cap)
         for _ in range(self._effort.rounds):
             chosen = self._best(layers, cap)
-            if not self.measurements.probe(TEXT, enumerate(chosen.candidates)):
+            if not self.measurements.probe(enumerate(chosen.candidates)):
                 break
             layers = weighed(self._text(), self._scale(cap), cap)
         return layers
@@ -208,7 +211,7 @@ class Search:
     def _that_holds(self, points: list[Choice], scale: Mapping[str, float]) -> Trial:
         wanted = min(scale.values())
         first = next((i for i, point in enumerate(points) if point.loss <= wanted), len(points) - 1)
-        held, trials = cheapest_that_holds(points, self.budget, first, self.measured)
+        held, trials = cheapest_that_holds(points, self.budget, first, self._effort.trials, self.measured)
         if held is None:
             raise self._unreached(trials)
         return held
@@ -254,13 +257,11 @@ class Search:
         self.step(f"the whole model at {self.keys(choice):,.0f} keys a query")
         chosen = zip(self.layers, choice.candidates, strict=True)
         configs = {index: self.candidates[c].config(layer) for (index, layer), c in chosen}
-        needles = self.lab.needles if self.budget.plants else ()
         what = {
             "configs": {str(index): config.attributes() for index, config in sorted(configs.items())},
             "windows": [str(window) for window in self.lab.windows],
-            "needles": len(needles),
         }
-        return self.store.get("model", what, lambda: self.lab.measure(configs, REGIMES, self.lab.windows, needles))
+        return self.store.get("model", what, lambda: self.lab.measure(configs, REGIMES, self.lab.windows))
 
     def _rivals(self, layers: Sequence[Sequence[Option]], cap: float) -> list[tuple[int, Trial]]:
         """The settings that all layers share, of at most `cap`, with the least predicted loss, run through the whole model."""
@@ -270,8 +271,8 @@ class Search:
 
     def count_steps(self) -> int:
         """About how many steps `run` reports."""
-        sources, layers = 1 + self.budget.plants, len(self.layers)
-        return sources * layers * (2 + self.probes) + self._effort.rounds * layers // 2 + MOST_TRIALS + FIXED_RIVALS
+        each = len(self.measurements.windows) + self.probes + 1
+        return len(self.layers) * each + self._effort.rounds * len(self.layers) // 2 + self._effort.trials + FIXED_RIVALS
 
 
 def _said(regime: str, row: Mapping[str, Any]) -> str:

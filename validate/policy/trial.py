@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import mean
 from typing import Any
@@ -16,9 +16,9 @@ from hyperattention.export.budget import REGIMES
 from hyperattention.export.patch import Patched, install
 from hyperattention.export.switched import Captured
 from hyperattention.validate.inputs import Window, recalled
-from hyperattention.validate.metrics import summarise, token_metrics
+from hyperattention.validate.metrics import TokenMetrics, summarise, token_metrics
 from hyperattention.validate.operators import Operator, exact_by_torch
-from hyperattention.validate.regimes import ALL_BLOCK, TAIL_BLOCK, exact_decode, prefill
+from hyperattention.validate.regimes import ALL_BLOCK, TAIL_BLOCK, exact_decode, one_pass_serves, prefill
 
 ALL, PREFILL = REGIMES
 KEPT_BYTES = 2**31  # exact logits that are kept for the next trial; those past it are computed again
@@ -28,14 +28,13 @@ KEPT_BYTES = 2**31  # exact logits that are kept for the next trial; those past 
 class Laboratory:
     """A loaded model whose plan leaves every layer exact, its calibration windows, and the operator that approximates.
 
-    `windows` are text, `needles` prompts with a planted key; the last `tail` positions of a window are those that attend exactly
-    in prefill, exact decode.
+    `windows` are text, in which keys may be planted and asked for at the end; the last `tail` positions of a window are those that
+    attend exactly in prefill, exact decode.
     """
 
     patched: Patched
     operator: Operator
     windows: Sequence[Window]
-    needles: Sequence[Window]
     tail: int
     device: torch.device
     # By the id of a window that is held, so that no other has it, and the type of the weights.
@@ -70,22 +69,33 @@ class Laboratory:
         needles: Sequence[Window] = (),
         step: Callable[[str], None] = lambda text: None,
     ) -> dict[str, Any]:
-        """The model with `configs` by layer index, all others exact: {regime: nats, KL, top-1 as in report.json; "needle": recall by regime
-        and of exact attention, "needle_kl": KL of the answer's digits by regime, both None without needles}. `step` is told what is run.
+        """The model with `configs` by layer index, all others exact: {regime: nats, KL, top-1 as in report.json, of the text in `windows`;
+        "needle": recall by regime and of exact attention, "needle_kl": KL of the answer's digits by regime, both of the prompts among
+        `windows` and of `needles`, None without any}. `step` is told what is run.
         """
         self.configure(configs)
-        found: dict[str, list] = {regime: [] for regime in regimes}
-        for number, window in enumerate(windows):
+        text: dict[str, list[TokenMetrics]] = {regime: [] for regime in regimes}
+        recall: dict[str, list[float]] = {name: [] for name in ("exact", *regimes)}
+        kl: dict[str, list[float]] = {regime: [] for regime in regimes}
+        every = [*windows, *needles]
+        for number, window in enumerate(every):
+            step(f"window {number + 1} of {len(every)}")
             exact = self.exact_logits(window)
-            for regime in regimes:
-                step(f"window {number + 1} of {len(windows)}, {regime.replace('_', ' ')}")
-                ours = self._logits(window, regime)
-                rows = ours.shape[0]
-                found[regime].append(token_metrics(exact[-rows:], ours, window.targets[-rows:]))
-        answer: dict[str, Any] = {
-            regime: summarise(rows, ALL_BLOCK if regime == ALL else TAIL_BLOCK) for regime, rows in found.items() if rows
+            if window.answer:
+                recall["exact"].append(recalled(exact, window))
+            for regime, ours in self._logits(window, regimes):
+                if number < len(windows):
+                    text[regime].append(text_metrics(window, exact, ours))
+                if window.answer:
+                    recall[regime].append(recalled(ours, window))
+                    kl[regime].append(digits_kl(window, exact, ours))
+                del ours  # before the next are made: of a long window with many tokens they are gigabytes
+        planted = bool(recall["exact"])
+        return {
+            **{r: summarise(rows, ALL_BLOCK if r == ALL else TAIL_BLOCK) for r, rows in text.items() if rows},
+            "needle": {name: mean(values) for name, values in recall.items()} if planted else None,
+            "needle_kl": {regime: mean(values) for regime, values in kl.items()} if planted else None,
         }
-        return {**answer, **(self._needle(regimes, needles, step) if needles else {"needle": None, "needle_kl": None})}
 
     def rounding(self, regimes: Sequence[str]) -> dict[str, Any]:
         """Exact attention by the operator's own kernels in every layer, on all windows: what rounding alone makes of `measure`."""
@@ -103,24 +113,59 @@ class Laboratory:
         layers = [replace(layer, config=configs.get(layer.index, layer.config.exact())) if layer.config else layer for layer in planned]
         self.patched = install(self.patched.model, replace(self.patched.plan, layers=tuple(layers)))
 
-    def _needle(self, regimes: Sequence[str], needles: Sequence[Window], step: Callable[[str], None]) -> dict[str, dict[str, float]]:
-        scores: dict[str, list[float]] = {regime: [] for regime in ("exact", *regimes)}
-        kl: dict[str, list[float]] = {regime: [] for regime in regimes}
-        for number, window in enumerate(needles):
-            step(f"needle {number + 1} of {len(needles)}")
-            exact, digits = self.exact_logits(window), len(window.answer)
-            scores["exact"].append(recalled(exact, window))
-            for regime in regimes:
-                ours = self._logits(window, regime)
-                scores[regime].append(recalled(ours, window))
-                kl[regime].append(float(token_metrics(exact[-digits:], ours[-digits:], window.targets[-digits:]).kl.mean()))
-        return {name: {regime: mean(values) for regime, values in found.items()} for name, found in (("needle", scores), ("needle_kl", kl))}
+    def decoded(self, ids: Tensor, part: slice, cache: Any) -> Tensor:
+        """Logits [rows, vocabulary] of `part` of ids int64 [1, S], which attend exactly over what `cache`, of all of ids, holds before it.
 
-    def _logits(self, window: Window, regime: str) -> Tensor:
-        """Logits of all positions, or of the last `tail` of them in prefill, exact decode."""
-        model, operator, ids = self.patched, exact_by_torch(self.operator), window.inputs.to(self.device)
-        if regime == PREFILL:
-            split = ids.shape[1] - self.tail
-            return exact_decode(model, ids[:, split:], prefill(model, ids[:, :split], operator))
-        with torch.inference_mode(), model.mode("plan", attention=operator):
-            return model.forward(ids).logits[0]
+        A cache that holds windows does not hold that any more: then a pass of its own reads what is before `part`.
+        """
+        return exact_decode(self.patched, ids[:, part], self._prefix(cache, ids, part.start))
+
+    def _logits(self, window: Window, regimes: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """Logits of all positions, and of the last `tail` of them in prefill, exact decode."""
+        ids, split, cache = window.inputs.to(self.device), window.length - self.tail, None
+        one_pass = PREFILL in regimes and self._one_pass_serves(split, window.length)
+        if ALL in regimes:
+            logits, cache = self.approximate(ids, one_pass)
+            yield ALL, logits
+            del logits
+        if PREFILL in regimes and cache is not None:
+            yield PREFILL, self.decoded(ids, slice(split, None), cache)
+        elif PREFILL in regimes:
+            yield PREFILL, exact_decode(self.patched, ids[:, split:], self._prefill(ids[:, :split]))
+
+    def approximate(self, ids: Tensor, use_cache: bool) -> tuple[Tensor, Any]:
+        """Logits [S, vocabulary] of ids int64 [1, S] by the plan, and transformers' cache where one is asked for, else None."""
+        with torch.inference_mode(), self.patched.mode("plan", attention=exact_by_torch(self.operator)):
+            out = self.patched.forward(ids, use_cache=use_cache)
+        return out.logits[0], out.past_key_values if use_cache else None
+
+    def _one_pass_serves(self, split: int, length: int) -> bool:
+        return all(one_pass_serves(layer.config, split, length) for layer in self.patched.plan.planned if layer.config)
+
+    def _prefill(self, ids: Tensor) -> Any:
+        return prefill(self.patched, ids, exact_by_torch(self.operator))
+
+    def _prefix(self, cache: Any, ids: Tensor, split: int) -> Any:
+        """transformers' cache of the first `split` positions: a part of `cache`, which stays as it is."""
+        from transformers import DynamicCache
+
+        if any(layer.keys is None or layer.keys.shape[2] != ids.shape[1] for layer in cache.layers):
+            return self._prefill(ids[:, :split])
+        part = DynamicCache()
+        for number, layer in enumerate(cache.layers):
+            part.update(layer.keys[:, :, :split], layer.values[:, :, :split], number)
+        return part
+
+
+def text_metrics(window: Window, exact: Tensor, ours: Tensor, first: int | None = None) -> TokenMetrics:
+    """Of the text in a window, without a question at its end: exact logits of all its rows against `ours` [rows, vocabulary], of those
+    from `first` on (None: the last ones)."""
+    first = len(exact) - len(ours) if first is None else first
+    stop = min(first + len(ours), len(exact) - window.asked)
+    return token_metrics(exact[first:stop], ours[: stop - first], window.targets[first:stop])
+
+
+def digits_kl(window: Window, exact: Tensor, ours: Tensor) -> float:
+    """Mean KL from exact logits of the digits that answer a window's question; `ours` [rows, vocabulary] are of its last rows."""
+    digits = len(window.answer)
+    return float(token_metrics(exact[-digits:], ours[-digits:], window.targets[-digits:]).kl.mean())

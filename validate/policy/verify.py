@@ -14,7 +14,6 @@ from hyperattention.export.budget import Budget
 from hyperattention.validate.policy.choose import Choice
 from hyperattention.validate.policy.readings import of_planted, of_text
 
-MOST_TRIALS = 8
 CLOSE = 0.02  # costs nearer than this are not told apart
 
 
@@ -42,17 +41,17 @@ def most_accurate(trials: Sequence[Trial], regimes: Sequence[str]) -> Trial:
 
 
 def cheapest_that_holds(
-    points: Sequence[Choice], budget: Budget, first: int, measure: Callable[[Choice], dict[str, Any]]
+    points: Sequence[Choice], budget: Budget, first: int, most: int, measure: Callable[[Choice], dict[str, Any]]
 ) -> tuple[Trial | None, list[Trial]]:
     """The cheapest of `points` (by rising cost) found to hold `budget`, None where not even the last does, and every trial made.
 
     Begins at `points[first]`, goes on where the use of the budget says the limit lies, then by halving the range of costs, in at most
-    MOST_TRIALS trials; they end early only once something holds.
+    `most` trials; they end early only once something holds.
     """
     low, high, at = -1, len(points), first  # points[low] fails, points[high] holds
     held: Trial | None = None
     trials: list[Trial] = []
-    while low + 1 < high and (len(trials) < MOST_TRIALS or held is None):
+    while low + 1 < high and (len(trials) < most or held is None):
         trial = Trial(points[at], measure(points[at]))
         trials.append(trial)
         use = excess(budget, trial.measured)
