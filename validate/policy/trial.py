@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import mean
 from typing import Any
@@ -67,19 +67,16 @@ class Laboratory:
         regimes: Sequence[str],
         windows: Sequence[Window],
         needles: Sequence[Window] = (),
-        step: Callable[[str], None] = lambda text: None,
     ) -> dict[str, Any]:
         """The model with `configs` by layer index, all others exact: {regime: nats, KL, top-1 as in report.json, of the text in `windows`;
         "needle": recall by regime and of exact attention, "needle_kl": KL of the answer's digits by regime, both of the prompts among
-        `windows` and of `needles`, None without any}. `step` is told what is run.
+        `windows` and of `needles`, None without any}.
         """
         self.configure(configs)
         text: dict[str, list[TokenMetrics]] = {regime: [] for regime in regimes}
         recall: dict[str, list[float]] = {name: [] for name in ("exact", *regimes)}
         kl: dict[str, list[float]] = {regime: [] for regime in regimes}
-        every = [*windows, *needles]
-        for number, window in enumerate(every):
-            step(f"window {number + 1} of {len(every)}")
+        for number, window in enumerate((*windows, *needles)):
             exact = self.exact_logits(window)
             if window.answer:
                 recall["exact"].append(recalled(exact, window))
