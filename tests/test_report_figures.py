@@ -166,20 +166,22 @@ def test_the_policy_is_a_figure_and_tables() -> None:
     (rows,) = [table[1:] for table in found.tables if table[0][0] == "Setting"]
     assert [row[0] for row in rows[:2]] == ["this policy", "this policy, on the text of this report"]
     close = {key: report["approximation"][0][key]["kl"]["mean"] for key in ("all_positions", "prefill_exact_decode")}
-    assert [numbers(rows[1][i])[0] for i in (3, 6)] == pytest.approx(list(close.values()), rel=0.05) and rows[1][9] == "–"
+    assert [numbers(rows[1][i])[0] for i in (3, 5)] == pytest.approx(list(close.values()), rel=0.05) and rows[1][7] == "–"
     assert rows[2][0].startswith("all layers: blocks, local ")
     told = [line.strip("| ").split(" | ") for line in render(report, "report.md.jinja").splitlines() if line.startswith("| this policy")]
-    assert [[row[0], *row[3:9]] for row in told] == [[row[0], *row[3:9]] for row in rows[:2]]
+    assert [[row[0], row[3], f"{row[4]} exp {row[5]}", row[6], f"{row[7]} exp {row[8]}"] for row in told] == [
+        [r[0], *r[3:7]] for r in rows[:2]
+    ]
     del rows[1]
     floor, kl = rows.pop(), policy["rounding"]["prefill_exact_decode"]["kl"]["mean"]
-    assert floor[0].endswith(": rounding") and numbers(floor[6])[0] == pytest.approx(kl, rel=0.05)
+    assert floor[0].endswith(": rounding") and numbers(floor[5])[0] == pytest.approx(kl, rel=0.05)
     assert "Attention of all layers took 31.5 ms there, exact 96.0 ms" in found.text
     for row, of in zip(rows, [policy, *policy["fixed"]], strict=True):
         tail = of["verified"]["prefill_exact_decode"]
         values = [of["keys"], of["predicted_kl"], of["verified"]["all_positions"]["kl"]["mean"], tail["kl"]["mean"], 0.9844]
-        assert [numbers(row[i])[0] for i in (1, 2, 3, 6, 9)] == pytest.approx(values, rel=0.05)
+        assert [numbers(row[i])[0] for i in (1, 2, 3, 5, 7)] == pytest.approx(values, rel=0.05)
         losses = [of["verified"][regime]["delta_nats"]["mean"] for regime in ("all_positions", "prefill_exact_decode")]
-        assert [numbers(row[i])[0] for i in (5, 8)] == pytest.approx([math.exp(loss) for loss in losses], abs=6e-6)
+        assert [numbers(row[i])[2] for i in (4, 6)] == pytest.approx([math.exp(loss) for loss in losses], abs=6e-6)
     layers = found.table("Layer", "Setting")
     assert [row[1] == "exact" for row in layers] == [False, False, True, False]
     (frontier_rows,) = [table[1:] for table in found.tables if table[0] == ["Keys a query", "Predicted KL"]]
@@ -189,7 +191,7 @@ def test_the_policy_is_a_figure_and_tables() -> None:
     judged = policy["rivals"]
     for row, of in zip(equal, [{**policy, "verified": judged["policy"]}, *judged["rows"]], strict=True):
         regimes = [of["verified"][regime]["kl"]["mean"] for regime in ("all_positions", "prefill_exact_decode")]
-        assert [numbers(row[i])[0] for i in (1, 3, 6, 9)] == pytest.approx([of["keys"], *regimes, 0.9844], rel=0.05)
+        assert [numbers(row[i])[0] for i in (1, 3, 5, 7)] == pytest.approx([of["keys"], *regimes, 0.9844], rel=0.05)
         assert any(tip.startswith(row[0]) for tip in at)
     assert equal[0][0].startswith("on text that the search has not read") and equal[2][2] == "–"
     assert "196,607 to 786,432" in found.text and "196,607 to 786,432" in render(report, "report.md.jinja")
@@ -209,7 +211,7 @@ def test_a_policy_of_one_regime_shows_that_one() -> None:
     (chosen,) = [tip for tip in marks(drawn(charts(report)["policy"])) if tip.startswith("this policy")]
     assert numbers(chosen) == [1701, 0.00013]
     (row,) = [table[1] for table in page(report).tables if table[0][0] == "Setting"]
-    assert row[3] == row[4] == row[5] == "–" and len(row) == 9
+    assert row[3] == row[4] == "–" and len(row) == 7
     assert charts(samples.report())["policy"] is None and "the policy" not in page(samples.report()).text
 
 
