@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+HANGS = 300  # seconds, less than a run waits at a pause; on a busy machine with a cold disk its imports take many
 STAGES = ("plan", "load", "ONNX", "engine", "validation", "manifest")
 _PRELOAD = ("hyperattention.export.load", "hyperattention.export.onnx_graph", "hyperattention.export.pipeline", "export_runs")
 # The validation: waits for ever where `pause` names it; `full` names a file without room.
@@ -149,7 +150,7 @@ class Run:
         assert self.process.pid is not None
         return self.process.pid
 
-    def wait_for_pause(self, seconds: float = 60) -> int:
+    def wait_for_pause(self, seconds: float = HANGS) -> int:
         """Until the run has come to `pause`; the process that waits there, which in the validation is a child."""
         deadline = time.monotonic() + seconds
         while not (self.scratch / "at").is_file() or not (self.scratch / "at").read_text():
@@ -162,7 +163,7 @@ class Run:
         os.kill(self.pid, number)
         return self.end()
 
-    def end(self, seconds: float = 60) -> int:
+    def end(self, seconds: float = HANGS) -> int:
         """The exit code, negative for a signal."""
         self.process.join(seconds)
         assert self.process.exitcode is not None, self.said()

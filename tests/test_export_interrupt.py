@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from export_runs import STAGES, Run
+from export_runs import HANGS, STAGES, Run
 from tiny import save
 
 from hyperattention.export import disk, folder
@@ -81,7 +81,7 @@ def test_a_killed_run_is_visible_and_the_next_one_clears_it(stage: str, model: P
     waiting = run.wait_for_pause()
     assert run.send(signal.SIGKILL) == -signal.SIGKILL
     assert left(place) == [".out.lock", ".out.partial"], "OUT must not be there"
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + HANGS
     while waiting != run.pid and Path(f"/proc/{waiting}").exists() and "Z" not in _state(waiting):
         assert time.monotonic() < deadline, "the validation outlived the export, and would write into the next one's folder"
         time.sleep(0.01)
@@ -184,12 +184,12 @@ def test_sigterm_to_the_command(model: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hyperattention.export", str(model), str(out), "--no-validate", "--json"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANGS
     while not list(tmp_path.glob("new/.out.partial")):
         assert process.poll() is None and time.monotonic() < deadline, "the work folder never appeared"
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    said, error = process.communicate(timeout=120)
+    said, error = process.communicate(timeout=HANGS)
     assert process.returncode == json.loads(said)["exit_code"] == 130, error
     assert "interrupted" in error and "Traceback" not in error
     assert left(tmp_path) == []

@@ -122,7 +122,7 @@ def _run(copies: Path, steps: list[str]) -> list[tuple[str, int, bool, bool | No
     program = PROGRAM.format(key=(OP_TYPE, "1", DOMAIN), library=TRT_LIBRARY)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", program, str(copies), *steps]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, f"ended with {done.returncode}: {done.stdout}{done.stderr}"
     return [tuple(row) for row in json.loads(done.stdout.splitlines()[-1])]
 
