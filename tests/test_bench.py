@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from jsonschema import Draft202012Validator
 
 from hyperattention.errors import EnvironmentFault, UsageError
-from hyperattention.validate import bench_attention, bench_rivals, bench_run, cli
+from hyperattention.validate import bench_attention, bench_rivals, bench_run, bench_timing, cli
 from hyperattention.validate.bench_attention import OURS_EXACT, Inputs, OutputCheck, Problem
 from hyperattention.validate.bench_plot import figure, rivals_line
 from hyperattention.validate.bench_record import RECORD, summary
@@ -98,6 +99,7 @@ def bench(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int
 @pytest.fixture
 def attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, dict[str, Any]]]:
     common = ["--attention", "--device", "cpu", "--heads", "2", "--head-dim", "8", "--threads", "1", "--output", str(tmp_path / "made")]
+    common += ["--max-seconds", "86400"]  # however slow the machine, nobody sits out
     return lambda *arguments: bench([*common, *arguments], capsys)
 
 
@@ -203,6 +205,7 @@ def test_an_op_that_holds_all_logits_is_left_out_where_memory_is_short(attention
 
 @pytest.mark.native
 def test_ctrl_c_writes_the_record_and_exits_130(attention, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench_timing, "SECOND_WARM_UP_BELOW", math.inf)
     original, calls = bench_rivals.sdpa, []
 
     def prepare(q, k, v, causal):
