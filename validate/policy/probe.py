@@ -59,9 +59,9 @@ def probe(
             for split in splits(ids.shape[1], lab.tail, tails):
                 ours = lab.decoded(ids, slice(split, split + lab.tail), cache)
                 rows.append(float(text_metrics(window, exact, ours, split).kl.mean()))
+                if window.answer and split + lab.tail == len(exact):  # the last tail, which ends the window
+                    digits[PREFILL].append(digits_kl(window, exact, ours))
             text[PREFILL].append(mean(rows))
-            if window.answer:
-                digits[PREFILL].append(digits_kl(window, exact, ours))  # the last tail ends the window
     return {what: {r: mean(kl) for r, kl in found.items()} for what, found in ((TEXT, text), (PLANTED, digits)) if all(found.values())}
 
 
