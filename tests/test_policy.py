@@ -106,6 +106,18 @@ def test_a_budget_out_of_reach_says_the_best_that_was_found(policy: Runner, tmp_
     assert found["best"]["all_positions"]["kl"]["mean"] > 0
 
 
+def test_keys_that_the_model_itself_forgets_end_a_search_before_it_begins(policy: Runner, tmp_path: Path) -> None:
+    budget = ("--budget", "keys=300,prefill.needle=0.9", "--out", tmp_path / "p.json")
+    result = policy(*budget, "--json")
+    found = json.loads(result.out)
+    assert result.code == found["exit_code"] == 1 and not (tmp_path / "p.json").exists()
+    assert found["best"]["needle"]["exact"] < 0.9 and found["keys"] == (LENGTH + 1) / 2
+    assert "exact attention itself recalls 0.000 of the digits planted in 4 windows of 1,155 tokens" in found["error"]
+    (line,) = (tmp_path / "p.json.jsonl").read_text().splitlines()
+    assert json.loads(line)["found"] == found["best"]["needle"]["exact"]
+    assert policy(*budget, "--resume").code == 1 and (tmp_path / "p.json.jsonl").read_text() == line + "\n"
+
+
 def test_a_cost_below_every_setting_is_refused(policy: Runner, tmp_path: Path) -> None:
     result = policy("--budget", "keys=2", "--out", tmp_path / "p.json")
     assert result.code == 2 and "the cheapest setting has" in result.err

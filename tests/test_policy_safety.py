@@ -23,6 +23,8 @@ from hyperattention.export.identity import identity
 from hyperattention.export.load import inspect_source
 from hyperattention.export.plan import ExportPlan, make_plan, warnings
 from hyperattention.export.policy import Policy, read_policy
+from hyperattention.validate.inputs import Window
+from hyperattention.validate.policy import prepare as prepare_module
 from hyperattention.validate.policy.interpolate import with_interpolation
 from hyperattention.validate.policy.prepare import Options, prepare
 from hyperattention.validate.policy.store import Store, is_store
@@ -178,6 +180,26 @@ def test_a_search_says_how_much_it_measures_before_it_begins(model: Path, tmp_pa
     assert f"in each layer {settings} settings of the op: the error of {len(asked) - 1} is measured" in prepared.lines()[2]
     assert 0 < len(asked) - 1 < settings and prepared.tail == 512 == prepared.describe()["tail"]
     assert [w for w in prepared.warnings() if "trained for 512" in w and "1,155" in w]
+
+
+@pytest.mark.parametrize("count", [1, 8, 12], ids=lambda count: f"{count}-windows")
+def test_no_key_that_was_asked_for_in_the_search_is_asked_for_on_unseen_text(
+    count: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text"
+    text.write_bytes(b"2 + 3 = 5\n" * 3000)
+    fixed = dict(exact_below=32, local_size=32, block_size=16, sinks=4)
+    budget = Budget(needle=0.0)
+    prepared = prepare(Options(str(model), text, budget, length=1155, input_ids="bytes", windows=count, fixed=fixed, rivals=1))
+    seen: list[list[Window]] = []
+    monkeypatch.setattr(prepare_module, "native_operator", lambda library: None)
+    monkeypatch.setattr(prepare_module, "Library", lambda *_: None)
+    monkeypatch.setattr(prepare_module, "Field", lambda *_: None)
+    monkeypatch.setattr(prepare_module, "judged", lambda field, rivals, texts, needles, told: seen.append(needles))
+    search = prepared.search(Store(None, {}), lambda step: None)
+    prepared.judged(search, None)  # type: ignore[arg-type]
+    asked, unseen = ({window.answer for window in windows} for windows in (search.lab.windows, seen[0]))
+    assert len(asked) == max(count, 4) and len(unseen) == 4 and not asked & unseen
 
 
 # --- as it was measured ---------------------------------------------------------------------------------------------------

@@ -43,9 +43,8 @@ NEEDLE_SEED = 2**20  # prompts of a seed that no validation uses by default
 class Options:
     """What to search; paths are read, never written into the policy.
 
-    `length` None: as long as the model and the device allow. `tail` None: TAIL, at most half of the length. `probes`
-    None: PROBES. Raises UsageError for a
-    value out of range.
+    `length` None: as long as the model and the device allow. `tail` None: TAIL, at most half of the length. `probes` None: PROBES.
+    Raises UsageError for a value out of range.
     """
 
     model: str
@@ -157,7 +156,7 @@ class Prepared:
             return None
         told = {**describe_part(self.part), "from": first, "to": first + len(self.rest.ids)}
         prompts = self.options.input_ids == "bytes" and self.length >= needle_room(1)
-        seed = NEEDLE_SEED + self.options.seed + 2  # not that of the search's own prompts, unless those are more than eight
+        seed = NEEDLE_SEED + self.options.seed + max(2, -(-self.windows // len(DEPTHS)))  # behind those of the search's own prompts
         needles = [needle(self.rest, self.length, depth, seed) for depth in DEPTHS] if prompts else []
         texts = windows(self.rest, self.length, JUDGED[self.device.type] * self.options.windows)
         return judged(Field(search, found, self.options.fixed), count, texts, needles, told)

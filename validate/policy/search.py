@@ -18,6 +18,7 @@ from hyperattention.validate.policy.candidates import Candidate
 from hyperattention.validate.policy.choose import Choice, Option, fill, frontier, neighbours, within
 from hyperattention.validate.policy.options import Measurements
 from hyperattention.validate.policy.probe import PLANTED, TEXT
+from hyperattention.validate.policy.readings import of_planted
 from hyperattention.validate.policy.store import Store
 from hyperattention.validate.policy.trial import Laboratory
 from hyperattention.validate.policy.verify import Trial, cheapest_that_holds, excess, most_accurate
@@ -114,8 +115,10 @@ class Search:
     def run(self) -> Found:
         """The cheapest choice that holds the budget; where the budget caps the cost, the most accurate one under the cap that holds it.
 
-        Raises AccuracyFailed, saying the best that was found, where no choice does, UsageError where every setting is over the cap.
+        Raises AccuracyFailed, saying the best that was found, where no choice does, and before any is looked for where exact attention
+        itself recalls fewer planted keys than the budget asks; UsageError where every setting is over the cap.
         """
+        self._check_recall()
         self.measurements.read(self.budget.unit == "time")
         cap = self.budget.cap(sum(row[-1] for row in self._costs))
         least = sum(min(row) for row in self._costs)
@@ -141,6 +144,21 @@ class Search:
                 raise self._unreached(trials)
             trial = most_accurate(holding, self.budget.regimes)
         return self._found(trial, fixed, rounding)
+
+    def _check_recall(self) -> None:
+        """Raises AccuracyFailed where exact attention recalls too few planted keys: what holds the budget then would do so by chance."""
+        if not self.budget.plants:
+            return
+        self.step("planted keys by exact attention")
+        exact: float = self.store.get("recall", self._windows, self.lab.recall)
+        failed = next((held for held in of_planted(self.budget, dict.fromkeys(REGIMES, exact)) if not held.kept), None)
+        if failed is not None:
+            raise AccuracyFailed(
+                f"the budget {self.budget} is not reached: exact attention itself recalls {exact:.3f} of the digits planted in "
+                f"{len(self.lab.windows)} windows of {self.length:,} tokens, and needle is to be {failed.limit:g}; ask for no more than "
+                f"the model recalls, or measure at a shorter --length",
+                {"best": {"needle": {"exact": exact}}, "keys": self.exact_keys, "rounding": None},
+            )
 
     def _found(self, trial: Trial, fixed: list[tuple[int, Trial]], rounding: dict[str, Any] | None) -> Found:
         """In keys, and with the losses predicted for the first of the regimes, which a reader is told."""
@@ -246,8 +264,12 @@ class Search:
         """What rounding alone loses; in fp32, where nothing of it shows, None."""
         if next(self.lab.patched.model.parameters()).dtype == torch.float32:
             return None
-        told = {"windows": [str(window) for window in self.lab.windows]}
-        return self.store.get("rounding", told, lambda: self.lab.rounding(REGIMES))
+        return self.store.get("rounding", self._windows, lambda: self.lab.rounding(REGIMES))
+
+    @property
+    def _windows(self) -> dict[str, list[str]]:
+        """What is read, as a store is told it; which keys are planted there is said by the base of the store."""
+        return {"windows": [str(window) for window in self.lab.windows]}
 
     def _trial_of(self, choice: Choice) -> Trial:
         return Trial(choice, self.measured(choice))
@@ -257,10 +279,7 @@ class Search:
         self.step(f"the whole model at {self.keys(choice):,.0f} keys a query")
         chosen = zip(self.layers, choice.candidates, strict=True)
         configs = {index: self.candidates[c].config(layer) for (index, layer), c in chosen}
-        what = {
-            "configs": {str(index): config.attributes() for index, config in sorted(configs.items())},
-            "windows": [str(window) for window in self.lab.windows],
-        }
+        what = {"configs": {str(index): config.attributes() for index, config in sorted(configs.items())}, **self._windows}
         return self.store.get("model", what, lambda: self.lab.measure(configs, REGIMES, self.lab.windows))
 
     def _rivals(self, layers: Sequence[Sequence[Option]], cap: float) -> list[tuple[int, Trial]]:
@@ -272,7 +291,8 @@ class Search:
     def count_steps(self) -> int:
         """About how many steps `run` reports."""
         each = len(self.measurements.windows) + self.probes + 1
-        return len(self.layers) * each + self._effort.rounds * len(self.layers) // 2 + self._effort.trials + FIXED_RIVALS
+        whole = int(self.budget.plants) + self._effort.trials + FIXED_RIVALS
+        return len(self.layers) * each + self._effort.rounds * len(self.layers) // 2 + whole
 
 
 def _said(regime: str, row: Mapping[str, Any]) -> str:

@@ -55,6 +55,10 @@ class Laboratory:
             self.kept[at] = window, logits
         return logits
 
+    def recall(self) -> float:
+        """Share of the digits planted in `windows`, all of which ask for a key, that exact attention recalls."""
+        return mean(recalled(self.exact_logits(window), window) for window in self.windows)
+
     def captured(self, window: Window) -> list[Captured]:
         """The attention calls of the exact model on `window`, one a layer that the operator can replace."""
         with torch.inference_mode(), self.patched.mode("exact"), self.patched.capture() as calls:
