@@ -96,6 +96,10 @@ def test_a_policy_is_deterministic_and_an_interrupted_search_goes_on(policy: Run
     assert third["measured"] == 0 and third["policy"] == second["policy"]
     other = json.loads(policy("--budget", "keys=235", "--out", again, "--json", "--resume").out)
     assert other["policy"]["keys"] <= 235 and other["taken_over"] > 5
+    fewer = json.loads(policy("--budget", "keys=235", "--probes", "1", "--out", again, "--json", "--resume").out)
+    assert fewer["taken_over"] > 3 and fewer["policy"]["fingerprint"] != other["policy"]["fingerprint"]
+    moved = policy("--budget", "keys=235", "--tail", "33", "--out", again, "--json", "--resume")
+    assert json.loads(moved.out)["taken_over"] == 0 and "another model, text, calibration (length, windows, tail" in moved.err
 
 
 def test_a_budget_out_of_reach_says_the_best_that_was_found(policy: Runner, tmp_path: Path) -> None:

@@ -121,7 +121,10 @@ def command(
         policy = as_policy(prepared, search, search.run())
     write_policy(policy, out)
     if held and not store.reused:
-        reporter.warn(f"{measured}: its measurements ({held}) are of another model, text, build or kind of machine; none was taken over")
+        reporter.warn(
+            f"{measured}: its measurements ({held}) are of another model, text, calibration (length, windows, tail, type, seed, planted "
+            f"keys), build or kind of machine; none was taken over"
+        )
     for line in lines(policy):
         reporter.say(escape(line))
     reporter.say(f"{escape(str(out))}: {store.made} measurements made, {store.reused} taken over")

@@ -138,7 +138,7 @@ class Prepared:
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that a measurement reads."""
-        return fingerprint.policy(self.source, {**self.describe(), "probes": self.probes}, self.library, self.device.type)
+        return fingerprint.policy(self.source, self.describe(), self.library, self.device.type)
 
     def search(self, store: Store, step: Callable[[str], None]) -> Search:
         """Loads the model and the kernels; nothing is measured before `run`."""

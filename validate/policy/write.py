@@ -54,7 +54,7 @@ def as_policy(prepared: Prepared, search: Search, found: Found) -> Policy:
 
 def _fingerprint(prepared: Prepared) -> str:
     options = prepared.options
-    return digest([prepared.fingerprint(), options.budget.to_json(), dict(options.fixed), options.rivals])
+    return digest([prepared.fingerprint(), options.budget.to_json(), dict(options.fixed), prepared.probes, options.rivals])
 
 
 def finished(prepared: Prepared, file: Path) -> Policy | None:
