@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -200,6 +201,8 @@ def test_no_key_that_was_asked_for_in_the_search_is_asked_for_on_unseen_text(
     prepared.judged(search, None)  # type: ignore[arg-type]
     asked, unseen = ({window.answer for window in windows} for windows in (search.lab.windows, seen[0]))
     assert len(asked) == max(count, 4) and len(unseen) == 4 and not asked & unseen
+    starts = [window.start for window in search.lab.windows]
+    assert all(b - a >= prepared.length for a, b in itertools.pairwise(starts)), "a token is read twice"
 
 
 # --- as it was measured ---------------------------------------------------------------------------------------------------

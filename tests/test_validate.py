@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -142,9 +143,20 @@ def test_windows_are_distinct_and_targets_follow_inputs() -> None:
         assert torch.equal(w.ids[0], vb.corpus().ids[w.start : w.start + 101])
 
 
+@pytest.mark.parametrize("length", [1, 2, 7, 10], ids=str)
+@pytest.mark.parametrize("size", [12, 21, 40], ids=str)
+def test_no_two_windows_read_one_token(size: int, length: int) -> None:
+    corpus = replace(vb.corpus(), ids=vb.corpus().ids[:size])
+    for count in range(1, 30):
+        starts = [w.start for w in windows(corpus, length, count)]
+        assert len(starts) == min(count, (size - 1) // length) and starts[0] >= 0 and starts[-1] + length < size
+        assert all(b - a >= length for a, b in itertools.pairwise(starts))
+
+
 def test_no_more_windows_than_the_text_holds() -> None:
     short = replace(vb.corpus(), ids=vb.corpus().ids[:250])
-    assert [w.start for w in windows(short, 100, 9)] == [37, 112]
+    assert [w.start for w in windows(short, 100, 9)] == [0, 149]
+    assert [w.start for w in windows(short, 30, 2)] == [55, 164]
     assert len(windows(short, 249, 3)) == 1
     with pytest.raises(UsageError, match="250 tokens.*needs 251"):
         windows(short, 250, 1)

@@ -104,12 +104,15 @@ def load_corpus(text: Path | None, input_ids: str, model: Path, vocabulary: int,
 
 
 def windows(corpus: Corpus, length: int, count: int) -> list[Window]:
-    """`count` windows spread evenly over the corpus, without overlap where it is long enough."""
+    """`count` windows spread evenly over the corpus, none of which reads a token that another does; fewer where it is too short."""
     room = len(corpus.ids) - (length + 1)
     if room < 0:
         raise UsageError(f"{corpus.name} has {len(corpus.ids)} tokens; a window of {length} needs {length + 1}")
     count = max(1, min(count, room // length + 1))
-    starts = [round(room * (2 * i + 1) / (2 * count)) for i in range(count)]
+    if room >= count * (length + 1):
+        starts = [round(room * (2 * i + 1) / (2 * count)) for i in range(count)]
+    else:  # with half a gap before the first and behind the last they would overlap
+        starts = [room * i // max(1, count - 1) for i in range(count)]
     return [Window(corpus.ids[None, s : s + length + 1].clone(), length, s) for s in starts]
 
 

@@ -20,7 +20,7 @@ def calibration_part(corpus: Corpus, needed: int) -> Corpus:
     if stop > total // 2:
         raise UsageError(
             f"{corpus.name} has {total:,} tokens; calibration needs {needed:,}, and may have half of them, so that the rest can judge: "
-            f"give a longer text, a shorter --length or fewer --windows"
+            f"give a longer text, a shorter --length or fewer --windows (--budget needle sets a least number)"
         )
     return replace(corpus, ids=corpus.ids[:stop])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,7 @@ class Prepared:
     candidates: list[Candidate]
     tail: int
     probes: int
+    windows: int  # as many as were asked for, and where keys are planted enough to tell a recall by
 
     def describe(self) -> dict[str, Any]:
         """The calibration, for policy.json."""
@@ -104,12 +105,6 @@ class Prepared:
             "device": self.device.type,
             "seed": self.options.seed,
         }
-
-    @property
-    def windows(self) -> int:
-        """Of text, as many as were asked for, but with planted keys enough to tell a recall by."""
-        asking = ASKING[self.device.type] if self.options.budget.plants else 0
-        return max(self.options.windows, asking)
 
     def lines(self) -> list[str]:
         """What will be measured, for people."""
@@ -167,10 +162,13 @@ class Prepared:
 
     def _calibration(self) -> list[Window]:
         """Windows of text; where the budget limits what is recalled each has a key planted, at one depth after the other."""
-        if not self.options.budget.plants:
-            return windows(self.part, self.length, self.windows)
-        turns = [divmod(number, len(DEPTHS)) for number in range(self.windows)]
-        return [needle(self.part, self.length, DEPTHS[at], NEEDLE_SEED + self.options.seed + turn) for turn, at in turns]
+        cut = windows(self.part, self.length, self.windows)
+        return [self._planted(window, number) for number, window in enumerate(cut)] if self.options.budget.plants else cut
+
+    def _planted(self, window: Window, number: int) -> Window:
+        turn, at = divmod(number, len(DEPTHS))
+        text = replace(self.part, ids=window.ids[0])
+        return replace(needle(text, self.length, DEPTHS[at], NEEDLE_SEED + self.options.seed + turn), start=window.start)
 
     def _weights(self) -> list[float]:
         """What a key costs in each layer, as a share of all: products of head dimensions and query heads."""
@@ -221,12 +219,13 @@ def prepare(options: Options, say: Callable[[str], None] = lambda text: None) ->
     if options.budget.plants and length < needle_room(1):
         raise UsageError(f"--budget needle plants prompts of at least {needle_room(1)} bytes; --length is {length}: give a longer one")
     _check_keys(options.budget, settings, plan, length)
-    needed = options.windows * (length + 1)
+    count = max(options.windows, ASKING[device.type] if options.budget.plants else 0)
+    needed = count * (length + 1)
     corpus = load_corpus(options.text, options.input_ids, Path(source.model), source.vocab_size, options.seed, length)
     part = calibration_part(corpus, needed)
     rest = unseen_part(corpus, {"calibration": describe_part(part)}, length)
     probes = PROBES[device.type] if options.probes is None else options.probes
-    return Prepared(options, source, plan, length, device, part, rest, settings, tail, probes)
+    return Prepared(options, source, plan, length, device, part, rest, settings, tail, probes, count)
 
 
 def _check_keys(budget: Budget, settings: list[Candidate], plan: ExportPlan, length: int) -> None:
