@@ -70,6 +70,11 @@ def half(folder: Path) -> None:
     save_file({name: tensor.bfloat16() for name, tensor in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS, {"format": "pt"})
 
 
+def with_code(folder: Path) -> None:
+    """A module of Python beside the weights."""
+    (folder / "modeling.py").write_text("1")
+
+
 def config(**changes: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         file = folder / "config.json"
@@ -111,7 +116,7 @@ class Changed:
         Changed("tensors-swapped", two_swapped, "weights"),
         Changed("weights-rounded", half, "weights"),
         Changed("rope", config(rope_parameters={"rope_type": "default", "rope_theta": 5e5}), "config.json"),
-        Changed("code", lambda folder: (folder / "modeling.py").write_text("1") and None, "the code beside it"),
+        Changed("code", with_code, "the code beside it"),
     ],
     ids=str,
 )
