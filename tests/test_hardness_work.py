@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hyperattention.config import Config
 from hyperattention.export.switched import Captured
 from hyperattention.reference import exact_attention
+from hyperattention.selection import Plan
 from hyperattention.validate import hardness, hardness_fused, hardness_layers
 from hyperattention.validate.hardness_layers import groups, layers_hardness
 
@@ -33,13 +34,14 @@ def layers_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 class Kernel:
     """Stands for one of Triton's kernels: counts its starts and computes nothing."""
 
-    def __init__(self, counted: "Work") -> None:
-        self.counted = counted
+    def __init__(self, name: str, counted: "Work") -> None:
+        self.name, self.counted = name, counted
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def start(*args: object, **constants: object) -> None:
             assert all(size > 0 for size in grid)
             self.counted.launches += 1
+            self.counted.started.append(self.name)
 
         return start
 
@@ -57,11 +59,14 @@ def layers(count: int, length: int, c: Config, exact: bool = True) -> tuple[list
 
 @dataclass
 class Work(TorchDispatchMode):
-    """Launches of the measuring code (views start nothing), logits it computes, and pairs of rows and keys of exact attention asked for."""
+    """Launches of the measuring code (views start nothing), logits it computes, pairs of rows and keys of exact attention asked for, the
+    kernels it starts, and those of them that it starts before it asks for the plan."""
 
     launches: int = 0
     logits: int = 0
     exact: int = 0
+    started: list[str] = field(default_factory=list)
+    without_plan: list[str] | None = None
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -96,12 +101,18 @@ def work(count: int, length: int, c: Config, monkeypatch: pytest.MonkeyPatch, fu
         counted.exact += q.shape[1] * q.shape[2] * k.shape[2]
         return real(q, k, config)
 
+    def planned(*arguments: object) -> Plan:
+        counted.without_plan = list(counted.started)
+        return plan(*arguments)
+
+    plan = hardness_layers._plan
     monkeypatch.setattr(hardness_layers, "exact_lse", lambda kernels: asked)
     if fused:
         names = ("row_kernel", "left_kernel", "sampled_kernel", "column_kernel", "lse_kernel")
         monkeypatch.setattr(hardness, "takes_kernels", lambda q: True)
-        monkeypatch.setattr(hardness_fused, "kernels", SimpleNamespace(**{name: Kernel(counted) for name in names}))
-    with counted:
+        monkeypatch.setattr(hardness_fused, "kernels", SimpleNamespace(**{name: Kernel(name, counted) for name in names}))
+    with counted, monkeypatch.context() as patched:
+        patched.setattr(hardness_layers, "_plan", planned)
         layers_hardness(calls, None, lses)
     return counted
 
@@ -127,7 +138,13 @@ def test_only_layers_that_are_alike_go_together(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("c", [BLOCKS, SORTLSH, replace(BLOCKS, causal=0)], ids=["blocks", "sortlsh", "non-causal"])
 def test_a_gpu_starts_as_much_for_many_layers_as_for_one(c: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     one, four, long = (work(n, length, c, monkeypatch, True).launches for n, length in ((1, 1500), (4, 1500), (1, 4096)))
-    assert 60 < one < 260 and four < 1.1 * one and long < 1.3 * one
+    assert 60 < one < 170 and four < 1.1 * one and long < 1.3 * one
+
+
+@pytest.mark.parametrize("c", [BLOCKS, SORTLSH], ids=["blocks", "sortlsh"])
+def test_a_gpu_is_at_work_while_the_plan_is_made(c: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = work(4, 1500, c, monkeypatch, True)
+    assert found.without_plan == found.started[:-1] and found.started[-1] == "left_kernel"
 
 
 @pytest.mark.parametrize("c", [BLOCKS, SORTLSH], ids=["blocks", "sortlsh"])

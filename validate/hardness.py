@@ -7,8 +7,9 @@ one plan: which of the largest logits its exact part holds, and how far sampling
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -79,7 +80,7 @@ class Hardness:
         return torch.cat([values[b, head, rows.to(values.device)].double().cpu() for b, rows in enumerate(self.rows)])
 
     def _of(self, name: str, head: int) -> Tensor:
-        return torch.cat([getattr(numbers, name)[head] for numbers in self.numbers])
+        return torch.cat([getattr(numbers, name)[head] for numbers in self.numbers]).double()
 
     def _alpha(self, name: str, head: int) -> float:
         found = [float(getattr(alphas, name)[head]) for alphas in self.alphas]
@@ -114,22 +115,28 @@ def measure_hardness(
     q: Tensor,
     k: Tensor,
     config: Config,
-    plan: Plan,
+    plan: Plan | Callable[[], Plan],
     lse: Tensor,
     exact_lse: ExactLse,
     lengths: Tensor | None = None,
 ) -> Hardness:
-    """Hardness of one problem under `plan`, which must approximate.
+    """Hardness of one problem under `plan`, or what makes it, which a GPU does while it is busy; the plan must approximate.
 
     q [B,Hq,Sq,D], k [B,Hkv,Sk,D], lengths int [B]; lse [B,Hq,Sq]: of exact attention; `exact_lse` computes it for
     parts of the problem. Rows that are dead or see no key take no part. Arithmetic is fp32, fp64 for fp64 inputs; on a GPU Triton's
     kernels do it, fp64 apart. Raises UsageError for shapes, or a plan, that do not fit, EnvironmentFault on a GPU without Triton.
     """
     g = Geometry.of(q, k, k, config, lengths)
-    plan.check(g)
+
+    @cache
+    def checked() -> Plan:
+        made = plan() if callable(plan) else plan
+        made.check(g)
+        return made
+
     rows, found = [], []
     for b, length in enumerate(g.clamp(lengths)):
-        seen, sets = _seen(g, length), ExactSets(g, plan, b, length)
+        seen, sets = _seen(g, length), ExactSets(g, checked, b, length)
         rows.append(sampled_rows(seen))
         if seen and takes_kernels(q):
             found.append(_fused()(q[b], k[b], lse[b], sets, seen, rows[b].tolist()).measure())

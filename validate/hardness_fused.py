@@ -1,13 +1,15 @@
 """Hardness on a GPU: the numbers of hardness_rows.py and hardness_columns.py by a few kernels for all heads at once.
 
-The sampled rows' logits are computed once and read by two kernels; columns and blocks off the diagonal are computed from Q and K
-without being stored. Nothing waits for the GPU but the copy of the result.
+The sampled rows' logits are computed once and read by three kernels; columns and blocks off the diagonal are computed from Q and K
+without being stored. Nothing waits for the GPU but the copy of the result. The plan is asked for last: it is many small launches, and
+they are made while the GPU is at work on all that needs no plan.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from hyperattention.validate import hardness_kernels
 from hyperattention.validate.hardness_columns import BAND, COLUMNS, FIRST, NODE_COLUMNS, Alphas, block_tree, judged_blocks
 from hyperattention.validate.hardness_rows import TOP, RowNumbers
-from hyperattention.validate.hardness_sets import ExactSets, RowTile, row_nodes
+from hyperattention.validate.hardness_sets import ExactSets, RowTile, TakenKeys, row_nodes
 
 kernels: Any = hardness_kernels  # their annotations say what a kernel sees, not what starts it
 LOGITS = 2**28  # of the sampled rows that are held at once
@@ -37,69 +39,90 @@ class FusedHardness:
         self.dim = max(16, triton.next_power_of_2(self.g.head_dim))
         # Rows and keys of a product: what shared memory holds.
         self.size, self.lse_rows = (64, 128) if self.dim * q.element_size() <= 256 else (32, 32)
-        self._describe_rows()
+        self._describe()
         self.sums = torch.zeros(self.g.heads_q, self.length, device=self.device)
         self.block_sums = torch.zeros(self.g.heads_q, self.levels, self.length, device=self.device)
 
-    def _describe_rows(self) -> None:
-        """What the sampled rows are, int32 on the device: found on the processor and copied once, for all heads."""
-        g, config, sets = self.g, self.g.config, self.sets
+    def _describe(self) -> None:
+        """What follows from shapes alone, int32 on the device: found on the processor and copied once, for all heads."""
+        g, config, sets, seen = self.g, self.g.config, self.sets, self.seen
         tile = RowTile.of(g, self.rows, self.length, torch.device("cpu"))
-        blocks, far = row_nodes(block_tree(g), tile, self.length), sets.far(tile)
+        tree, nodes, far = block_tree(g), sets.nodes(tile), sets.far(tile)
+        blocks = nodes if nodes is not None and tree == g else row_nodes(tree, tile, self.length)
         self.levels = len(blocks.number) if config.causal else 0
         self.local = config.local_size if config.causal else self.length
-        last = tile.position if config.causal else torch.full_like(far, self.length - 1)
         edge = [bisect_left(self.rows, n * self.local - g.first) for n in range(-(-tile.stop // self.local))] if config.causal else [0]
-        draws = sets.draws(tile) if config.sample_size else (far[:, None][:, :0],) * 2
-        own = [tile.at, tile.position, tile.block, far, last, tile.block * self.local, torch.tensor([*edge, len(self.rows)])]
-        tables = self._copied([*own, blocks.key[: self.levels].T, blocks.keys[: self.levels].T, *draws])
-        at, self.position, block, self.far, self.last, self.own_first, self.edge, *rest = tables
-        self.block_first, self.block_keys, self.draw_first, self.draw_count = rest
-        self.tile = replace(tile, at=at.long(), position=self.position.long(), block=block.long())
-        self.order, self.order_first = sets.sorted_keys()
+        draws = sets.draws(tile, nodes) if config.sample_size else (far[:, None][:, :0],) * 2
+        taken = () if nodes is None else vars(sets.taken_keys(nodes)).values()
+        band = torch.arange(0, self.length, self.size) // BAND * BAND - g.first
+        near = [x.clamp(seen.start, seen.stop)[None] for x in (band if config.causal else band - BAND, band + 2 * BAND)]
+        self.blocks = judged_blocks(g, self.length, seen, self.rows)
+        bounds = torch.tensor([[b.rows.start, b.rows.stop, b.keys.start, b.keys.stop, b.level] for b in self.blocks])
+        weight = torch.tensor([len(b.keys) * len(b.rows) / b.sampled for b in self.blocks]).view(torch.int32)
+        tables = [tile.at, tile.position, far, tile.block * self.local, torch.tensor([*edge, len(self.rows)])]
+        tables += [blocks.key[: self.levels].T, blocks.keys[: self.levels].T, *draws, *near]
+        tables += [torch.tensor([[seen.start]]), torch.tensor([[seen.stop]]), bounds, weight, *taken]
+        at, self.position, self.far, self.own_first, self.edge, *rest = self._copied(tables)
+        self.block_first, self.block_keys, self.draw_first, self.draw_count, *rest = rest
+        near_first, near_stop, first, stop, self.block_bounds, weight, *taken = rest
+        self.near, self.whole = (near_first, near_stop), (first, stop)
+        self.block_weight, self.taken = weight.view(torch.float32), TakenKeys(*taken) if g.sorts else None
+        self.tile = replace(tile, at=at, position=self.position)
         self.width = min(512, max(16, triton.next_power_of_2(-(-self.length // max(1, min(config.sample_size, self.length))))))
 
-    def _copied(self, tables: list[Tensor]) -> tuple[Tensor, ...]:
-        """Tables of the processor on the device, int32, without waiting for it."""
-        line = torch.cat([table.int().flatten() for table in tables]).to(self.device, non_blocking=True)
-        parts = line.split([table.numel() for table in tables])
-        return tuple(part.view(table.shape) for part, table in zip(parts, tables, strict=True))
+    def _copied(self, tables: list[Tensor]) -> list[Tensor]:
+        """Tables of the processor on the device, int32, without waiting for it; each begins at a multiple of 16 bytes, as the others would
+        have kernels compiled anew."""
+        starts = list(accumulate((-(-table.numel() // 4) * 4 for table in tables), initial=0))
+        line = torch.empty(starts.pop(), dtype=torch.int32)
+        for at, table in zip(starts, tables, strict=True):
+            line[at : at + table.numel()].view(table.shape).copy_(table)
+        line = line.to(self.device, non_blocking=True)
+        return [line[at : at + table.numel()].view(table.shape) for at, table in zip(starts, tables, strict=True)]
 
     def measure(self) -> tuple[RowNumbers, Alphas]:
-        """Numbers [Hq, rows] of the sampled rows, and alpha of each query head; float64, on the CPU."""
-        heads = max(1, LOGITS // (self.g.group * len(self.rows) * self.tile.stop))
-        parts = [self._rows(range(at, min(at + heads, self.g.heads_kv))) for at in range(0, self.g.heads_kv, heads)]
-        numbers, alphas = torch.cat(parts, 1), self._alphas()  # nothing is copied before all is under way
-        return RowNumbers(*numbers.cpu().double()), Alphas(*alphas.cpu().double())
+        """Numbers [Hq, rows] of the sampled rows, and alpha of each query head; on the CPU."""
+        each = max(1, LOGITS // (self.g.group * len(self.rows) * self.tile.stop))
+        *parts, last = [range(at, min(at + each, self.g.heads_kv)) for at in range(0, self.g.heads_kv, each)]
+        found = [self._numbers(part, *self._rows(part)) for part in parts]
+        # The columns' sums are whole with the last rows; the plan, where no other part has asked for it, waits for no GPU behind them.
+        rows = self._rows(last)
+        alphas = self._alphas()
+        found.append(self._numbers(last, *rows))
+        numbers = torch.cat(found, 1) if parts else found[0]
+        return RowNumbers(*numbers.cpu()), Alphas(*alphas.cpu())
 
-    def _rows(self, heads: range) -> Tensor:
-        """Numbers [5, query heads, rows] of the query heads of some key heads, whose columns' sums are written."""
-        g, tile, sets, count = self.g, self.tile, self.sets, len(self.rows)
+    def _rows(self, heads: range) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the query heads of some key heads, whose columns' sums are written: logits [query heads, rows, keys], LSE [query heads, rows],
+        and the keys of the largest logits [query heads, rows, 16]."""
+        g, tile, count = self.g, self.tile, len(self.rows)
         some = slice(heads.start * g.group, heads.stop * g.group)
         keys = min(g.seq_k, -(-tile.stop // 16) * 16)
-        logits = _product(self.q[some][:, tile.at].unflatten(0, (-1, g.group)).flatten(1, 2), self.k[heads.start : heads.stop, :keys])
-        logits = logits.view(some.stop - some.start, count, keys)
+        sampled = self.q[some].index_select(1, tile.at).unflatten(0, (-1, g.group)).flatten(1, 2)
+        logits = _product(sampled, self.k[heads.start : heads.stop, :keys]).view(some.stop - some.start, count, keys)
         shape, sinks = logits.shape[:2], min(g.config.sinks, self.length)
         groups = torch.empty(*shape, -(-keys // 16), device=self.device)
         block_lse = torch.empty(shape[0], self.levels, count, device=self.device)
-        lse, left, stratified, uniform = torch.empty(4, *shape, device=self.device)
+        lse, top = torch.empty(shape, device=self.device), torch.empty(*shape, TOP, dtype=torch.int32, device=self.device)
         kernels.row_kernel[(count, shape[0])](
-            logits, self.position, self.own_first, self.block_first, self.block_keys, lse, groups, block_lse,
-            self.scale, self.length, sinks, count, keys, self.levels, CAUSAL=g.config.causal, SIZE=1024,
+            logits, self.position, self.own_first, self.block_first, self.block_keys, lse, groups, top, block_lse,
+            self.scale, self.length, sinks, count, keys, self.levels, CAUSAL=g.config.causal, TOP=TOP, SIZE=1024,
         )  # fmt: skip
         self._sample_columns(logits, lse, block_lse, some)
-        value, key = self._largest(logits, groups)
-        heavy = sets.heavy(tile, heads).flatten(0, 1).int()
-        order = self.order[heads.start : heads.stop]
-        kernels.left_kernel[(count, shape[0])](
-            logits, lse, heavy, self.far, self.draw_first, self.draw_count, order, left, stratified, uniform,
-            self.scale, sinks, g.config.sample_size, count, keys, heavy.shape[-1], order.shape[-1], order.shape[1], self.order_first,
-            self.draw_first.shape[1], g.group, ORDERED=g.sorts, SIZE=1024, WIDTH=self.width,
+        return logits, lse, top
+
+    def _numbers(self, heads: range, logits: Tensor, lse: Tensor, top: Tensor) -> Tensor:
+        """Numbers [5, query heads, rows] from what `_rows` tells of the same heads; the logits are spoilt."""
+        g, sets, (shape, keys) = self.g, self.sets, (logits.shape[:2], logits.shape[2])
+        heavy, (order, first) = sets.heavy_ranges(self.tile, heads, self.taken), sets.sorted_keys()
+        order, numbers = order[heads.start : heads.stop], torch.empty(5, *shape, device=self.device)
+        kernels.left_kernel[(shape[1], shape[0])](
+            logits, lse, top, heavy, self.far, self.draw_first, self.draw_count, order, numbers,
+            self.scale, min(g.config.sinks, self.length), g.config.sample_size, shape[0], shape[1], keys, heavy.shape[2],
+            order.shape[-1], order.shape[1], first, self.draw_first.shape[1], g.group,
+            ORDERED=g.sorts, TOP=TOP, SIZE=1024, WIDTH=self.width,
         )  # fmt: skip
-        held = (logits.gather(-1, key) == -torch.inf) | (key < sinks) | (key >= self.far[:, None])
-        real = value > -torch.inf
-        recall = (held & real).sum(-1) / real.sum(-1)
-        return torch.stack([1 - (left - lse).exp(), recall, left.masked_fill(left == -torch.inf, torch.nan), stratified, uniform])
+        return numbers
 
     def _sample_columns(self, logits: Tensor, lse: Tensor, block_lse: Tensor, heads: slice) -> None:
         """Adds up the squared probabilities of the columns of some query heads over the sampled rows."""
@@ -111,32 +134,17 @@ class FusedHardness:
             BAND=BAND, CAUSAL=self.g.config.causal, ROWS=16, SIZE=128,
         )  # fmt: skip
 
-    def _largest(self, logits: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """The largest logits of each row and their keys [query heads, rows, 16]: they are in the groups with the largest maxima."""
-        group = groups.topk(min(TOP, groups.shape[-1]), sorted=False).indices
-        key = (group[..., None] * 16 + torch.arange(16, device=self.device)).flatten(-2)
-        hidden, key = key > self.last[:, None], key.clamp(max=self.tile.stop - 1)
-        value, at = logits.gather(-1, key).masked_fill_(hidden, -torch.inf).topk(min(TOP, key.shape[-1]), sorted=False)
-        return value, key.gather(-1, at)
-
     def _alphas(self) -> Tensor:
         """alpha of each query head [3, Hq]: of the whole matrix, without its first 32 columns, of its blocks off the diagonal."""
-        share, n, seen = len(self.rows) / len(self.seen), self.length, self.seen
-        total = self._near() + self.sums[:, :n] / share
-        always = torch.arange(min(2 * FIRST, n), device=self.device).expand(self.g.heads_q, -1)
-        key = torch.cat([always, total.topk(min(COLUMNS, n), sorted=False).indices], -1).int()
-        first, stop = (torch.full((1, 1), at, dtype=torch.int32, device=self.device) for at in (seen.start, seen.stop))
-        norms = self._columns(key, self.lse, first, stop, self.g.config.causal)
-        late = norms.masked_fill(key < FIRST, -torch.inf).amax(-1)
-        return torch.stack([norms.amax(-1) * n, torch.where(late > -torch.inf, late * n, torch.nan), self._block_alpha()])
-
-    def _near(self) -> Tensor:
-        """The part of each column's sum [Hq, length] over the rows of its own band and those beside it."""
-        g, causal = self.g, self.g.config.causal
-        column = torch.arange(self.length, dtype=torch.int32, device=self.device)[None]
-        band = column[:, :: self.size] // BAND * BAND - g.first
-        first, stop = (x.clamp(self.seen.start, self.seen.stop) for x in (band if causal else band - BAND, band + 2 * BAND))
-        return self._columns(column, self.lse, first, stop, causal, splits=1)
+        n, causal = self.length, self.g.config.causal
+        column = torch.arange(n, dtype=torch.int32, device=self.device)[None]
+        total = self._columns(column, self.lse, *self.near, causal, splits=1)  # from rows in a column's own band and those beside it
+        total.add_(self.sums, alpha=len(self.seen) / len(self.rows))  # and from the others
+        largest = total.topk(min(COLUMNS, n), sorted=False).indices.int()
+        key = torch.cat([column[:, : 2 * FIRST].expand(self.g.heads_q, -1), largest], -1)
+        norms = self._columns(key, self.lse, *self.whole, causal)
+        late = norms.masked_fill(key < FIRST, 0.0 if n > FIRST else torch.nan)
+        return torch.stack([norms.amax(-1) * n, late.amax(-1) * n, self._block_alpha()])
 
     def _columns(self, key: Tensor, lse: Tensor, first: Tensor, stop: Tensor, causal: int, splits: int = 0) -> Tensor:
         """Squared norms [N, C] of the columns key int32 [N or 1, C] under lse [N, Sq], N a multiple of Hq, over the rows from first to
@@ -148,24 +156,21 @@ class FusedHardness:
             count * (len(key) > 1), first.shape[1] * (len(first) > 1), int(first.shape[1] > 1),
             CAUSAL=causal, DIM=self.dim, ROWS=self.size, SIZE=self.size,
         )  # fmt: skip
-        return sums.sum(0)
+        return sums.sum(0) if splits > 1 else sums[0]
 
     def _block_alpha(self) -> Tensor:
         """alpha of blocks off the diagonal [Hq]: of those that the sampled rows say have the largest; NaN: there is none.
 
         Each query head looks at the choices of all query heads with the same keys.
         """
-        g, blocks = self.g, judged_blocks(self.g, self.length, self.seen, self.rows)
+        g, blocks = self.g, self.blocks
         if not blocks:
             return torch.full((g.heads_q,), torch.nan, device=self.device)
         inside = [self.block_sums[:, b.level, b.keys.start : b.keys.stop].amax(-1) for b in blocks]
-        table = [[b.rows.start, b.rows.stop, b.keys.start, b.keys.stop, b.level] for b in blocks]
-        weight = torch.tensor([len(b.keys) * len(b.rows) / b.sampled for b in blocks]).to(self.device, non_blocking=True)
-        (bounds,) = self._copied([torch.tensor(table)])
-        best = (torch.stack(inside, -1) * weight).argmax(-1).unflatten(0, (-1, g.group))
+        best = (torch.stack(inside, -1) * self.block_weight).argmax(-1).unflatten(0, (-1, g.group))
         # Each choice of a group in turn for all of its heads, [G, Hq]; one that stood before has no rows.
         choice = best.T[:, :, None].expand(-1, -1, g.group).flatten(1)
-        first, stop, key_first, key_stop, level = bounds[choice.flatten()].T.contiguous()
+        first, stop, key_first, key_stop, level = self.block_bounds[choice.flatten()].T.contiguous()
         again = (best[:, :, None] == best[:, None]).tril(-1).any(-1).T[:, :, None].expand(-1, -1, g.group).flatten()
         stop = torch.where(again, first, stop)
         lse, most = self.lse.new_empty(len(stop), g.seq_q), max(len(b.rows) for b in blocks)

@@ -10,9 +10,10 @@ import triton.language as tl
 
 _NONE = tl.constexpr(float("-inf"))
 _LOWEST = tl.constexpr(-1e38)  # finite: its difference from -inf is no NaN
+_UNRANKED, _FIRST = tl.constexpr(-(2**63)), tl.constexpr(2**63 - 1)  # before and behind all ranks
 # Numbers for whose sake no kernel is compiled anew: all but the strides of logits and vectors, which decide how wide loads are.
 _ANY_ROWS = ["length", "sinks", "rows", "nodes"]
-_ANY_LEFT = ["sinks", "samples", "rows", "heavy_keys", "order_keys", "order_levels", "order_first", "draws", "group"]
+_ANY_LEFT = ["sinks", "samples", "heads", "rows", "ranges", "order_keys", "order_levels", "order_first", "draws", "group"]
 _ANY_SAMPLED = ["length", "rows", "padded", "local_size", "blocks", "levels"]
 _ANY_COLUMNS = ["heads", "first", "seq_q", "seq_k", "group", "columns", "column_stride", "range_stride", "tile_stride"]
 _ANY_LSE = ["heads", "seq_q", "seq_k", "group"]
@@ -39,6 +40,40 @@ def _joined(a, b):
     return highest + tl.log(tl.exp(a - highest) + tl.exp(b - highest))
 
 
+@triton.jit
+def _ranked(value, index, there):
+    """Numbers in the order of the values, each with its index; of those that are hidden (-inf) or not there the least of all."""
+    bits = value.to(tl.int32, bitcast=True)
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # as integers in the order of the floats
+    return tl.where(there & (value > _NONE), (order.to(tl.int64) << 32) | index, _UNRANKED)
+
+
+@triton.jit
+def _top_keys(logits, groups, groups_of, stop, SIZE: tl.constexpr, TOP: tl.constexpr):
+    """Keys before `stop` of the TOP largest logits, int32 [TOP], -1 behind the last.
+
+    They are in the TOP groups of 16 keys with the largest maxima, which are found one by one, as are the keys in these groups.
+    """
+    lane, place, inside = tl.arange(0, SIZE), tl.arange(0, TOP), tl.arange(0, 16)
+    chosen, last = tl.full([TOP], -1, tl.int32), _FIRST
+    for n in range(TOP):
+        most = tl.full([SIZE], _UNRANKED, tl.int64)
+        for start in range(0, groups_of, SIZE):
+            there = start + lane < groups_of
+            found = _ranked(tl.load(groups + start + lane, there, _NONE), start + lane, there)
+            most = tl.maximum(most, tl.where(found < last, found, _UNRANKED))
+        last = tl.max(most, 0)
+        chosen = tl.where((place == n) & (last > _UNRANKED), (last & 0xFFFFFFFF).to(tl.int32), chosen)
+    key = chosen[:, None] * 16 + inside[None, :]
+    there = (chosen[:, None] >= 0) & (key < stop)
+    ranked = tl.reshape(_ranked(tl.load(logits + key, there, _NONE), key, there), (TOP * 16,))
+    top, last = tl.full([TOP], -1, tl.int32), _FIRST
+    for n in range(TOP):
+        last = tl.max(tl.where(ranked < last, ranked, _UNRANKED), 0)
+        top = tl.where((place == n) & (last > _UNRANKED), (last & 0xFFFFFFFF).to(tl.int32), top)
+    return top
+
+
 @triton.jit(do_not_specialize=_ANY_ROWS)
 def row_kernel(
     logits,  # fp32 [Hq, rows, keys]
@@ -47,7 +82,8 @@ def row_kernel(
     node_first,  # int32 [rows, nodes]: the blocks off the diagonal: with the sinks and the own block all keys of the row
     node_count,  # int32 [rows, nodes]
     lse,  # out: fp32 [Hq, rows]
-    groups,  # out: fp32 [Hq, rows, ceil(keys / 16)]: largest logit of each 16 keys
+    groups,  # for its own use: fp32 [Hq, rows, ceil(keys / 16)]: largest logit of each 16 keys
+    top,  # out: int32 [Hq, rows, TOP]: keys of the largest logits, -1 behind the last
     node_lse,  # out: fp32 [Hq, nodes, rows]
     scale,
     length,
@@ -56,9 +92,10 @@ def row_kernel(
     keys,
     nodes,
     CAUSAL: tl.constexpr,
+    TOP: tl.constexpr,
     SIZE: tl.constexpr,  # keys at once
 ):
-    """LSE of one sampled row of one query head over all its keys and over each of its blocks off the diagonal."""
+    """LSE of one sampled row of one query head over all its keys and over each of its blocks off the diagonal, and its largest logits."""
     r, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = h * rows + r
     logits += row * keys
@@ -78,53 +115,67 @@ def row_kernel(
         tl.store(node_lse + (h * nodes + node) * rows + r, found)
         whole = _joined(whole, found)
     tl.store(lse + row, whole)
+    tl.debug_barrier()  # other threads read the groups
+    tl.store(top + row * TOP + tl.arange(0, TOP), _top_keys(logits, groups + row * groups_of, groups_of, stop, SIZE // 2, TOP))
 
 
 @triton.jit(do_not_specialize=_ANY_LEFT)
 def left_kernel(
     logits,  # in and out: fp32 [Hq, rows, keys]; -inf afterwards where a chosen block holds the key
     lse,  # fp32 [Hq, rows]
-    heavy,  # int32 [Hq, rows, heavy_keys]: keys of the chosen blocks; places without a key hold one that is not there
+    top,  # int32 [Hq, rows, TOP]: keys of the largest logits, -1 behind the last
+    heavy,  # int32 [Hq, rows, ranges, 2]: first and stop of the keys of the chosen blocks; where ORDERED of places in the order of a draw
     far,  # int32 [rows]: first key of the local part
     draw_first,  # int32 [rows, draws]
     draw_count,  # int32 [rows, draws]
-    order,  # int32 [Hkv, order_levels, order_keys]; read where ORDERED
-    log_residual,  # out: fp32 [Hq, rows], -inf where no key is left
-    stratified,  # out: fp32 [Hq, rows]
-    uniform,  # out: fp32 [Hq, rows]
+    order,  # int32 [Hkv, order_levels, order_keys]; read where ORDERED, whose draws have an order each
+    numbers,  # out: fp32 [5, Hq, rows], the fields of RowNumbers
     scale,
     sinks,
     samples,
+    heads,
     rows,
     keys,
-    heavy_keys,
+    ranges,
     order_keys,
     order_levels,
     order_first,
     draws,
     group,
     ORDERED: tl.constexpr,
+    TOP: tl.constexpr,
     SIZE: tl.constexpr,  # keys at once
     WIDTH: tl.constexpr,  # keys of a slice at once
 ):
-    """What the exact part leaves of one sampled row of one query head: its sum, and the variances of its estimates."""
+    """What the exact part takes of one sampled row of one query head, what it leaves, and the variances of the estimates of the rest."""
     r, h = tl.program_id(0), tl.program_id(1)
-    row = h.to(tl.int64) * rows + r
+    row, field = h.to(tl.int64) * rows + r, heads.to(tl.int64) * rows
     logits += row * keys
+    of_draws = (h // group).to(tl.int64) * order_levels + order_first  # the line of `order` that the first draw has
     lane = tl.arange(0, SIZE)
-    for start in range(0, heavy_keys, SIZE):
-        key = tl.load(heavy + row * heavy_keys + start + lane, start + lane < heavy_keys, keys)
-        tl.store(logits + key, tl.full([SIZE], _NONE, tl.float32), key < keys)
+    for n in range(ranges):
+        first, stop = tl.load(heavy + (row * ranges + n) * 2), tl.load(heavy + (row * ranges + n) * 2 + 1)
+        for start in range(first, stop, SIZE):
+            there, key = start + lane < stop, start + lane
+            if ORDERED:
+                key = tl.load(order + (of_draws + n) * order_keys + key, there, 0)
+            tl.store(logits + key, tl.full([SIZE], _NONE, tl.float32), there & (key < keys))
     tl.debug_barrier()  # other threads read what was stored
     local, whole = tl.load(far + r), tl.load(lse + row)
-    tl.store(log_residual + row, _lse(logits, sinks, local, scale, SIZE))
+    left = _lse(logits, sinks, local, scale, SIZE)
+    tl.store(numbers + row, 1 - tl.exp(left - whole))
+    largest = tl.load(top + row * TOP + tl.arange(0, TOP))
+    real = largest >= 0
+    held = real & ((tl.load(logits + largest, real, 0.0) == _NONE) | (largest < sinks) | (largest >= local))
+    tl.store(numbers + field + row, tl.sum(held.to(tl.float32), 0) / tl.sum(real.to(tl.float32), 0))
+    tl.store(numbers + 2 * field + row, tl.where(left == _NONE, float("nan"), left))
     SLICES: tl.constexpr = SIZE // WIDTH
     by_slices, by_all = 0.0, 0.0
     for draw in range(draws):
         first, count = tl.load(draw_first + r * draws + draw), tl.load(draw_count + r * draws + draw)
         slices = tl.maximum(tl.minimum(count, samples), 1)
         each, rest = count // slices, count % slices
-        into = order + ((h // group).to(tl.int64) * order_levels + order_first + draw) * order_keys
+        into = order + (of_draws + draw) * order_keys
         variance, all_sum, all_square = tl.zeros([SLICES], tl.float32), tl.zeros([SLICES], tl.float32), tl.zeros([SLICES], tl.float32)
         for start in range(0, slices, SLICES):
             part = tl.minimum(start + tl.arange(0, SLICES), slices)
@@ -146,8 +197,8 @@ def left_kernel(
         by_slices += tl.maximum(tl.sum(variance, 0), 0.0)
         drawn = tl.sum(all_sum, 0)
         by_all += tl.maximum(count * tl.sum(all_square, 0) - drawn * drawn, 0.0) / samples
-    tl.store(stratified + row, by_slices)
-    tl.store(uniform + row, by_all)
+    tl.store(numbers + 3 * field + row, by_slices)
+    tl.store(numbers + 4 * field + row, by_all)
 
 
 @triton.jit(do_not_specialize=_ANY_SAMPLED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def layers_hardness(calls: Sequence[Captured], kernels: Library | None, lses: Se
     for group in groups(calls):
         some = [calls[at] for at in group]
         q, k = (torch.cat(x, 1) for x in zip(*((c.q, c.k) for c in some), strict=True))
-        plan, lse = _plan(some, q, k, kernels), torch.cat([lses[at] for at in group], 1)
+        plan, lse = partial(_plan, some, q, k, kernels), torch.cat([lses[at] for at in group], 1)
         whole = measure_hardness(q, k, some[0].config, plan, lse, exact_lse(kernels))
         heads = some[0].q.shape[1]
         found += [whole.heads(slice(n * heads, (n + 1) * heads)) for n in range(len(some))]
@@ -69,7 +70,7 @@ def _plan(calls: Sequence[Captured], q: Tensor, k: Tensor, kernels: Library | No
     """
     g = Geometry.of(q, k, k, calls[0].config)
     shape = g.batch, g.heads_q, len(g.draws(0)), g.config.sample_size
-    none = q.new_full((1,), -1, dtype=torch.int32).expand(shape), q.new_zeros(1, dtype=torch.float32).expand(shape)
+    none = q.new_empty(1, dtype=torch.int32).expand(shape), q.new_empty(1, dtype=torch.float32).expand(shape)  # never read
     if not g.sorts:  # what `blocks` chooses does not depend on the seed, in which alone the calls differ
         return Plan(_selection(q, k, g, kernels), *none)
     orders = []

@@ -72,7 +72,7 @@ def row_numbers(logits: Tensor, lse: Tensor, tile: RowTile, sets: ExactSets, hea
     if sets.g.config.sample_size and tile.reach:
         order = sets.order(tile, heads)
         ordered = residual if order is None else residual.gather(-1, order[:, None].expand_as(residual))
-        stratified, uniform = draw_variances(ordered, *sets.draws(tile), sets.g.config.sample_size)
+        stratified, uniform = draw_variances(ordered, *sets.draws(tile, sets.nodes(tile)), sets.g.config.sample_size)
     share = torch.exp(2 * (most - lse))
     none_left = most == -torch.inf
     return RowNumbers(

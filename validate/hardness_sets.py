@@ -5,8 +5,9 @@ Both follow from a plan by the rules of docs/operator.md (6 to 9, 13, 19, 24 to 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -54,18 +55,79 @@ class RowNodes:
     keys: Tensor
 
 
-class ExactSets:
-    """The exact part of the rows of one batch row under `plan`, whose valid keys are `length`."""
+@dataclass(frozen=True)
+class TakenKeys:
+    """Which sorted keys a row of a tile takes in its node of each level, but for its place among the node's rows, of which it takes those
+    of its query block: int32. taken [entries, 2]: first place and end of the keys that a query block takes, of all nodes; row [R, levels]:
+    the node's first row; entry [R, levels]: of its first query block. Of no node: a row behind all, whose query block takes nothing.
+    """
 
-    def __init__(self, g: Geometry, plan: Plan, batch: int, length: int) -> None:
-        self.g, self.length = g, length
-        if g.sorts:
-            rows, keys = plan.orders(g)
-            self._keys = keys[batch].long()  # [Hkv, levels, Sk]
-            self._place = _places(rows[batch])  # [Hq, levels, Sq]
-            self._taken, self._base, self._blocks_of = self._taken_keys()
-        else:
-            self._blocks = plan.selection[batch].long()  # [Hq, query blocks, num_blocks]
+    taken: Tensor
+    row: Tensor
+    entry: Tensor
+
+
+class ExactSets:
+    """The exact part of the rows of one batch row under the plan that `plan` makes, whose valid keys are `length`; what follows from
+    shapes alone is told without the plan.
+    """
+
+    def __init__(self, g: Geometry, plan: Callable[[], Plan], batch: int, length: int) -> None:
+        self.g, self.plan, self.batch, self.length = g, plan, batch, length
+
+    @cached_property
+    def _blocks(self) -> Tensor:
+        """Of `blocks` the chosen ones [Hq, query blocks, num_blocks]."""
+        return self.plan().selection[self.batch]
+
+    @cached_property
+    def _orders(self) -> tuple[Tensor, Tensor]:
+        """Of `sortlsh` the place of each row among the sorted ones [Hq, levels, Sq] and the sorted keys [Hkv, levels, Sk], int32."""
+        rows, keys = self.plan().orders(self.g)
+        return _places(rows[self.batch]), keys[self.batch]
+
+    def far(self, tile: RowTile) -> Tensor:
+        """First key that is not far from each row, int64 [R] (rule 9)."""
+        c = self.g.config
+        if not c.causal:
+            return torch.full_like(tile.at, self.length)
+        return ((tile.block - c.local_overlap).clamp(min=0) * c.local_size).clamp(max=self.length)
+
+    def nodes(self, tile: RowTile) -> RowNodes | None:
+        """Of `sortlsh` the nodes of the rows, of `blocks` None: what `draws` and `taken_keys` ask for."""
+        return row_nodes(self.g, tile, self.length) if self.g.sorts else None
+
+    def draws(self, tile: RowTile, nodes: RowNodes | None) -> tuple[Tensor, Tensor]:
+        """First candidate and number of candidates of each row's draws, int64 [R, draws], in the order of `order` (rule 13)."""
+        if nodes is not None:
+            return nodes.key.T, nodes.keys.T
+        sinks = torch.full_like(tile.at, self.g.config.sinks)[:, None]
+        return sinks, (self.far(tile)[:, None] - sinks).clamp(min=0)
+
+    def taken_keys(self, nodes: RowNodes) -> TakenKeys:
+        """Of the rows of a tile that these are the nodes of, on their device."""
+        (taken, *levels), device = self._taken, nodes.row.device
+        first, step = (x[nodes.first : nodes.first + len(nodes.number), None].to(device) for x in levels)
+        none = nodes.keys == 0
+        entry = (first + nodes.number * step).masked_fill(none, len(taken) - 1)
+        return TakenKeys(taken.to(device), nodes.row.masked_fill(none, self.g.seq_q).T.int(), entry.T.int())
+
+    @cached_property
+    def _taken(self) -> tuple[Tensor, Tensor, Tensor]:
+        """First place and end of the sorted keys that each query block of each node takes, int32 [entries, 2], the last of none; and of
+        each level the entry of its first node and the entries of a node, int64 [levels]. On the processor."""
+        g, live, found, base, each = self.g, self.g.live_rows(self.length), [], [], []
+        for level in range(g.levels):
+            rows = g.config.local_size << level if g.config.causal else g.seq_q
+            base.append(len(found))
+            each.append(-(-rows // g.config.block_size))
+            numbers = [m for at, m in g.nodes if at == level]
+            for m in range(max(numbers, default=-1) + 1):
+                node = g.node(level, m, self.length)
+                blocks = range(-(-len(node.rows) // g.config.block_size) if m in numbers else 0)
+                taken = [taken_keys(g.config, block, live_in(node, live), len(node.keys)) for block in blocks]
+                found += [(node.keys.start + t.start, node.keys.start + t.stop) for t in taken] + [(0, 0)] * (each[-1] - len(taken))
+        return torch.tensor([*found, (0, 0)], dtype=torch.int32), torch.tensor(base), torch.tensor(each)
 
     def mask(self, tile: RowTile, heads: range) -> Tensor:
         """True where the exact part holds the key: bool [kv heads, G, R, tile.stop]; pairs that no row sees are arbitrary.
@@ -84,14 +146,6 @@ class ExactSets:
             mask[..., low:] |= torch.arange(low, tile.stop, device=mask.device) >= self.far(tile)[:, None]
         return mask
 
-    def draws(self, tile: RowTile) -> tuple[Tensor, Tensor]:
-        """First candidate and number of candidates of each row's draws, int64 [R, draws], in the order of `order` (rule 13)."""
-        if self.g.sorts:
-            nodes = row_nodes(self.g, tile, self.length)
-            return nodes.key.T, nodes.keys.T
-        sinks = torch.full_like(tile.at, self.g.config.sinks)[:, None]
-        return sinks, (self.far(tile)[:, None] - sinks).clamp(min=0)
-
     def order(self, tile: RowTile, heads: range) -> Tensor | None:
         """The first tile.reach (not 0) keys as the slices of the draws cut them, int64 [kv heads, R, reach]; None: as they stand.
 
@@ -99,7 +153,7 @@ class ExactSets:
         """
         if not self.g.sorts:
             return None
-        order = self._keys[heads.start : heads.stop]
+        order = self._orders[1][heads.start : heads.stop].long()
         if self.g.config.causal:
             key = torch.arange(tile.reach, device=tile.at.device)
             differ = tile.block[:, None] ^ (key // self.g.config.local_size)
@@ -112,60 +166,41 @@ class ExactSets:
     def sorted_keys(self) -> tuple[Tensor, int]:
         """Of `sortlsh` the sorted keys of each level, int32 [Hkv, levels, Sk], and the level of the first draw; of `blocks` nothing."""
         if not self.g.sorts:
-            return self._blocks.new_zeros(self.g.heads_kv, 1, 1, dtype=torch.int32), 0
-        return self._keys.int(), self.g.config.local_overlap if self.g.config.causal else 0
+            return self._blocks.new_zeros(self.g.heads_kv, 1, 1), 0
+        return self._orders[1], self.g.config.local_overlap if self.g.config.causal else 0
 
-    def far(self, tile: RowTile) -> Tensor:
-        """First key that is not far from each row, int64 [R] (rule 9)."""
-        c = self.g.config
-        if not c.causal:
-            return torch.full_like(tile.at, self.length)
-        return ((tile.block - c.local_overlap).clamp(min=0) * c.local_size).clamp(max=self.length)
+    def heavy_ranges(self, tile: RowTile, heads: range, taken: TakenKeys | None) -> Tensor:
+        """First and stop of the keys of each chosen block, int32 [query heads, R, num_blocks, 2]; with the `taken` keys of `sortlsh` of
+        the places, among the sorted keys, of those that each level takes: [query heads, R, levels, 2]."""
+        g, some = self.g, slice(heads.start * self.g.group, heads.stop * self.g.group)
+        if taken is None:
+            block = tile.position // g.config.block_size - g.query_blocks.start
+            first = self._blocks[some].index_select(1, block) * g.config.block_size
+            return torch.stack([first.clamp(min=0), (first + g.config.block_size).clamp(max=g.seq_k)], -1)  # -1: up to 0
+        begin = self.sorted_keys()[1]
+        place = self._orders[0][some, begin : begin + taken.row.shape[1]].transpose(1, 2).index_select(1, tile.at)
+        return taken.taken[taken.entry + (place - taken.row).clamp(min=0) // g.config.block_size]
 
     def heavy(self, tile: RowTile, heads: range) -> Tensor:
         """Keys of the chosen blocks, int64 [kv heads, G, R, N]; places without a key hold Sk."""
-        g, size = self.g, self.g.config.block_size
-        query_heads = slice(heads.start * g.group, heads.stop * g.group)
-        if not g.sorts:
-            inside = torch.arange(size, device=tile.at.device)
-            chosen = self._blocks[query_heads, tile.position // size - g.query_blocks.start].unflatten(0, (-1, g.group))
-            key = (chosen[..., None] * size + inside).masked_fill(chosen[..., None] < 0, g.seq_k)
-            return key.flatten(-2).clamp(max=g.seq_k)
-        nodes, inside = row_nodes(g, tile, self.length), torch.arange(g.config.num_blocks * size, device=tile.at.device)
-        levels = slice(nodes.first, nodes.first + len(nodes.number))
-        place = (self._place[query_heads, levels][..., tile.at] - nodes.row).clamp(min=0)  # [query heads, levels, R], in the node's rows
-        entry = self._base[levels, None] + nodes.number * self._blocks_of[levels, None] + place // size
-        bounds = self._taken[entry.clamp(max=len(self._taken) - 1)]  # [query heads, levels, R, 2]
-        at = bounds[..., :1] + inside
-        order = self._keys[heads.start : heads.stop, levels].repeat_interleave(g.group, 0)[:, :, None].expand(-1, -1, len(tile.rows), -1)
-        key = order.gather(-1, (nodes.key[..., None] + at).clamp(max=g.seq_k - 1))
-        none = (at >= bounds[..., 1:]) | (nodes.keys == 0)[..., None]
-        return key.masked_fill(none, g.seq_k).transpose(1, 2).flatten(-2).unflatten(0, (-1, g.group))
-
-    def _taken_keys(self) -> tuple[Tensor, Tensor, Tensor]:
-        """First place and end of the sorted keys that each query block of each node takes, int64 [entries, 2], and of each level the
-        entry of its first node and the entries of a node, int64 [levels]."""
-        g, live, found, base, each = self.g, self.g.live_rows(self.length), [], [], []
-        for level in range(g.levels):
-            rows = g.config.local_size << level if g.config.causal else g.seq_q
-            base.append(len(found))
-            each.append(-(-rows // g.config.block_size))
-            numbers = [m for at, m in g.nodes if at == level]
-            for m in range(max(numbers, default=-1) + 1):
-                node = g.node(level, m, self.length)
-                blocks = range(-(-len(node.rows) // g.config.block_size) if m in numbers else 0)
-                taken = [taken_keys(g.config, block, live_in(node, live), len(node.keys)) for block in blocks]
-                found += [(t.start, t.stop) for t in taken] + [(0, 0)] * (each[-1] - len(taken))
-        device = self._place.device
-        return torch.tensor(found or [(0, 0)], device=device), torch.tensor(base, device=device), torch.tensor(each, device=device)
+        g, most, nodes = self.g, self.g.config.block_size, self.nodes(tile)
+        ranges = self.heavy_ranges(tile, heads, None if nodes is None else self.taken_keys(nodes)).long()
+        if g.sorts:
+            most *= g.config.num_blocks
+        key = at = ranges[..., :1] + torch.arange(most, device=tile.at.device)
+        if g.sorts:
+            begin = self.sorted_keys()[1]
+            order = self._orders[1][heads.start : heads.stop, begin : begin + at.shape[2]].long().repeat_interleave(g.group, 0)
+            key = order[:, None].expand(-1, at.shape[1], -1, -1).gather(-1, at.clamp(max=g.seq_k - 1))
+        return key.masked_fill(at >= ranges[..., 1:], g.seq_k).flatten(-2).unflatten(0, (-1, g.group))
 
 
 def _places(order: Tensor) -> Tensor:
-    """Slot of each row in `order` [Hq, levels, Sq] (-1: an empty slot), the inverse along the last axis: int64, 0 for rows of no slot."""
+    """Slot of each row in `order` [Hq, levels, Sq] (-1: an empty slot), the inverse along the last axis: int32, 0 for rows of no slot."""
     size = order.shape[-1]
-    inverse = torch.zeros(*order.shape[:-1], size + 1, dtype=torch.long, device=order.device)
-    slot = torch.arange(size, device=order.device).expand(order.shape)
-    return inverse.scatter_(-1, order.long().masked_fill(order < 0, size), slot)[..., :size]
+    inverse = torch.zeros(*order.shape[:-1], size + 1, dtype=torch.int32, device=order.device)
+    slot = torch.arange(size, dtype=torch.int32, device=order.device).expand(order.shape)
+    return inverse.scatter_(-1, order.masked_fill(order < 0, size).long(), slot)[..., :size]
 
 
 def row_nodes(g: Geometry, tile: RowTile, length: int) -> RowNodes:
