@@ -55,7 +55,9 @@ def export(capfd: pytest.CaptureFixture[str], place: Path) -> Runner:
 
 
 @pytest.mark.parametrize(
-    "budget", ["keys=250", "nats=0.02", "kl=0.05,top1=0.9", "speedup=1,kl=5", "keys=300,prefill.needle=0", "needle=0,nats=0.1"], ids=str
+    "budget",
+    ["keys=250", "nats=0.02", "kl=0.05,top1=0.9", "kl=0", "speedup=1,kl=5", "keys=300,prefill.needle=0", "needle=0,nats=0.1"],
+    ids=str,
 )
 def test_the_choice_holds_its_budget_by_what_was_measured(budget: str, policy: Runner, tmp_path: Path) -> None:
     file = tmp_path / "p.json"

@@ -68,6 +68,13 @@ def test_without_a_cap_a_regime_that_asks_for_more_decides_what_is_spent() -> No
     assert alone == BY_REGIME[ALL]  # one regime is itself
 
 
+def test_a_weighting_that_never_keeps_to_a_regime_is_not_taken_for_being_cheap() -> None:
+    """The second layer loses nothing in the second regime, whose weight alone would leave it at its cheapest."""
+    paid, free = [Option(0, 1.0, 1.0), Option(1, 9.0, 0.0)], [Option(0, 1.0, 0.0), Option(1, 9.0, 0.0)]
+    layers = weighed({ALL: [paid, paid], PREFILL: [paid, free]}, {ALL: 0.1, PREFILL: 0.1}, math.inf)
+    assert frontier(layers)[-1].candidates == (1, 1)
+
+
 @pytest.mark.parametrize("cap", [6.0, 11.0], ids=str)
 def test_neighbours_are_the_best_choices_that_differ_in_at_most_two_layers(cap: float) -> None:
     layers = [*BY_REGIME[ALL], *BY_REGIME[PREFILL][:1]]

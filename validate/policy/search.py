@@ -132,7 +132,7 @@ class Search:
         rounding = self._rounding()
         if math.isinf(cap):
             planted = self._with_planted(layers, NEEDLE_WEIGHTS[2]) if self.budget.plants else layers
-            held = self._that_holds(frontier(planted), self._scale(cap))
+            held = self._that_holds(self._up_to_exact(frontier(planted)), self._scale(cap))
             fixed = self._rivals(layers, held.choice.cost)
             trials = [held, *(trial for _, trial in fixed if self._holds(trial) and trial.choice.cost < held.choice.cost)]
             trial = min(trials, key=lambda trial: trial.choice.cost)
@@ -225,6 +225,15 @@ class Search:
 
     def _holds(self, trial: Trial) -> bool:
         return excess(self.budget, trial.measured) <= 1
+
+    def _up_to_exact(self, points: list[Choice]) -> list[Choice]:
+        """A frontier that ends with exact attention in every layer, which holds whatever loss is allowed.
+
+        A regime in which some layer loses nothing under any setting leaves that layer at its cheapest; the other regime may need it exact.
+        """
+        exact = len(self.candidates) - 1
+        last = Choice(tuple(Option(exact, row[exact], 0.0) for row in self._costs))
+        return [*points, last] if last.cost > points[-1].cost else points
 
     def _that_holds(self, points: list[Choice], scale: Mapping[str, float]) -> Trial:
         wanted = min(scale.values())

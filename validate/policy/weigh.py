@@ -65,9 +65,10 @@ def _mixed(by_regime: Mapping[str, Layers], weights: Mapping[str, float]) -> lis
 
 
 def _merit(layers: Layers, by_regime: Mapping[str, Layers], scale: Mapping[str, float], cap: float) -> float:
+    """Infinite where no point keeps to the scales, or to the cap: however cheap its points are, such a weighting leads nowhere."""
     points = frontier(layers)
     if math.isinf(cap):
-        return next((point.cost for point in points if _worst(point, by_regime, scale) <= 1), points[-1].cost)
+        return next((point.cost for point in points if _worst(point, by_regime, scale) <= 1), math.inf)
     base = within(points, cap)
     return math.inf if base is None else _worst(fill(base, layers, cap), by_regime, scale)
 
