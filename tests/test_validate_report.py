@@ -208,6 +208,23 @@ def test_recheck_judges_again(kind: str, tmp_path: Path, capsys: pytest.CaptureF
     assert code == 0 and json.loads(out)["verdict"]["failed"] == []
 
 
+@pytest.mark.parametrize(
+    "chosen, limit, advice",
+    [
+        (False, "kl=0", "(--layers) or raise num_blocks"),
+        (True, "kl=0", "a tighter --budget"),
+        (True, "op-error=0", "hyperattention doctor"),
+    ],
+    ids=["layers by hand", "policy", "kernels"],
+)
+def test_a_gate_that_fails_says_what_to_change(
+    chosen: bool, limit: str, advice: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(samples.with_policy() if chosen else samples.report(), tmp_path / "report")
+    code, _, err = _run(["report", str(tmp_path), "--recheck", "--gate", limit], capsys)
+    assert code == AccuracyFailed.exit_code and advice in " ".join(err.split())
+
+
 def test_report_writes_lost_pages_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = write(samples.report(), tmp_path / "report")
     texts = [file.read_text() for file in files]

@@ -37,6 +37,14 @@ def say(report: dict, written: list[Path], reporter: "Reporter") -> None:
     found = {"verdict": report["verdict"], "gates": report["gates"], "files": [p.name for p in written]}
     if failed := report["verdict"]["failed"]:
         names = ", ".join(failed)
-        advice = "Approximate fewer layers (--layers) or raise num_blocks"
-        raise AccuracyFailed(f"gates not met: {names}; the report says where. {advice}", found)
+        raise AccuracyFailed(f"gates not met: {names}; the report says where. {_advice(report)}", found)
     reporter.answer(found)
+
+
+def _advice(report: dict) -> str:
+    """What to change where a gate was not met: the layers of a policy are its budget's."""
+    if any(gate["group"] == "implementation" and not gate["passed"] for gate in report["gates"]):
+        return "The kernels are at fault, not the settings: `hyperattention doctor` says what this machine has"
+    if report["plan"].get("policy"):
+        return "Give `--layers auto` a tighter --budget, or more calibration (`hyperattention policy --windows`)"
+    return "Approximate fewer layers (--layers) or raise num_blocks"
