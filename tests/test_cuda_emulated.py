@@ -59,6 +59,7 @@ MISTAKES = {
     "end before a load has landed": "the block ended before a load had landed",
     "end before its copies have landed": "a thread ended with a copy in flight that a barrier counts",
     "one arrival missing": "deadlock",
+    "arrival before the read": "some wrong",
     "one arrival too many": "shared memory changed under a product",
     "copies not waited for": "shared memory changed under a product",
     "no fence": "no fence_products lies between",

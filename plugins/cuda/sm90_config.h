@@ -29,7 +29,7 @@ HA_INLINE constexpr HopperTable node_table(int padded) {
 }
 // The same for what the plan of `blocks` names, in a launch of its own: each group has a key block of its own in every buffer.
 HA_INLINE constexpr HopperTable pair_table(int padded) {
-  return padded <= 64 ? HopperTable{2, 64, 10, 8, 128, 128, 72, 184, 1, 2, 2} : HopperTable{2, 64, 5, 8, 128, 128, 72, 184, 1, 1, 2};
+  return padded <= 64 ? HopperTable{2, 64, 10, 8, 128, 128, 72, 184, 1, 2, 2} : HopperTable{2, 64, 4, 8, 128, 128, 72, 184, 1, 2, 2};
 }
 
 // The same where a tile meets runs of consecutive keys alone: nothing is listed, so that nobody plans and one warp loads. Two tiles'

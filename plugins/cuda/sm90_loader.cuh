@@ -76,7 +76,7 @@ struct Loader {
     load(digest, args.keys, args.p.k, g.head_dim, kv_slice, length);
     load(digest, args.values, args.p.v, g.head_dim_v, kv_slice, length);
     // Those that compute may be done with a step's keys while a thread here has yet to look up its values.
-    if (step.ends_batch(last)) release(block.steps_done(step.slot), thread);
+    if (step.ends_batch(last)) barrier_arrive(block.steps_done(step.slot));
     step.advance(last);
   }
 

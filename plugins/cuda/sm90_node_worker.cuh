@@ -34,7 +34,7 @@ struct NodeWorker : RingReader<HopperBlock<T, P, Walk>> {
     const int total = walk.total;
     if (total < 0) {  // no tile: its rows are left as they are
       release(block.queries_free(turn), thread);
-      release(block.tile_done(parity), thread);
+      barrier_arrive(block.tile_done(parity));
       return;
     }
     const int64_t slice = walk.slice;
@@ -85,7 +85,7 @@ struct NodeWorker : RingReader<HopperBlock<T, P, Walk>> {
     release(block.queries_free(turn), thread);
     if (block.args.config.attend.stored) finish<true>(state, waiting, pending, values, parity, slice);
     else finish<false>(state, waiting, pending, values, parity, slice);
-    release(block.tile_done(parity), thread);
+    barrier_arrive(block.tile_done(parity));
   }
 
  private:

@@ -82,14 +82,14 @@ struct HopperBlock {
   HA_DEVICE uint32_t steps_done(int slot) const { return full(2 * (kBuffers + kQueries) + 6 + slot / kBatch); }
 
   HA_DEVICE void init_barriers() const {
-    constexpr int kReaders = 4 * kTable.groups;  // warps
-    for (int i = 0; i < kBuffers; ++i) barrier_init(full(i), kFills), barrier_init(free(i), kReaders);
-    for (int i = 0; i < kQueries; ++i) barrier_init(queries_ready(i), kFills), barrier_init(queries_free(i), kReaders);
+    constexpr int kWorkers = 128 * kTable.groups, kWorkerWarps = kWorkers / 32;
+    for (int i = 0; i < kBuffers; ++i) barrier_init(full(i), kFills), barrier_init(free(i), kWorkerWarps);
+    for (int i = 0; i < kQueries; ++i) barrier_init(queries_ready(i), kFills), barrier_init(queries_free(i), kWorkerWarps);
     for (int i = 0; i < 2; ++i) {
       barrier_init(tile_ready(i), kTable.planners);
-      barrier_init(tile_done(i), kReaders);
+      barrier_init(tile_done(i), kWorkers);
       barrier_init(steps_ready(i * kBatch), kTable.planners);
-      barrier_init(steps_done(i * kBatch), kReaders + kTable.loaders / 32);
+      barrier_init(steps_done(i * kBatch), kWorkers + kTable.loaders);
     }
     barrier_publish();
   }
@@ -99,7 +99,8 @@ struct HopperBlock {
   static constexpr int kFills = kTable.loaders + 1;
 };
 
-// A warp arrives once for all its threads, when each of them has come here.
+// A warp arrives once for all its threads, when each of them has come here: for what its products have read. What threads have read by
+// themselves each of them says: there compute-sanitizer's racecheck follows every thread, and no warp waits for its slowest.
 HA_DEVICE void release(uint32_t barrier, int thread) {
   sync_warp();
   if (thread % 32 == 0) barrier_arrive(barrier);
@@ -147,7 +148,7 @@ struct RingReader {
   // Nothing is read any more of the current step's description.
   HA_DEVICE void finish_step(int& left) {
     const bool last = --left == 0;
-    if (step.ends_batch(last)) release(block.steps_done(step.slot), thread);
+    if (step.ends_batch(last)) barrier_arrive(block.steps_done(step.slot));
     step.advance(last);
   }
 };

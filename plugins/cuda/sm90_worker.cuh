@@ -66,7 +66,7 @@ struct Worker : RingReader<HopperBlock<T, P, Walk>> {
       release(block.queries_free(turn), thread);
     }
     store_rows<T, P, false>(block.args, state, thread, slice, [&](int half) { return block.row(parity, row_of(half)); });
-    release(block.tile_done(parity), thread);
+    barrier_arrive(block.tile_done(parity));
   }
 
  private:

@@ -6,8 +6,8 @@
 namespace ha {
 namespace {
 
-constexpr int kSide = 64, kTile = kSide * 128, kShared = 3 * kTile + 64;
-constexpr uint32_t kA = 0, kB = kTile, kLoaded = 2 * kTile, kCopied = kLoaded + 8;
+constexpr int kSide = 64, kTile = kSide * 128, kShared = 3 * kTile + 64, kRounds = 16;
+constexpr uint32_t kA = 0, kB = kTile, kLoaded = 2 * kTile, kCopied = kLoaded + 8, kWritten = kCopied + 8, kRead = kWritten + 8, kWord = kRead + 8;
 
 // Small integers as bfloat16: sums are exact.
 uint16_t number(int i, int j) { return uint16_t(float_bits(float((i * 7 + j * 3) % 11 - 5)) >> 16); }
@@ -17,11 +17,30 @@ struct Data {
   float c[kSide * kSide];
 };
 
-void load(const Data& data, int first_row, bool few) {
+// `times`: loads of the same.
+void load(const Data& data, int first_row, int bytes, int times = 1) {
   const TileMap map{data.a, 1, kSide, kSide, kSide, kSide};
-  barrier_expect(kLoaded, few ? kTile / 2 : kTile);
-  load_tile(map, kA, kLoaded, 0, first_row, 0);
+  barrier_expect(kLoaded, bytes);
+  for (int i = 0; i < times; ++i) load_tile(map, kA, kLoaded, 0, first_row, 0);
   barrier_arrive(kLoaded);
+}
+
+// One thread writes a word again and again, all read it each time. Returns how often this thread reads another one.
+int read_words(bool early) {
+  int& word = *reinterpret_cast<int*>(shared_memory() + kWord);
+  int wrong = 0;
+  for (int i = 0; i < kRounds; ++i) {
+    if (thread_index() == 0) {
+      barrier_wait(kRead, i % 2 ^ 1);
+      word = i;
+      barrier_arrive(kWritten);
+    }
+    barrier_wait(kWritten, i % 2);
+    if (early) barrier_arrive(kRead);
+    wrong += word != i;
+    if (!early) barrier_arrive(kRead);
+  }
+  return wrong;
 }
 
 void run(const std::string& mistake, Data& data) {
@@ -30,18 +49,21 @@ void run(const std::string& mistake, Data& data) {
   if (thread == 0) {
     barrier_init(kLoaded, 1);
     barrier_init(kCopied, 128);
+    barrier_init(kWritten, 1);
+    barrier_init(kRead, 128);
     if (!is("barrier not published")) barrier_publish();
   }
   sync_block();
-  if (thread == 0) load(data, 0, is("fewer bytes expected"));
+  const int misread = read_words(is("arrival before the read"));
+  sync_block();
+  if (is("end before a load has landed")) {
+    if (thread == 0) load(data, 0, 8 * kTile, 8);
+    return;
+  }
+  if (thread == 0) load(data, 0, is("fewer bytes expected") ? kTile / 2 : kTile);
   for (int i = thread; i < kSide * 8; i += 128) {
     const int row = i / 8, chunk = i % 8;
     copy_async(kB + row * 128 + ((chunk ^ row % 8) << 4), data.b + row * kSide + chunk * 8, true);
-  }
-  if (is("end before a load has landed")) {
-    copy_commit();
-    copy_wait<0>();
-    return;
   }
   if (!is("one arrival missing") || thread != 5) barrier_arrive_copied(kCopied);
   else copy_commit(), copy_wait<0>();
@@ -49,6 +71,7 @@ void run(const std::string& mistake, Data& data) {
   if (is("one arrival too many") && thread == 5) barrier_arrive(kCopied);
   barrier_wait(kLoaded, 0);
   if (!is("copies not waited for")) barrier_wait(kCopied, 0);
+  if (is("buffer filled again")) sync_block();  // and no thread waits meanwhile
   if (!is("no fence")) fence_products();
 
   float c[kSide / 2] = {};
@@ -61,14 +84,14 @@ void run(const std::string& mistake, Data& data) {
   const Matrix a(kA, 16, 1024), b(is("another operand") && thread == 5 ? kA : kB, 16, 1024);
   for (int k = 0; k < kSide / 16; ++k) multiply_shared<Bfloat16>(c, a.at(k * 32), b.at(k * 32), k > 0);
   product_commit();
-  float d[kSide / 2] = {};
+  float d[kSide / 2] = {float(misread)};
   product_begin();
   multiply_registers<Bfloat16>(d, p, Matrix(kB, kTile, 1024).at(0));
   product_commit();
   if (is("products not waited for")) return;
   if (is("operand in registers changed") && thread == 5) p[1] ^= 1;
   if (is("accumulator changed") && thread == 5) c[3] += 1.0f;
-  if (is("buffer filled again") && thread == 0) load(data, 1, false);
+  if (is("buffer filled again") && thread == 0) load(data, 1, kTile);
   if (is("buffer filled again")) barrier_wait(kLoaded, 1);
   product_wait<1>();
   const float early = d[0];

@@ -63,7 +63,10 @@ void barrier_init(uint32_t address, int arrivals) {
 void barrier_publish() {
   for (auto& entry : block.barriers) entry.second.published = true;
 }
-void barrier_arrive(uint32_t barrier, int count) { arrive(barrier, count); }
+void barrier_arrive(uint32_t barrier, int count) {
+  arrive(barrier, count);
+  fall_behind();  // what it says to be done with may change before this thread goes on
+}
 void barrier_expect(uint32_t barrier, int bytes) {
   barrier_at(barrier).bytes += bytes;
   ++block.progress;

@@ -1,8 +1,8 @@
 // The names of plugins/cuda/sm90_device.cuh for the emulator, with the same meaning. Tile loads, gathered copies that a barrier counts, and
 // products are under way for a while and land in any order: a load wipes its target at once, a product its accumulators. It is an error
 // when operands change while a product runs, when a thread touches accumulators or operands in registers before product_wait, and when
-// a product reads what threads wrote and no fence_products lies between. A thread may stand still before it waits for a barrier, and once
-// that is complete, until no other can go on.
+// a product reads what threads wrote and no fence_products lies between. A thread may stand still before it waits for a barrier, once
+// that is complete, and once it has arrived at one, until no other can go on.
 #pragma once
 #include "emulator.h"
 

@@ -325,6 +325,11 @@ SANITIZED = [
     Problem(Case("sorted-non-causal", 300, 600, replace(_SORTED, block_size=256, causal=0), (1, 1), (64, 64)), "fp16"),
     Problem(Case("sorted-gathered", 200, 600, replace(_SORTED, block_size=64, local_overlap=1), (2, 1), (128, 128), (600, 431)), "bf16"),
     Problem(Case("sorted-resampled", 280, 1300, replace(_SORTED, block_size=256, causal=0, sample_size=1100), (1, 1), (128, 128)), "bf16"),
+    # More batches of steps than are held, so that descriptions are replaced: each kind of tile that the Hopper kernels plan.
+    Problem(Case("sorted-resampled", 280, 1300, replace(_SORTED, block_size=256, causal=0, sample_size=1100), (1, 1), (64, 64)), "fp16"),
+    Problem(Case("resampled", 400, 1600, replace(_SMALL, sample_size=1100, num_blocks=9), (2, 1), (64, 64), (1600, 1431)), "bf16"),
+    Problem(Case("resampled", 400, 1600, replace(_SMALL, sample_size=1100, num_blocks=9), (1, 1), (128, 128)), "bf16"),
+    Problem(Case("resampled-non-causal", 300, 1300, replace(_SMALL, causal=0, sample_size=1100), (1, 1), (64, 64)), "bf16"),
     Problem(Case("exact", 200, 390, Config().exact(), (2, 1), (64, 64), (390, 77)), "bf16"),
     Problem(Case("exact", 130, 190, Config().exact(), (2, 1), (128, 128), (190, 77)), "bf16"),
     Problem(Case("exact", 70, 131, Config().exact(), (1, 1), (8, 200)), "fp32"),
