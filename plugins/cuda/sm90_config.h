@@ -11,15 +11,15 @@ constexpr int kTileColumns = 64, kTileKeys = 64;  // one load by the copy engine
 constexpr int kHopperSharedLimit = 227 * 1024;    // sm_90 grants this
 
 // How one block of threads works: `groups` warp groups compute on steps of `keys` keys, which pass through `buffers` buffers, one for a
-// step's keys and one for its values; steps are described in batches of `batch`, two of which are held. `planners` threads describe tiles
+// step's keys and one for its values; steps are described in batches of `batch`, of which `held` are held. `planners` threads describe tiles
 // and steps, `loaders` load them. They hand registers to the warp groups that compute. Each of these takes `pieces` pieces of 64 query rows
 // one after the other; `queries` tiles' queries are held. A buffer has `runs` runs of `keys` keys, of which a group takes its own.
 struct HopperTable {
-  int groups, keys, buffers, batch, planners, loaders, loader_registers, worker_registers, pieces = 1, queries = 1, runs = 1;
+  int groups, keys, buffers, batch, planners, loaders, loader_registers, worker_registers, pieces = 1, queries = 1, runs = 1, held = 2;
   HA_INLINE constexpr int rows() const { return groups * pieces * kGroupRows; }
   HA_INLINE constexpr int buffer_rows() const { return keys * runs; }
   HA_INLINE constexpr int threads() const { return groups * 128 + planners + loaders; }
-  HA_INLINE constexpr int steps() const { return 2 * batch; }
+  HA_INLINE constexpr int steps() const { return held * batch; }
 };
 HA_INLINE constexpr HopperTable hopper_table(int padded) { return {2, 128, padded <= 64 ? 8 : 5, 4, 128, 128, 40, 216}; }
 // The same for nodes: their tiles have a few steps only, whose gathered keys serve 256 rows. Above 64, registers suffice for two pieces
@@ -27,9 +27,10 @@ HA_INLINE constexpr HopperTable hopper_table(int padded) { return {2, 128, padde
 HA_INLINE constexpr HopperTable node_table(int padded) {
   return padded <= 64 ? HopperTable{2, 128, 8, 4, 128, 128, 40, 216, 2, 2} : HopperTable{2, 64, 8, 8, 128, 128, 40, 216, 2, 1};
 }
-// The same for what the plan of `blocks` names, in a launch of its own: each group has a key block of its own in every buffer.
+// The same for what the plan of `blocks` names, in a launch of its own: each group has a key block of its own in every buffer. Up to 64 a
+// tile is computed about as fast as it is planned: the next one is described as a whole meanwhile.
 HA_INLINE constexpr HopperTable pair_table(int padded) {
-  return padded <= 64 ? HopperTable{2, 64, 10, 8, 128, 128, 72, 184, 1, 2, 2} : HopperTable{2, 64, 4, 8, 128, 128, 72, 184, 1, 2, 2};
+  return padded <= 64 ? HopperTable{2, 64, 10, 8, 128, 128, 72, 184, 1, 2, 2, 4} : HopperTable{2, 64, 4, 8, 128, 128, 72, 184, 1, 2, 2};
 }
 
 // The same where a tile meets runs of consecutive keys alone: nothing is listed, so that nobody plans and one warp loads. Two tiles'
@@ -72,7 +73,7 @@ HA_INLINE constexpr HopperShared hopper_shared(const HopperTable& t, int padded,
   s.chosen = s.bias + query_blocks * list;
   s.counts = s.chosen + 2 * query_blocks * num_blocks * 4;
   s.barriers = (s.counts + 2 * query_blocks * 4 + 7) / 8 * 8;
-  s.bytes = s.barriers + (2 * t.buffers + 2 * t.queries + 8) * 8;
+  s.bytes = s.barriers + (2 * t.buffers + 2 * t.queries + 4 + 2 * t.held) * 8;
   return s;
 }
 

@@ -21,7 +21,7 @@ struct Loader {
   const Geometry& g;
   int thread;
   RingPlace<Block::kBuffers> place;
-  StepPlace<Block::kBatch> step;
+  StepPlace<Block::kBatch, Block::kHeld> step;
   bool ran_ahead = false;  // the first thread alone has loaded tiles since the threads were together
   int unpublished = 0;  // gathered buffers, the last ones, that have not been announced yet
 

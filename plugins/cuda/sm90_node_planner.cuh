@@ -25,7 +25,7 @@ struct NodePlanner {
   const Block& block;
   const Geometry& g;
   int thread;
-  StepPlace<kBatch> place;
+  StepPlace<kBatch, Block::kHeld> place;
   int64_t slice = -1;  // of the tile before, as its node and samples
   int node = -1;
   Item samples[kHeld] = {};
@@ -54,7 +54,7 @@ struct NodePlanner {
       } else {
         walk.move(config, tile);
       }
-      for (int q = 0; q < config.query_blocks; ++q) walk.read_plan(args.p, g, slice, q);
+      for (int q = 0; q < config.query_blocks; ++q) walk.read_plan(args.p, g, slice, q, 0);
       walk.plan_steps(g);
     }
     sync();

@@ -1,5 +1,5 @@
 // The warps that plan: ahead of everyone else they read the plan, describe each tile and its steps, and write the lists of keys that are to
-// be gathered. They hold two tiles and two batches of steps at most.
+// be gathered. They hold two tiles and kHeld batches of steps at most.
 #pragma once
 #include "sm90_tile.cuh"
 
@@ -16,7 +16,7 @@ struct Planner {
   const Block& block;
   const Geometry& g;
   int thread;
-  StepPlace<Block::kBatch> place;
+  StepPlace<Block::kBatch, Block::kHeld> place;
 
   HA_DEVICE void sync() const { sync_named(1, Block::kTable.planners); }
 
@@ -40,7 +40,7 @@ struct Planner {
     for (int i = 0; i < kRowsEach; ++i) rows[i] = walk.row(g, thread + i * Block::kTable.planners);
 #pragma unroll
     for (int i = 0; i < kRowsEach; ++i) block.row(parity, thread + i * Block::kTable.planners) = rows[i];
-    if (thread < config.query_blocks) walk.read_plan(args.p, g, slice, thread);
+    for (int q = thread / 32; q < config.query_blocks; q += Block::kTable.planners / 32) walk.read_plan(args.p, g, slice, q, thread % 32);
     sync();
     if (thread == 0) walk.plan_steps(g);
     barrier_arrive(block.tile_ready(parity));

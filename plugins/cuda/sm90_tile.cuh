@@ -1,5 +1,5 @@
 // Where everything of one block of threads of the Hopper kernels lies in shared memory: queries, a ring of buffers that keys and values
-// pass through, what is known of two tiles and of two batches of steps, and the barriers between the warps.
+// pass through, what is known of two tiles and of some batches of steps, and the barriers between the warps.
 #pragma once
 #include "sm90_config.h"
 #include "sm90_device.cuh"
@@ -41,7 +41,7 @@ template <class T, int P, class Walk>
 struct HopperBlock {
   static constexpr HopperTable kTable = Walk::Shape::kTable;
   static constexpr int kPieces = kTable.pieces, kQueries = kTable.queries;
-  static constexpr int kBuffers = kTable.buffers, kKeys = kTable.keys, kRows = kTable.rows(), kBatch = kTable.batch;
+  static constexpr int kBuffers = kTable.buffers, kKeys = kTable.keys, kRows = kTable.rows(), kBatch = kTable.batch, kHeld = kTable.held;
   static constexpr int kBufferRows = kTable.buffer_rows(), kBufferBytes = kBufferRows * P * 2;
   static_assert(sizeof(Walk) <= kWalkBytes);
 
@@ -62,7 +62,7 @@ struct HopperBlock {
   }
   HA_DEVICE int32_t* counts(int parity) const { return at<int32_t>(offsets().counts) + parity * args.config.attend.query_blocks; }
 
-  // Steps of the ring by slot, 0 to 2 kBatch - 1.
+  // Steps of the ring by slot, 0 to kHeld kBatch - 1.
   HA_DEVICE Step& step(int slot) const { return at<Step>(offsets().steps)[slot]; }
   HA_DEVICE Digest& digest(int slot) const { return at<Digest>(offsets().digests)[slot]; }
   HA_DEVICE int32_t* list_keys(int slot) const { return at<int32_t>(offsets().keys) + slot * kKeys; }
@@ -79,7 +79,7 @@ struct HopperBlock {
   HA_DEVICE uint32_t tile_ready(int parity) const { return full(2 * (kBuffers + kQueries) + parity); }
   HA_DEVICE uint32_t tile_done(int parity) const { return full(2 * (kBuffers + kQueries) + 2 + parity); }
   HA_DEVICE uint32_t steps_ready(int slot) const { return full(2 * (kBuffers + kQueries) + 4 + slot / kBatch); }
-  HA_DEVICE uint32_t steps_done(int slot) const { return full(2 * (kBuffers + kQueries) + 6 + slot / kBatch); }
+  HA_DEVICE uint32_t steps_done(int slot) const { return full(2 * (kBuffers + kQueries) + 4 + kHeld + slot / kBatch); }
 
   HA_DEVICE void init_barriers() const {
     constexpr int kWorkers = 128 * kTable.groups, kWorkerWarps = kWorkers / 32;
@@ -88,6 +88,8 @@ struct HopperBlock {
     for (int i = 0; i < 2; ++i) {
       barrier_init(tile_ready(i), kTable.planners);
       barrier_init(tile_done(i), kWorkers);
+    }
+    for (int i = 0; i < kHeld; ++i) {
       barrier_init(steps_ready(i * kBatch), kTable.planners);
       barrier_init(steps_done(i * kBatch), kWorkers + kTable.loaders);
     }
@@ -115,7 +117,7 @@ struct RingPlace {
   }
 };
 // A slot of the ring of steps, and whether its batch has gone round an odd number of times.
-template <int kBatch>
+template <int kBatch, int kHeld>
 struct StepPlace {
   int slot = 0, phase = 0;
   HA_DEVICE bool starts_batch() const { return slot % kBatch == 0; }
@@ -123,7 +125,7 @@ struct StepPlace {
   // `last`: of its tile.
   HA_DEVICE void advance(bool last) {
     slot = (last ? slot | (kBatch - 1) : slot) + 1;
-    if (slot == 2 * kBatch) slot = 0, phase ^= 1;
+    if (slot == kHeld * kBatch) slot = 0, phase ^= 1;
   }
 };
 
@@ -133,7 +135,7 @@ struct RingReader {
   const Block& block;
   int thread;  // of the group
   RingPlace<Block::kBuffers> place;
-  StepPlace<Block::kBatch> step;
+  StepPlace<Block::kBatch, Block::kHeld> step;
 
   // The next step, whose keys have arrived.
   HA_DEVICE Digest await_keys() const {

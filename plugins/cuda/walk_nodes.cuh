@@ -65,8 +65,9 @@ struct NodeWalk {
     return g.node(config.level, config.first_node + uint32_t(tile) / uint32_t(config.node_tiles), g.length(p.lengths, batch));
   }
 
-  // ... then some threads find the keys that the tile's query blocks take ...
-  HA_DEVICE void read_plan(const HaParams&, const Geometry&, int64_t, int q) {
+  // ... then, for each of the tile's query blocks, one thread finds the keys that it takes ...
+  HA_DEVICE void read_plan(const HaParams&, const Geometry&, int64_t, int q, int lane) {
+    if (lane != 0) return;
     const int query_block = first_query_block + q, size = key_stop - key_start;
     Range taken{0, 0};
     if (size > 0 && query_block <= last / a.block_size) taken = taken_blocks(a, query_block, live, size);

@@ -69,17 +69,22 @@ struct PositionWalk {
     return index >= 0 && index < g.seq_q ? int(index) : -1;
   }
 
-  // ... then some threads read the plan of the tile's query blocks, up to the first entry that is no key block ...
-  HA_DEVICE void read_plan(const HaParams& p, const Geometry& g, int64_t slice, int q) {
+  // ... then, for each of the tile's query blocks, a warp reads the plan, up to the first entry that is no key block ...
+  HA_DEVICE void read_plan(const HaParams& p, const Geometry& g, int64_t slice, int q, int lane) {
     const Range blocks = g.query_blocks();
     const int64_t query_block = int64_t(first_query_block) + q, limit = ceil_div(g.seq_k, a.block_size);
     int count = 0;
     if (query_block >= blocks.start && query_block < blocks.stop) {
       const int32_t* const row = p.plan + (slice * blocks.size() + query_block - blocks.start) * a.num_blocks;
-      for (int block; count < a.num_blocks && (block = row[count]) >= 0 && block < limit; ++count)
-        chosen[q * a.num_blocks + count] = block;
+      for (int from = 0, read = 32; from < a.num_blocks && read == 32; from += 32) {
+        const int block = from + lane < a.num_blocks ? row[from + lane] : -1;
+        const uint32_t votes = ballot(block >= 0 && block < limit);
+        read = count_bits(votes & ~(votes + 1));  // lanes before the first that has none
+        if (lane < read) chosen[q * a.num_blocks + from + lane] = block;
+        count += read;
+      }
     }
-    counts[q] = count;
+    if (lane == 0) counts[q] = count;
   }
 
   HA_DEVICE Row row(const Geometry& g, int slot) const {
@@ -226,7 +231,10 @@ struct PositionWalk {
       } else {
         visible = visible && (!a.causal || (first_query_block + q) * a.block_size / a.local_size == step.owner);
         const int block = entry.key / a.block_size;
-        for (int i = 0; i < counts[q] && visible; ++i) visible = chosen[q * a.num_blocks + i] != block;
+        bool taken = false;  // all blocks are looked at: several are on their way at once
+#pragma unroll 8
+        for (int i = 0; i < counts[q]; ++i) taken |= chosen[q * a.num_blocks + i] == block;
+        visible = visible && !taken;
       }
       bias[q * S::kKeys + slot] = visible ? value : -INFINITY;
     }
