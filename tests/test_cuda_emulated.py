@@ -145,6 +145,10 @@ HOPPER_CASES = [
     # A border of local blocks within a tile: its last rows alone have sinks, more than the ring holds.
     Problem(Case("many-sinks", 110, 1064, replace(_MANY_SINKS, local_size=1024, sinks=385), **_FULL), "bf16"),
     Problem(Case("many-sinks", 110, 1000, replace(_MANY_SINKS, local_size=960, sinks=257), (1, 1), (128, 128)), "fp16"),
+    # Two launches share the sinks: those of rows without far keys, or with fewer than there are sinks, belong to the second.
+    Problem(Case("split-sinks", 700, 900, replace(SMALL, local_size=64, local_overlap=0, sinks=200), (2, 1), (64, 64), (900, 190)), "bf16"),
+    Problem(Case("split-sinks", 500, 500, replace(SMALL, local_overlap=1, sinks=385), (1, 1), (128, 128), (500, 391)), "fp16"),
+    Problem(Case("split-sinks-chunk", 130, 700, replace(SMALL, local_size=192, sinks=64), (1, 1), (64, 64), (699,)), "bf16"),
     Problem(Case("sorted-blocks", 300, 300, replace(_HOPPER_SORTED, block_size=256, num_blocks=3, stratified=0), **_FULL), "bf16"),
 ]
 # Of random problems, those that they take.
