@@ -169,8 +169,9 @@ HA_INLINE Sample draw_index(const HaAttributes& a, int64_t total, int64_t s, int
   if (s >= m) return {-1, 0.0f};
   // floor(s total / m) without a 64-bit division: total = whole m + rest, and s rest stays below 2^24.
   const int32_t whole = int32_t(total) / int32_t(m), rest = int32_t(total) % int32_t(m);
-  const int64_t low = s * whole + int32_t(s) * rest / int32_t(m), size = (s + 1) * whole + int32_t(s + 1) * rest / int32_t(m) - low;
-  return {low + int64_t((u * uint64_t(size)) >> 32), float(size)};
+  const int32_t part = int32_t(s) * rest / int32_t(m), more = int32_t(s) * rest - part * int32_t(m) + rest >= int32_t(m);
+  const int32_t size = whole + more;  // of the stratum: the next one's start less this one's
+  return {s * whole + part + int64_t((u * uint64_t(size)) >> 32), float(size)};
 }
 
 // The same as a key, where the candidates are the keys behind the sinks in position order (selector `blocks`).

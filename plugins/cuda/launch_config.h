@@ -19,10 +19,6 @@ HA_INLINE bool has_nodes(const Geometry& g) { return !g.exact() && g.sorts() && 
 HA_INLINE bool splits_blocks(const Geometry& g) {
   return !g.exact() && !g.sorts() && g.a.causal && g.a.block_size == kSplitBlock && g.a.num_blocks > 0;
 }
-// Whether the row at `position` may have met keys in the launches before the last.
-HA_INLINE bool met_before(const Geometry& g, int64_t position, int64_t length) {
-  return g.sorts() ? g.levels_of(position, length) != 0 : min64(g.far(position, length), length) > g.a.sinks;
-}
 
 // --- scratch --------------------------------------------------------------------------------------------------------
 

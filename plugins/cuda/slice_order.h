@@ -12,11 +12,18 @@ struct SliceOrder {
   bool steady;
 
   HA_INLINE void find(int64_t index, int64_t& slice, int64_t& tile) const {
-    const int64_t group = index / (together * tiles), rest = index % (together * tiles);
-    const int64_t width = min64(together, slices - group * together);
-    slice = group * together + rest % width;
-    tile = rest / width;
-    if (steady && ((slices - 1) / together - group) % 2) tile = tiles - 1 - tile;
+    if (slices * tiles >> 32) find_as<uint64_t>(index, slice, tile);
+    else find_as<uint32_t>(index, slice, tile);  // a GPU divides 64 bits by some hundred instructions
+  }
+
+ private:
+  template <class Number>
+  HA_INLINE void find_as(int64_t index, int64_t& slice, int64_t& tile) const {
+    const Number most = Number(together), size = most * Number(tiles), group = Number(index) / size, rest = Number(index) - group * size;
+    const Number left = Number(slices) - group * most, width = left < most ? left : most, at = rest / width;
+    slice = int64_t(group * most + (rest - at * width));
+    tile = int64_t(at);
+    if (steady && ((Number(slices) - 1) / most - group) % 2) tile = tiles - 1 - tile;
   }
 };
 

@@ -33,8 +33,8 @@ struct Loader {
     int64_t kv_slice = 0;
     int length = 0;
     if constexpr (Walk::kConsecutive) {
-      const int64_t batch = slice / g.heads_q, head = slice % g.heads_q;
-      kv_slice = batch * g.heads_kv + head / g.group();
+      const int batch = int(slice) / int(g.heads_q), head = int(slice) % int(g.heads_q);
+      kv_slice = int64_t{batch} * g.heads_kv + head / int(g.group());
       length = int(g.length(args.p.lengths, batch));
     }
     await(block.tile_ready(parity), turn >> 1 & 1);

@@ -149,22 +149,8 @@ struct NodeWorker : RingReader<HopperBlock<T, P, Walk>> {
   // What earlier launches have stored of piece u.
   HA_DEVICE void fetch(SeenRow<P> (&seen)[2], int parity, int u, int64_t slice) const {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) fetch(seen[half], block.row(parity, row_of(u, half)), slice);
+    for (int half = 0; half < 2; ++half) seen[half] = fetch_row<P>(block.args, thread, slice, block.row(parity, row_of(u, half)));
   }
-  // What earlier launches have stored of a row.
-  HA_DEVICE void fetch(SeenRow<P>& seen, const Row& row, int64_t slice) const {
-    const HopperArgs& args = block.args;
-    const int v_row = int(args.p.head_dim_v) * 2;
-    const int64_t at = slice * args.p.seq_q + max(row.index, 0);
-    const char* const out = static_cast<const char*>(args.p.out) + at * v_row;
-    const auto byte_of = [this](int m) { return (4 * m + thread % 4) * 16; };
-    seen.index = row.index;
-    seen.lse = row.stored ? args.lse[at] : -INFINITY;
-#pragma unroll
-    for (int m = 0; m < P / 32; ++m)
-      seen.words[m] = row.stored && byte_of(m) < v_row ? *reinterpret_cast<const Words4*>(out + byte_of(m)) : Words4{};
-  }
-
   // Piece u of the group, counted from the tile's first.
   HA_DEVICE int piece_of(int u) const { return u * kGroups + group; }
   HA_DEVICE int row_of(int u, int half) const { return piece_of(u) * kGroupRows + thread / 32 * 16 + thread % 32 / 4 + 8 * half; }

@@ -9,9 +9,9 @@ template <class S>
 struct PairWalk : PositionWalk<S> {
   static_assert(S::kWarps == 2 && S::kWarpRows == S::kPairBlock && S::kKeys == S::kPairBlock);
 
-  HA_DEVICE void plan_steps(const Geometry& g) {
+  HA_DEVICE void plan_steps(const Geometry&) {
     this->heavy_steps = max(this->counts[0], this->counts[1]);
-    this->total = this->heavy_steps + this->sample_steps(g);
+    this->total = this->heavy_steps + this->sample_steps();
   }
 
   HA_DEVICE void describe(int j, Step& step) const {

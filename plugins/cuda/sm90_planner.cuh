@@ -24,7 +24,7 @@ struct Planner {
   HA_DEVICE void run(int turn, int64_t slice, int64_t tile) {
     const HopperArgs& args = block.args;
     const AttendConfig& config = args.config.attend;
-    const int64_t batch = slice / g.heads_q, head = slice % g.heads_q;
+    const int batch = int(slice) / int(g.heads_q), head = int(slice) % int(g.heads_q);
     const int parity = turn & 1;
     Walk& walk = block.walk(parity);
 

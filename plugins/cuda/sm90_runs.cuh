@@ -59,6 +59,13 @@ struct RunWalk {
     total = local_steps;
     if (!exact) total += steps_of<kKeys>(min(g.a.sinks, min(far(g, exact, last_row, length), length)));
   }
+  // Whether the row at `position` has met keys in launches before, if there were any: what is behind the sinks and before its local part, or,
+  // with nodes, before the last local block that a node of its own ends at.
+  HA_DEVICE bool met_before(const Geometry& g, int position) const {
+    int stop = far(g, false, position, length);
+    if (g.sorts() && g.a.causal) stop = (max(position, 0) / g.a.local_size >> g.a.local_overlap << g.a.local_overlap) * g.a.local_size;
+    return min(stop, length) > g.a.sinks;
+  }
   HA_DEVICE int key(int j) const { return j < local_steps ? local_start + j * kKeys : (j - local_steps) * kKeys; }
   // Which keys of step j the row at `position` sees; both bounds grow with the position.
   HA_DEVICE Bounds bounds(const Geometry& g, int j, int position) const {

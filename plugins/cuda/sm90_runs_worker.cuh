@@ -42,7 +42,9 @@ struct RunWorker {
     int j = 0;
     look(walk, 0);
     Mode mode = next(walk, j);
-    if (mode != Mode::kSkip) {
+    const bool met = mode != Mode::kSkip;  // any key
+    Place values = place;
+    if (met) {
       barrier_wait(block.full(place.index), place.phase);
       take_turn();
       state.start_keys(queries, block.buffer(place.index));
@@ -51,7 +53,7 @@ struct RunWorker {
       finish_keys(state, walk, mode, j);
       if (state.raise(factor)) state.rescale();
       state.take_probabilities(factor);
-      Place values = leave(j);
+      values = leave(j);
       while ((mode = next(walk, j)) != Mode::kSkip) {
         barrier_wait(block.full(values.index), values.phase);
         barrier_wait(block.full(place.index), place.phase);
@@ -71,21 +73,31 @@ struct RunWorker {
         state.take_probabilities(factor);
         values = leave(j);
       }
-      drain(block, state, block.queries_free(parity), values, thread);
-    } else {
-      release(block.queries_free(parity), thread);
     }
-    const auto row_of = [&](int half) {
-      const int position = walk.first + row(half);
-      const bool present = position >= walk.first_row && position <= walk.last_row;
-      const bool stored = present && args.config.attend.stored && met_before(g, position, walk.length);
-      return Row{0, 0, present ? position - walk.row0 : -1, stored};
-    };
-    if (args.config.attend.stored) store_rows<T, P, true>(args, state, thread, slice, row_of);
-    else store_rows<T, P, false>(args, state, thread, slice, row_of);
+    if (args.config.attend.stored) finish<true>(state, walk, met, values, parity, slice);
+    else finish<false>(state, walk, met, values, parity, slice);
   }
 
  private:
+  // Adds the last values, where any key was `met`, and stores the rows. kStored: some have met keys in earlier launches.
+  template <bool kStored>
+  HA_DEVICE void finish(State& state, const RunWalk<P>& walk, bool met, const Place& values, int parity, int slice) const {
+    const auto row_of = [&](int half) {
+      const int position = walk.first + row(half);
+      const bool present = position >= walk.first_row && position <= walk.last_row;
+      return Row{0, 0, present ? position - walk.row0 : -1, kStored && present && walk.met_before(g, position)};
+    };
+    SeenRow<P> seen[2];  // on its way while the last products run
+    if constexpr (kStored) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) seen[half] = fetch_row<P>(args, thread, slice, row_of(half));
+    }
+    if (met) drain(block, state, block.queries_free(parity), values, thread);
+    else release(block.queries_free(parity), thread);
+    if constexpr (kStored) store_rows<T, P, true>(args, state, thread, slice, [&](int half) { return seen[half]; });
+    else store_rows<T, P, false>(args, state, thread, slice, row_of);
+  }
+
   // The groups start their products one after the other, so that some have their softmax while one's products run. Steps that a group
   // passes over are turns, too.
   HA_DEVICE void take_turn() const { sync_named(kFirstTurn + group, 256); }

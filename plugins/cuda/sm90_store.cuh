@@ -12,9 +12,25 @@ struct SeenRow {
   Words4 words[P / 32];
 };
 
+template <int P>
+HA_DEVICE SeenRow<P> fetch_row(const HopperArgs& args, int thread, int64_t slice, const Row& row) {
+  const int v_row = int(args.p.head_dim_v) * 2;
+  const int64_t at = slice * args.p.seq_q + max(row.index, 0);
+  const char* const out = static_cast<const char*>(args.p.out) + at * v_row;
+  SeenRow<P> seen;
+  seen.index = row.index;
+  seen.lse = row.stored ? args.lse[at] : -INFINITY;
+#pragma unroll
+  for (int m = 0; m < P / 32; ++m) {
+    const int byte = (4 * m + thread % 4) * 16;
+    seen.words[m] = row.stored && byte < v_row ? *reinterpret_cast<const Words4*>(out + byte) : Words4{};
+  }
+  return seen;
+}
+
 // Divides by the sums and writes O and LSE. kStored: rows may have met keys in earlier launches; then the stored output counts as the
-// value of one more key. `row_of(half)` gives the thread's row of either half: its index and whether something is stored, or
-// a SeenRow.
+// value of one more key. `row_of(half)` gives the thread's row of either half, then a SeenRow: fetched before other rows are written, which
+// the compiler cannot tell from these.
 template <class T, int P, bool kStored, class State, class RowOf>
 HA_DEVICE void store_rows(const HopperArgs& args, State& state, int thread, int64_t slice, RowOf&& row_of) {
   const int v_row = int(args.p.head_dim_v) * 2, t = thread % 4;
@@ -26,16 +42,10 @@ HA_DEVICE void store_rows(const HopperArgs& args, State& state, int thread, int6
     char* const out = static_cast<char*>(args.p.out) + at * v_row;
     Words4 seen[P / 32];
     float seen_lse = -INFINITY;
-    if constexpr (kStored && !std::is_same_v<decltype(row), const Row>) {
+    if constexpr (kStored) {
       seen_lse = row.lse;
 #pragma unroll
       for (int m = 0; m < P / 32; ++m) seen[m] = row.words[m];
-    } else if constexpr (kStored) {
-      const bool known = row.index >= 0 && row.stored;
-      if (known) seen_lse = args.lse[at];
-#pragma unroll
-      for (int m = 0; m < P / 32; ++m)
-        seen[m] = known && byte_of(m) < v_row ? *reinterpret_cast<const Words4*>(out + byte_of(m)) : Words4{};
     }
     float total = state.sum[half];
     total += shuffle_xor(total, 1);

@@ -56,7 +56,7 @@ struct PositionWalk {
       warp_last[w] = min(first + w * S::kWarpRows + S::kWarpRows - 1, last_row);
     }
     query_blocks = config.query_blocks;
-    first_query_block = int(floor_div(first, a.block_size));
+    first_query_block = first / a.block_size - (first % a.block_size < 0);
   }
 
   // Causal: the longest first.
@@ -95,7 +95,7 @@ struct PositionWalk {
   }
 
   // ... and one thread counts the steps.
-  HA_DEVICE void plan_steps(const Geometry& g) {
+  HA_DEVICE void plan_steps(const Geometry&) {
     const int stop = a.causal ? min(last_row + 1, length) : length;
     local_start = exact ? 0 : far(first_row);
     local_steps = exact || a.causal ? steps_of<S::kKeys>(stop - local_start) : 0;
@@ -112,11 +112,12 @@ struct PositionWalk {
     } else {
       for (int q = 0; q < query_blocks; ++q) heavy_steps += steps_of<S::kKeys>(counts[q] * a.block_size);
     }
-    total += heavy_steps + sample_steps(g);
+    total += heavy_steps + sample_steps();
   }
-  HA_DEVICE int sample_steps(const Geometry& g) {
-    const int last_local = int(g.local_block(last_row));
-    sampled_local = int(g.local_block(first_row));
+  HA_DEVICE int local_block(int position) const { return a.causal ? position / a.local_size - (position % a.local_size < 0) : 0; }
+  HA_DEVICE int sample_steps() {
+    const int last_local = local_block(last_row);
+    sampled_local = local_block(first_row);
     while (sampled_local <= last_local && sample_candidates(sampled_local) == 0) ++sampled_local;
     sample_list_steps = steps_of<S::kKeys>(a.sample_size);
     return sample_list_steps * (last_local - sampled_local + 1);
@@ -229,11 +230,11 @@ struct PositionWalk {
       if (step.part == Part::kList) {
         visible = visible && q == step.owner;
       } else {
-        visible = visible && (!a.causal || (first_query_block + q) * a.block_size / a.local_size == step.owner);
-        const int block = entry.key / a.block_size;
+        const int start = (first_query_block + q) * a.block_size - step.owner * a.local_size;  // in the samples' local block
+        visible = visible && (!a.causal || (start >= 0 && start < a.local_size));
         bool taken = false;  // all blocks are looked at: several are on their way at once
 #pragma unroll 8
-        for (int i = 0; i < counts[q]; ++i) taken |= chosen[q * a.num_blocks + i] == block;
+        for (int i = 0; i < counts[q]; ++i) taken |= uint32_t(entry.key - chosen[q * a.num_blocks + i] * a.block_size) < uint32_t(a.block_size);
         visible = visible && !taken;
       }
       bias[q * S::kKeys + slot] = visible ? value : -INFINITY;

@@ -33,7 +33,7 @@ HA_TEST int ha_emulated_pair_tiles_mistake(const HaParams* p) {
   if (config.schedule.count != config.attend.tiles * g.batch * g.heads_q) return 1;
   std::vector<int> needed(size_t(config.attend.tiles));
   for (int64_t position = ha::max64(g.first(), 0); position < g.first() + g.seq_q; ++position) {
-    if (!ha::met_before(g, position, g.seq_k)) continue;
+    if (g.far(position, g.seq_k) <= g.a.sinks) continue;
     const int64_t tile = position / rows - config.attend.first_tile;
     if (tile < 0 || tile >= config.attend.tiles) return 1;
     needed[size_t(tile)] = 1;
