@@ -49,6 +49,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
 
     for name, value in {"Event": Event, "stream": Stream, "synchronize": lambda: None}.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr("hyperattention.validate.bench_timing.l2_scratch", lambda: SimpleNamespace(zero_=lambda: None))
     return made
 
 

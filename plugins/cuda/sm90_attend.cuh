@@ -31,16 +31,24 @@ HA_DEVICE void start_block(const Block& block, const HopperArgs& args) {
   sync_block();
 }
 
-// Calls body(turn, slice, tile) for the tiles of this block of threads.
+// Calls body(turn, index) for the tiles of this block of threads, in the order of the schedule.
 template <class Body>
-HA_DEVICE void each_tile(const HopperSchedule& schedule, Body&& body) {
+HA_DEVICE void each_turn(const HopperSchedule& schedule, Body&& body) {
   for (int turn = 0; turn * grid_size() < schedule.count; ++turn) {
     const int64_t index = schedule.at(block_index(), grid_size(), turn);
     if (index >= schedule.count) break;
+    body(turn, index);
+  }
+}
+
+// Calls body(turn, slice, tile) for the same.
+template <class Body>
+HA_DEVICE void each_tile(const HopperSchedule& schedule, Body&& body) {
+  each_turn(schedule, [&](int turn, int64_t index) {
     int64_t slice, tile;
     schedule.find(index, slice, tile);
     body(turn, slice, tile);
-  }
+  });
 }
 
 // The same for nodes.
@@ -100,14 +108,15 @@ HA_KERNEL((run_table(P).threads()), 1) hopper_runs_kernel(const HA_CONSTANT Hopp
   constexpr RunTable kTable = run_table(P);
   const Geometry g(args.p);
   const HopperSchedule& schedule = args.config.schedule;
-  const RunBlock<P> block{shared_address(shared_memory())};
+  unsigned char* const shared = shared_memory();
+  const RunBlock<P> block{shared, shared_address(shared)};
   start_block(block, args);
   const int group = int(uniform(thread_index() / 128));
   if (group < kTable.groups) {
     take_registers<kTable.worker_registers>();
     RunWorker<T, P> worker{block, args, g, group, thread_index() % 128};
     worker.start();
-    each_tile(schedule, [&](int turn, int64_t slice, int64_t tile) { worker.run(turn, int(slice), int(tile)); });
+    each_turn(schedule, [&](int turn, int64_t) { worker.run(turn); });
   } else {
     give_registers<kTable.loader_registers>();  // by all of a warp group, of which one warp has a duty
     const int lane = thread_index() - kTable.groups * 128;

@@ -33,8 +33,8 @@ HA_INLINE constexpr HopperTable pair_table(int padded) {
   return padded <= 64 ? HopperTable{2, 64, 10, 8, 128, 128, 72, 184, 1, 2, 2, 4} : HopperTable{2, 64, 4, 8, 128, 128, 72, 184, 1, 2, 2};
 }
 
-// The same where a tile meets runs of consecutive keys alone: nothing is listed, so that nobody plans and one warp loads. Two tiles'
-// queries are held.
+// The same where a tile meets runs of consecutive keys alone: nothing is listed, so that one warp plans and loads. Two tiles' queries are
+// held.
 struct RunTable {
   int groups, keys, buffers, loader_registers, worker_registers;
   HA_INLINE constexpr int rows() const { return groups * kGroupRows; }
@@ -77,12 +77,15 @@ HA_INLINE constexpr HopperShared hopper_shared(const HopperTable& t, int padded,
   return s;
 }
 
-// The same for runs of keys: two tiles' queries, the ring, and from here on the barriers.
+constexpr int kRunTileBytes = 160;
+
+// The same for runs of keys: two tiles' queries, the ring, from here on the barriers, and two tiles' descriptions.
 HA_INLINE constexpr int runs_barriers(int padded) {
   const RunTable t = run_table(padded);
   return (2 * t.rows() + t.buffers * t.keys) * padded * 2;
 }
-HA_INLINE constexpr int runs_bytes(int padded) { return runs_barriers(padded) + (2 * run_table(padded).buffers + 4) * 8; }
+HA_INLINE constexpr int runs_tiles(int padded) { return runs_barriers(padded) + (2 * run_table(padded).buffers + 4) * 8; }
+HA_INLINE constexpr int runs_bytes(int padded) { return runs_tiles(padded) + 2 * kRunTileBytes; }
 static_assert(runs_bytes(64) <= kHopperSharedLimit && runs_bytes(128) <= kHopperSharedLimit);
 
 // Query blocks of 64 rows and more: a tile of 128 rows touches three at most, one of 256 five.

@@ -18,11 +18,19 @@ struct RunLoader {
     const int kv_slice = batch * int(g.heads_kv) + head / int(g.group()), parity = turn & 1;
     RunWalk<P> walk;
     walk.start(args.p, args.config.attend, g, tile, batch);
-    if (lane == 0) {
+    if (lane < Block::kTable.groups) {  // a thread for each
       const uint32_t ready = block.queries_ready(parity);
+      RunTile<P>& shown = block.tile(parity);
+      const RunSpan spans[2] = {walk.span(g, lane, false), walk.span(g, lane, true)};
       barrier_wait(block.queries_free(parity), (turn >> 1 & 1) ^ 1);
-      barrier_expect(ready, Block::kQueryBytes);
-      load_tiles<Block::kRows>(args.queries, block.queries(parity), ready, walk.first - walk.row0, slice);
+      if (lane == 0) {
+        barrier_expect(ready, Block::kQueryBytes);
+        load_tiles<Block::kRows>(args.queries, block.queries(parity), ready, walk.first - walk.row0, slice);
+        shown.walk = walk;
+        shown.slice = slice;
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) shown.spans[lane][i] = spans[i];
       barrier_arrive(ready);
     }
     for (int j = 0; j < walk.total; ++j) {

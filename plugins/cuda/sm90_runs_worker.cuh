@@ -13,35 +13,31 @@ struct RunWorker {
   using Place = RingPlace<Block::kBuffers>;
   static constexpr int kGroups = Block::kTable.groups, kKeys = Block::kKeys, kFirstTurn = 1;
 
-  // Of one part of the walk, the group takes part in steps start to stop - 1 and masks those before `plain` and from `edge` on.
-  struct Span {
-    int start, plain, edge, stop;
-  };
-
   const Block& block;
   const HopperArgs& args;
   const Geometry& g;
   int group, thread;
   Place place;
-  Span span;
+  RunSpan span;
 
   // Before the first tile.
   HA_DEVICE void start() const {
     if (group == kGroups - 1) give_turn();
   }
 
-  HA_DEVICE void run(int turn, int slice, int tile) {
+  HA_DEVICE void run(int turn) {
     const int parity = turn & 1;
-    RunWalk<P> walk;
-    walk.start(args.p, args.config.attend, g, tile, slice / int(g.heads_q));
     const float factor = base2_factor(g);
     const uint32_t queries = block.queries(parity) + group * kGroupRows * 128;
     State state;
     state.clear();
     barrier_wait(block.queries_ready(parity), turn >> 1 & 1);
+    const RunTile<P>& tile = block.tile(parity);
+    const RunWalk<P> walk = tile.walk;
+    const int slice = tile.slice;
     int j = 0;
-    look(walk, 0);
-    Mode mode = next(walk, j);
+    span = tile.spans[group][0];
+    Mode mode = next(tile, walk, j);
     const bool met = mode != Mode::kSkip;  // any key
     Place values = place;
     if (met) {
@@ -54,7 +50,7 @@ struct RunWorker {
       if (state.raise(factor)) state.rescale();
       state.take_probabilities(factor);
       values = leave(j);
-      while ((mode = next(walk, j)) != Mode::kSkip) {
+      while ((mode = next(tile, walk, j)) != Mode::kSkip) {
         barrier_wait(block.full(values.index), values.phase);
         barrier_wait(block.full(place.index), place.phase);
         const uint32_t keys_at = uniform(block.buffer(place.index)), values_at = uniform(block.buffer(values.index));
@@ -92,8 +88,8 @@ struct RunWorker {
 #pragma unroll
       for (int half = 0; half < 2; ++half) seen[half] = fetch_row<P>(args, thread, slice, row_of(half));
     }
-    if (met) drain(block, state, block.queries_free(parity), values, thread);
-    else release(block.queries_free(parity), thread);
+    barrier_arrive(block.queries_free(parity));  // by each thread: of the tile's description, too, nothing is read any more
+    if (met) drain(block, state, values, thread);
     if constexpr (kStored) store_rows<T, P, true>(args, state, thread, slice, [&](int half) { return seen[half]; });
     else store_rows<T, P, false>(args, state, thread, slice, row_of);
   }
@@ -105,21 +101,10 @@ struct RunWorker {
 
   HA_DEVICE int row(int half) const { return group * kGroupRows + thread / 32 * 16 + thread % 32 / 4 + 8 * half; }
 
-  // The steps of j's part of the walk that the group takes part in.
-  HA_DEVICE void look(const RunWalk<P>& walk, int j) {
-    const int from = max(walk.first + group * kGroupRows, walk.first_row);
-    const int to = min(walk.first + group * kGroupRows + kGroupRows - 1, walk.last_row);
-    const Bounds low = walk.bounds(g, j, from), high = walk.bounds(g, j, to);
-    const int start = walk.key(j);
-    // Steps of sinks are masked, never passed over, where the tile's last rows alone have them: a group that holds its last values'
-    // buffer may pass over no more than the ring can still load, which those could exceed.
-    const int stop = j < walk.local_steps ? min(j + steps_of<kKeys>(high.high - start), walk.local_steps) : walk.total;
-    span = {j + (low.low - start) / kKeys, j + steps_of<kKeys>(high.low - start), j + (low.high - start) / kKeys, from <= to ? stop : j};
-  }
   // The first step from j on that the group takes part in, or kSkip at the end. The others' buffers are passed over.
-  HA_DEVICE Mode next(const RunWalk<P>& walk, int& j) {
+  HA_DEVICE Mode next(const RunTile<P>& tile, const RunWalk<P>& walk, int& j) {
     for (;; ++j) {
-      if (j == walk.local_steps) look(walk, j);
+      if (j == walk.local_steps) span = tile.spans[group][1];
       if (j >= span.start && j < span.stop) return j >= span.plain && j < span.edge ? Mode::kPlain : Mode::kMasked;
       if (j >= walk.total) return Mode::kSkip;
       for (int i = 0; i < 2; ++i) {

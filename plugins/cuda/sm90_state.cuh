@@ -68,15 +68,17 @@ struct GroupState {
         top[half] = bits_float(uint32_t(max(bits, shuffle_xor(bits, mask))));
       }
     // Without a logit that is not negative, `highest` has found none of the largest; that matters where the limit is negative, too.
-    if (ballot(int((float_bits(top[0]) & float_bits(limit[0])) | (float_bits(top[1]) & float_bits(limit[1]))) < 0)) find_maxima(top);
-    bool rises[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) top[half] *= factor, rises[half] = top[half] > limit[half];
-    if (!ballot(rises[0] || rises[1])) return false;
+    const bool unknown = int((float_bits(top[0]) & float_bits(limit[0])) | (float_bits(top[1]) & float_bits(limit[1]))) < 0;
+    const auto rises = [&](int half) { return top[half] * factor > limit[half]; };
+    if (!ballot(unknown || rises(0) || rises(1))) return false;  // one vote where nothing rises, as in most steps
+    if (ballot(unknown)) {
+      find_maxima(top);
+      if (!ballot(rises(0) || rises(1))) return false;
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float before = largest[half];
-      if (rises[half]) largest[half] = top[half];
+      if (rises(half)) largest[half] = top[half] * factor;
       keep[half] = exp2_fast(before - base(half));
       sum[half] *= keep[half];
     }
@@ -131,10 +133,9 @@ struct GroupState {
   }
 };
 
-// Behind the last step that a tile has for the group: the queries are read no more, the step's values are added, their buffer is freed.
+// Behind the last step that a tile has for the group: the step's values are added, their buffer is freed.
 template <class Block, class State, class Place>
-HA_DEVICE void drain(const Block& block, State& state, uint32_t queries_free, const Place& values, int thread) {
-  release(queries_free, thread);
+HA_DEVICE void drain(const Block& block, State& state, const Place& values, int thread) {
   barrier_wait(block.full(values.index), values.phase);
   state.start_values(block.buffer(values.index));
   product_wait<0>();

@@ -61,7 +61,8 @@ struct Worker : RingReader<HopperBlock<T, P, Walk>> {
         finish_keys(state, walk, digest, parity, factor);
         values = leave(left);
       }
-      drain(block, state, block.queries_free(turn), values, thread);
+      release(block.queries_free(turn), thread);
+      drain(block, state, values, thread);
     } else {
       release(block.queries_free(turn), thread);
     }
