@@ -132,8 +132,8 @@ def check_attention(library: Library, problem: Problem, device: str) -> None:
     wanted = expected(case, DTYPES[problem.dtype])
     stages = Stages(library, problem.inputs(device), case.config)
     found = stages.attend(wanted.plan.selection.to(device))
-    for name, mine, exact, twin in zip(("o", "lse"), found, wanted.exact, wanted.twin, strict=True):
-        assert_within_twin(mine.cpu(), exact, twin, name)
+    for name, mine, exact, twin, noise in zip(("o", "lse"), found, wanted.exact, wanted.twin, wanted.noise, strict=True):
+        assert_within_twin(mine.cpu(), exact, twin, name, noise)
     for name, mine, again in zip(("o", "lse"), found, stages.forward(), strict=True):
         assert_equal_bits(again, mine, f"{name} of forward")
 

@@ -58,6 +58,7 @@ class Expected:
     plan: Plan
     exact: tuple[Tensor, Tensor]  # o, lse
     twin: tuple[Tensor, Tensor]
+    noise: tuple[float, float]  # what fp32 may be off by, however near the twin happens to come
 
 
 @lru_cache(maxsize=None)
@@ -81,7 +82,18 @@ def expected(case: Case, dtype: torch.dtype) -> Expected:
     x, plan = inputs(case, dtype), expected_plan(case, dtype)
     exact = attention(x.q.double(), x.k.double(), x.v.double(), case.config, x.lengths, plan)
     twin = attention(x.q, x.k, x.v, case.config, x.lengths, plan, None if dtype == torch.float32 else dtype)
-    return Expected(plan, exact[:2], twin[:2])
+    return Expected(plan, exact[:2], twin[:2], _noise(x, case.config, plan, exact[1]))
+
+
+def _noise(x: Inputs, config: Config, plan: Plan, lse: Tensor) -> tuple[float, float]:
+    """Rounding errors of O and LSE in fp32. Each probability is a power within 2 units in the last place, of a logit that is off by half
+    of one; a sum of values of both signs is off by that share of the sum of their magnitudes, which may be far above the sum itself."""
+    finite = lse.isfinite()
+    if not finite.any():
+        return 0.0, 0.0
+    share = torch.finfo(torch.float32).eps * (2 + lse[finite].abs().max().item() / 2)
+    magnitude = attention(x.q.double(), x.k.double(), x.v.double().abs(), config, x.lengths, plan).o
+    return share * magnitude[finite].max().item(), share
 
 
 def expected_pools(case: Case, dtype: torch.dtype, side: str, rows: int) -> tuple[Tensor, Tensor]:
@@ -106,15 +118,16 @@ def assert_equal_bits(found: Tensor, wanted: Tensor, what: str) -> None:
     assert len(wrong) == 0, f"{what} differs at {len(wrong)} of {found.numel()} places, first {wrong[0].tolist()}"
 
 
-def assert_within_twin(found: Tensor, exact: Tensor, twin: Tensor, what: str) -> None:
-    """At most twice the naive twin's largest error, and two units in the last place of the largest value."""
+def assert_within_twin(found: Tensor, exact: Tensor, twin: Tensor, what: str, noise: float = 0.0) -> None:
+    """At most twice the naive twin's largest error, and two units in the last place of the largest value or `noise`, if that is more: of
+    a few values the twin's error is a matter of luck, and PyTorch's order of summation differs between processors."""
     assert found.shape == exact.shape, (what, found.shape, exact.shape)
     finite = exact.isfinite()
     assert torch.equal(found.double()[~finite], exact[~finite]), f"{what}: infinities differ"
     if not finite.any():
         return
     error, allowed = ((x.double() - exact)[finite].abs().max().item() for x in (found, twin))
-    floor = 2 * torch.finfo(found.dtype).eps * exact[finite].abs().max().item()
+    floor = max(2 * torch.finfo(found.dtype).eps * exact[finite].abs().max().item(), noise)
     assert error <= 2 * allowed + floor, f"{what}: largest error {error:.3g}; the twin's is {allowed:.3g}, the floor {floor:.3g}"
 
 

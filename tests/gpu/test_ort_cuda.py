@@ -90,8 +90,8 @@ def test_equals_the_torch_op_and_the_reference(case: Case, dtype: str) -> None:
     found, _ = run_bound(cuda_session(case, DTYPES[dtype]), given, DEVICE)
     assert_outputs(found, torch_op(case, given))
     wanted = expected(case, DTYPES[dtype])
-    for (name, mine), exact, twin in zip(found.items(), wanted.exact, wanted.twin, strict=True):
-        assert_within_twin(mine.cpu(), exact, twin, name)
+    for (name, mine), exact, twin, noise in zip(found.items(), wanted.exact, wanted.twin, wanted.noise, strict=True):
+        assert_within_twin(mine.cpu(), exact, twin, name, noise)
 
 
 @pytest.mark.parametrize("case", [LONG, LONG_SORTED], ids=str)
