@@ -2,11 +2,11 @@
 
     PYTHONPATH=. python tests/gpu/bench_attention.py --json OUT/attention.json [--upstream DIR] [--lengths 8192 131072] [--dims 64 128]
 
-Inputs are bf16, batch 1. Every time is the median of CUDA events after a warm-up, in milliseconds, without the time to launch; calls of 150 ms and more
-are timed twice, others at least three times. `forward` is our kernels without a runtime, `select` and `attend` its stages; these
-and both runtimes take turns. The outputs of the runtimes have to equal the kernels' bit for bit. Writes OUT/attention.json and,
-beside it, attention.md with the tables. Exit code 1 when a runtime failed or a target of bench_table.py is missed. About three
-minutes on an H200.
+Inputs are bf16, batch 1. Every time is the median of CUDA events after a warm-up, in milliseconds, without the time to launch;
+calls of 150 ms and more are timed twice, others at least three times. `forward` is our kernels without a runtime, `select` and
+`attend` its stages; these and both runtimes take turns. The outputs of the runtimes have to equal the kernels' bit for bit.
+Writes OUT/attention.json and, beside it, attention.md with the tables. Exit code 1 when a runtime failed or a target of
+bench_table.py is missed. About two minutes on an H200.
 """
 
 from __future__ import annotations
