@@ -10,7 +10,8 @@ import report_samples as samples
 
 from hyperattention.export.gate_options import Limits
 from hyperattention.export.policy import Policy
-from hyperattention.validate.caveats import judged_lengths, over_everywhere
+from hyperattention.validate.caveats import caveats, judged_lengths, over_everywhere
+from hyperattention.validate.gates import Gate
 from hyperattention.validate.policy.write import lines
 from hyperattention.validate.report import render
 from hyperattention.validate.verdict import judge
@@ -76,6 +77,13 @@ def test_a_limit_within_two_standard_errors_is_said(mean: float, se: float | Non
     assert gate["se"] == se and gate["passed"] is (mean <= 0.005)
     (row,) = [line for line in render(report, "report.md.jinja").splitlines() if line.startswith("| KL | ")]
     assert ("±" in row) is (se is not None)
+
+
+def test_an_output_near_its_limit_is_named_with_its_length() -> None:
+    gate = Gate("cosine", "approximation", 0.989, 0.99, ">=", "pooled at 5,184 tokens", False, "mean cosine", se=0.001)
+    (line,) = caveats(samples.report("features"), [gate])
+    said = "Within two standard errors of its limit: cosine 0.989 ± 0.0010 of pooled at 5,184 tokens (limit 0.990)."
+    assert line == f"{said} More --windows tell whether it fails."
 
 
 def test_prompts_up_to_exact_below_judge_nothing() -> None:

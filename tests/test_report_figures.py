@@ -131,6 +131,16 @@ def test_a_scatter_draws_only_numbers_with_a_logarithm(bad: float) -> None:
     assert scatter_chart("t", groups[1:], "x", "y") is None and scatter_chart("t", [], "x", "y") is None
 
 
+@pytest.mark.parametrize("rightmost", [16384, 17000, 19000, 20500], ids=str)
+def test_every_text_below_a_scatter_lies_within_the_figure(rightmost: int) -> None:
+    """With the letters as wide as they are on a phone."""
+    points = [Point(1144.0, 0.07, "short"), Point(1408.0, 0.08, "long")]
+    root = drawn(scatter_chart("t", [Group("a", points, 1)], "keys a query", "relative L2", upright=(rightmost, "exact")))
+    below = [t for t in root.iter("text") if t.get("class") == "tick" and t.get("text-anchor") == "middle"]
+    assert "10,000" in [t.text for t in below]
+    assert all(float(t.attrib["x"]) + 8 * len(t.text or "") / 2 <= WIDTH for t in below)
+
+
 # --- keys per query ----------------------------------------------------------------------------------------------------
 
 

@@ -53,7 +53,8 @@ def _close(gates: list[Gate]) -> list[str]:
 
 def _said(gate: Gate) -> str:
     spread = "" if gate.se is None else f" ± {number(gate.se, 2)}"
-    return f"{gate.name} {number(gate.value)}{spread} at {gate.where} (limit {number(gate.limit)})"
+    of = "of" if " at " in gate.where else "at"  # an output at a length, or a length alone
+    return f"{gate.name} {number(gate.value)}{spread} {of} {gate.where} (limit {number(gate.limit)})"
 
 
 def _advice(gates: list[Gate]) -> list[str]:

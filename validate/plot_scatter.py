@@ -22,6 +22,7 @@ from hyperattention.validate.plots import (
     opening,
     rules,
     swatch,
+    text_width,
     tick_text,
 )
 
@@ -71,7 +72,8 @@ def scatter_chart(
         xs = [*xs, upright[0]]
     x_axis, y_axis = Axis(xs, LEFT, WIDTH - RIGHT, True), Axis(ys, HEIGHT - BOTTOM, TOP, True)
     parts = [opening(title, _said(shown, upright)), *rules(y_axis, tick_text)]
-    parts += labels([(x_axis(v), f"{v:,.0f}" if v >= 1000 else tick_text(v)) for v in x_axis.ticks()])
+    ticks = [(x_axis(v), f"{v:,.0f}" if v >= 1000 else tick_text(v)) for v in x_axis.ticks()]
+    parts += labels([(x, text) for x, text in ticks if x + text_width(text) / 2 <= WIDTH])
     if diagonal:
         parts.append(_diagonal(x_axis, y_axis))
     if upright:

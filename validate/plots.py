@@ -61,6 +61,11 @@ def _nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
+def text_width(text: str) -> float:
+    """What a text takes at most, on a phone."""
+    return _TEXT_WIDTH * len(text)
+
+
 class Axis:
     """Maps values to pixels, linearly or by logarithm; what a logarithm cannot show lies at the axis's lower end."""
 
@@ -119,7 +124,7 @@ def line_chart(
 
 def _limit(y: float, text: str, lines: list[list[tuple[float, float]]]) -> list[str]:
     """A limit's line, with its text where no line of the chart runs: above or below it, at its right or left end or amid."""
-    width = _TEXT_WIDTH * len(text)
+    width = text_width(text)
     starts = {"end": WIDTH - RIGHT - width, "start": LEFT + 4, "middle": (LEFT + WIDTH - RIGHT - width) / 2}
     places = [(anchor, base) for base in (y - 5, y + 17) for anchor in starts]
 

@@ -7,9 +7,10 @@ for (const table of document.querySelectorAll("table")) {
     const text = (row.cells[i]?.textContent ?? "").trim();
     const number = parseFloat(text.replace(/,/g, "").replace(/^[^0-9+-]+/, ""));
     const unit = units[/^\S+ (\S+)/.exec(text)?.[1]] ?? 1;
-    return !heads[i].classList.contains("n") ? text : Number.isNaN(number) ? Infinity : number * unit;
+    return !heads[i].classList.contains("n") ? text : number * unit;
   };
-  const compare = (a, b) => a < b ? -1 : a > b ? 1 : 0;
+  // Rows without a number stay below the others, whichever way these are sorted.
+  const compare = (a, b, up) => a !== a || b !== b ? (a !== a) - (b !== b) : (up ? 1 : -1) * (a < b ? -1 : a > b ? 1 : 0);
   heads.forEach((head, i) => {
     if (!head.textContent) return;
     head.classList.add("sorts");
@@ -18,7 +19,7 @@ for (const table of document.querySelectorAll("table")) {
       const up = head.getAttribute("aria-sort") !== "ascending";
       heads.forEach(other => other.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", up ? "ascending" : "descending");
-      body.append(...[...body.rows].sort((a, b) => (up ? 1 : -1) * compare(value(a, i), value(b, i))));
+      body.append(...[...body.rows].sort((a, b) => compare(value(a, i), value(b, i), up)));
     };
     head.addEventListener("click", sort);
     head.addEventListener("keydown", event => {
