@@ -256,6 +256,17 @@ def test_resume_under_other_settings_is_refused(changed: list[str], says: str, s
     assert sweep(*few, "--resume", lengths=(97,)).said.endswith("leave --resume out to start anew")
 
 
+@pytest.mark.native
+def test_the_tail_is_at_most_half_of_the_shortest_length(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Nobody who asks for short lengths has to know of a tail."""
+    given = [part for value in SET for part in ("--set", value)]
+    few = ["--methods", "blocks", "--orders", "last", "--replaced", "1", "--windows", "1", "--threads", "1", "--device", "cpu"]
+    result = run(capfd, "hyperattention", "sweep", model, "--text", vb.TEXT, "--input-ids", "bytes", *given, "--lengths", "150,97", *few,
+                 "--output", tmp_path / "sweep")  # fmt: skip
+    assert result.code == 0, result.said
+    assert record(tmp_path)["settings"]["tail"] == 48
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

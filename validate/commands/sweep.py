@@ -30,7 +30,10 @@ def command(
     ] = ",".join(ORDERS),
     replaced: Annotated[str, typer.Option(help="Numbers of replaced layers, e.g. 1,4,8. (default: up to ten, from 1 to all)")] = "",
     windows: Annotated[int, typer.Option(help="Windows of each length that are judged, 1 to 4096; one more ranks the layers.")] = 2,
-    tail: Annotated[int, typer.Option(help="Positions, 1 to half of the shortest length, that decode exactly.")] = 512,
+    tail: Annotated[
+        Optional[int],
+        typer.Option(help="Positions, 1 to half of the shortest length, that decode exactly. (default: at most 512)"),
+    ] = None,
     attribute: Annotated[
         Optional[list[str]],
         typer.Option("--set", metavar="[METHOD.]NAME=VALUE", help="An attribute of the op in place of the preset's, repeatable."),
@@ -65,15 +68,16 @@ def command(
     from hyperattention.validate.sweep_record import check_output, open_record
     from hyperattention.validate.sweep_subject import Options, open_subject
 
+    measured = tuple(dict.fromkeys(numbers("--lengths", lengths)))
     options = Options(
         model=model,
         text=text,
         configs=method_configs(names("--methods", methods, METHODS), attribute or []),
         orders=names("--orders", orders, ORDERS),
-        lengths=tuple(dict.fromkeys(numbers("--lengths", lengths))),
+        lengths=measured,
         windows=windows,
         replaced=numbers("--replaced", replaced),
-        tail=tail,
+        tail=min([512, *(length // 2 for length in measured)]) if tail is None else tail,
         device=device,
         dtype=dtype,
         input_ids=input_ids,
