@@ -11,8 +11,8 @@ from native import (
     SORTED_KERNEL_CASES,
     Inputs,
     Stages,
+    assert_attention,
     assert_equal_bits,
-    assert_within_twin,
     expected,
     expected_plan,
     expected_pools,
@@ -132,8 +132,7 @@ def check_attention(library: Library, problem: Problem, device: str) -> None:
     wanted = expected(case, DTYPES[problem.dtype])
     stages = Stages(library, problem.inputs(device), case.config)
     found = stages.attend(wanted.plan.selection.to(device))
-    for name, mine, exact, twin, noise in zip(("o", "lse"), found, wanted.exact, wanted.twin, wanted.noise, strict=True):
-        assert_within_twin(mine.cpu(), exact, twin, name, noise)
+    assert_attention(found, wanted)
     for name, mine, again in zip(("o", "lse"), found, stages.forward(), strict=True):
         assert_equal_bits(again, mine, f"{name} of forward")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from ctypes import byref
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -129,6 +130,12 @@ def assert_within_twin(found: Tensor, exact: Tensor, twin: Tensor, what: str, no
     error, allowed = ((x.double() - exact)[finite].abs().max().item() for x in (found, twin))
     floor = max(2 * torch.finfo(found.dtype).eps * exact[finite].abs().max().item(), noise)
     assert error <= 2 * allowed + floor, f"{what}: largest error {error:.3g}; the twin's is {allowed:.3g}, the floor {floor:.3g}"
+
+
+def assert_attention(found: Iterable[Tensor], wanted: Expected, what: str = "") -> None:
+    """O and LSE of a kernel for a case, on any device, as assert_within_twin holds them."""
+    for name, mine, exact, twin, noise in zip(("o", "lse"), found, wanted.exact, wanted.twin, wanted.noise, strict=True):
+        assert_within_twin(mine.cpu(), exact, twin, f"{name} {what}".rstrip(), noise)
 
 
 class Guarded:

@@ -14,8 +14,8 @@ from native import (
     SORTED_KERNEL_CASES,
     Inputs,
     Stages,
+    assert_attention,
     assert_equal_bits,
-    assert_within_twin,
     expected,
     expected_plan,
     expected_pools,
@@ -91,8 +91,7 @@ def test_attention_under_the_references_plan(library: Library, case: Case) -> No
     wanted = expected(case, F32)
     stages = Stages(library, inputs(case, F32), case.config, threads=1)
     found = stages.attend(wanted.plan.selection)
-    for name, mine, exact, twin, noise in zip(("o", "lse"), found, wanted.exact, wanted.twin, wanted.noise, strict=True):
-        assert_within_twin(mine, exact, twin, name, noise)
+    assert_attention(found, wanted)
     for name, mine, again in zip(("o", "lse"), found, stages.forward(), strict=True):
         assert_equal_bits(again, mine, f"{name} of forward")
 

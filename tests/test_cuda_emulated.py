@@ -145,7 +145,7 @@ HOPPER_CASES = [
     # A border of local blocks within a tile: its last rows alone have sinks, more than the ring holds.
     Problem(Case("many-sinks", 110, 1064, replace(_MANY_SINKS, local_size=1024, sinks=385), **_FULL), "bf16"),
     Problem(Case("many-sinks", 110, 1000, replace(_MANY_SINKS, local_size=960, sinks=257), (1, 1), (128, 128)), "fp16"),
-    # Two launches share the sinks: those of rows without far keys, or with fewer than there are sinks, belong to the second.
+    # Sinks beside what the plan names, in two launches: more than a local block holds, more than some rows or all have far keys.
     Problem(Case("split-sinks", 700, 900, replace(SMALL, local_size=64, local_overlap=0, sinks=200), (2, 1), (64, 64), (900, 190)), "bf16"),
     Problem(Case("split-sinks", 500, 500, replace(SMALL, local_overlap=1, sinks=385), (1, 1), (128, 128), (500, 391)), "fp16"),
     Problem(Case("split-sinks-chunk", 130, 700, replace(SMALL, local_size=192, sinks=64), (1, 1), (64, 64), (699,)), "bf16"),

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from native import assert_equal_bits, assert_within_twin, expected, inputs
+from native import assert_attention, assert_equal_bits, expected, inputs
 from onnx import TensorProto
 from operator_cases import CASES, Case, config
 from ort_models import has_cuda_kernels, one_node, session
@@ -44,8 +44,8 @@ def test_equals_the_reference_and_the_library(case: Case) -> None:
     x, wanted = inputs(case, F32), expected(case, F32)
     found = run(case)
     library = load_cpu().forward(x.q, x.k, x.v, case.config, x.lengths)
-    for name, mine, exact, twin, noise, same in zip(("o", "lse"), found, wanted.exact, wanted.twin, wanted.noise, library, strict=True):
-        assert_within_twin(mine, exact, twin, name, noise)
+    assert_attention(found, wanted)
+    for name, mine, same in zip(("o", "lse"), found, library, strict=True):
         assert_equal_bits(mine, same, f"{name} of the C interface")
 
 
@@ -79,9 +79,7 @@ def test_one_session_takes_any_shape() -> None:
     shared = session(one_node(config().attributes()))
     for rows, keys, batch in ((70, 203, 1), (203, 70, 2), (1, 5, 1), (300, 300, 3), (0, 9, 1), (66, 0, 1)):
         case = Case("shapes", rows, keys, lengths=tuple(range(keys, keys - batch, -1)), dims=(9, 5))
-        wanted = expected(case, F32)
-        for mine, exact, twin, noise in zip(shared.run(None, feed(case)), wanted.exact, wanted.twin, wanted.noise, strict=True):
-            assert_within_twin(torch.from_numpy(mine), exact, twin, str(case), noise)
+        assert_attention(map(torch.from_numpy, shared.run(None, feed(case))), expected(case, F32), f"of {case}")
 
 
 def test_sessions_in_parallel_threads() -> None:

@@ -17,7 +17,7 @@ import pytest
 import tiny
 import torch
 from cuda_checks import DTYPES
-from native import Inputs, assert_equal_bits, assert_within_twin, expected, inputs
+from native import Inputs, assert_attention, assert_equal_bits, expected, inputs
 from operator_cases import Case, config, sorted_config
 from ort_models import CPU, CUDA, one_node, options, session
 
@@ -89,9 +89,7 @@ def test_equals_the_torch_op_and_the_reference(case: Case, dtype: str) -> None:
     given = on_device(case, DTYPES[dtype])
     found, _ = run_bound(cuda_session(case, DTYPES[dtype]), given, DEVICE)
     assert_outputs(found, torch_op(case, given))
-    wanted = expected(case, DTYPES[dtype])
-    for (name, mine), exact, twin, noise in zip(found.items(), wanted.exact, wanted.twin, wanted.noise, strict=True):
-        assert_within_twin(mine.cpu(), exact, twin, name, noise)
+    assert_attention(found.values(), expected(case, DTYPES[dtype]))
 
 
 @pytest.mark.parametrize("case", [LONG, LONG_SORTED], ids=str)
