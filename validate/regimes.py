@@ -21,6 +21,7 @@ from hyperattention.validate.operators import Operator
 from hyperattention.validate.signature import batch_rows
 from hyperattention.validate.workbench import Workbench
 
+TAIL = 512  # last positions, which decode exactly, where nobody asks for another number
 TAIL_BLOCK = 64  # neighbouring tokens of the exact tail that count as one observation
 ALL_BLOCK = 256
 

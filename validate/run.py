@@ -30,6 +30,7 @@ from hyperattention.validate.measure import EXTRA_SEEDS, Extent, measure
 from hyperattention.validate.needle import choose_grid
 from hyperattention.validate.operators import native_library, native_operator, reference_operator
 from hyperattention.validate.provenance import Proof
+from hyperattention.validate.regimes import TAIL
 from hyperattention.validate.report import SCHEMA
 from hyperattention.validate.runners import TorchRunner
 from hyperattention.validate.signature import length_range
@@ -38,7 +39,6 @@ from hyperattention.validate.verdict import judge
 from hyperattention.validate.workbench import Workbench
 
 WINDOWS = (4, 2, 1)
-TAIL = 512
 
 
 @dataclass(frozen=True)

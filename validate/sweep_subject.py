@@ -18,6 +18,7 @@ from hyperattention.library import load_cpu, load_cuda
 from hyperattention.native import Library
 from hyperattention.validate.inputs import Corpus, load_corpus
 from hyperattention.validate.operators import Operator, native_operator
+from hyperattention.validate.regimes import TAIL
 from hyperattention.validate.sweep_plan import check_approximates, counts
 
 LENGTHS = (8192, 16384, 32768)
@@ -34,7 +35,7 @@ class Options:
     lengths: tuple[int, ...] = LENGTHS
     windows: int = 2
     replaced: tuple[int, ...] = ()
-    tail: int = 512
+    tail: int = TAIL
     device: str = "auto"
     dtype: str = ""
     input_ids: str = "tokens"

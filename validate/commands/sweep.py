@@ -64,6 +64,7 @@ def command(
     from hyperattention.export.console import Reporter
     from hyperattention.export.source import Trust
     from hyperattention.validate.bench_timing import stoppable
+    from hyperattention.validate.regimes import TAIL
     from hyperattention.validate.sweep import sweep
     from hyperattention.validate.sweep_record import check_output, open_record
     from hyperattention.validate.sweep_subject import Options, open_subject
@@ -77,7 +78,7 @@ def command(
         lengths=measured,
         windows=windows,
         replaced=numbers("--replaced", replaced),
-        tail=min([512, *(length // 2 for length in measured)]) if tail is None else tail,
+        tail=min([TAIL, *(length // 2 for length in measured)]) if tail is None else tail,
         device=device,
         dtype=dtype,
         input_ids=input_ids,

@@ -30,11 +30,12 @@ from hyperattention.validate.policy.rivals import FAMILIES, Field, judged
 from hyperattention.validate.policy.search import Found, Search
 from hyperattention.validate.policy.store import Store
 from hyperattention.validate.policy.trial import Laboratory
+from hyperattention.validate.regimes import TAIL
 
 LONGEST = {"cuda": 32768, "cpu": 8192}  # of a calibration window, unless --length says otherwise
 PROBES = {"cuda": 4, "cpu": 2}  # with 2 the layer that loses most was misjudged (byte-lm-30m, 32k); more take minutes on a processor
 JUDGED = {"cuda": 8, "cpu": 1}  # rivals are run on so many times as many windows as the search reads, where the text holds them
-TAIL, WINDOWS = 512, 2
+WINDOWS = 2
 ASKING = {"cuda": 8, "cpu": 4}  # windows at least, where keys are planted: one a depth, and again
 NEEDLE_SEED = 2**20  # prompts of a seed that no validation uses by default
 
