@@ -49,6 +49,12 @@ def _ranked(value, index, there):
 
 
 @triton.jit
+def _index(rank):
+    """The index in a number of _ranked."""
+    return (rank & 0xFFFFFFFF).to(tl.int32)
+
+
+@triton.jit
 def _top_keys(logits, groups, groups_of, stop, SIZE: tl.constexpr, TOP: tl.constexpr):
     """Keys before `stop` of the TOP largest logits, int32 [TOP], -1 behind the last.
 
@@ -63,14 +69,14 @@ def _top_keys(logits, groups, groups_of, stop, SIZE: tl.constexpr, TOP: tl.const
             found = _ranked(tl.load(groups + start + lane, there, _NONE), start + lane, there)
             most = tl.maximum(most, tl.where(found < last, found, _UNRANKED))
         last = tl.max(most, 0)
-        chosen = tl.where((place == n) & (last > _UNRANKED), (last & 0xFFFFFFFF).to(tl.int32), chosen)
+        chosen = tl.where((place == n) & (last > _UNRANKED), _index(last), chosen)
     key = chosen[:, None] * 16 + inside[None, :]
     there = (chosen[:, None] >= 0) & (key < stop)
     ranked = tl.reshape(_ranked(tl.load(logits + key, there, _NONE), key, there), (TOP * 16,))
     top, last = tl.full([TOP], -1, tl.int32), _FIRST
     for n in range(TOP):
         last = tl.max(tl.where(ranked < last, ranked, _UNRANKED), 0)
-        top = tl.where((place == n) & (last > _UNRANKED), (last & 0xFFFFFFFF).to(tl.int32), top)
+        top = tl.where((place == n) & (last > _UNRANKED), _index(last), top)
     return top
 
 
@@ -167,7 +173,8 @@ def left_kernel(
     largest = tl.load(top + row * TOP + tl.arange(0, TOP))
     real = largest >= 0
     held = real & ((tl.load(logits + largest, real, 0.0) == _NONE) | (largest < sinks) | (largest >= local))
-    tl.store(numbers + field + row, tl.sum(held.to(tl.float32), 0) / tl.sum(real.to(tl.float32), 0))
+    hits, those = tl.sum(held.to(tl.float32), 0), tl.sum(real.to(tl.float32), 0)
+    tl.store(numbers + field + row, hits / those)  # pyright: ignore[reportOperatorIssue]
     tl.store(numbers + 2 * field + row, tl.where(left == _NONE, float("nan"), left))
     SLICES: tl.constexpr = SIZE // WIDTH
     by_slices, by_all = 0.0, 0.0
