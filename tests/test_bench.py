@@ -125,7 +125,7 @@ def test_the_record_is_whole_and_the_chart_is_a_png(attention, tmp_path: Path) -
         assert r["runs"] == len(r["seconds"]) == 11 and r["p10_s"] <= r["median_s"] <= r["p90_s"] and r["p99_s"] is None
         rivals = {x["contender"]: x["median_s"] for x in report["rows"] if x["length"] == r["length"] and x["exact"] and not x["ours"]}
         fastest = min(rivals, key=lambda name: rivals[name])
-        assert r["against"] == {"name": fastest, "ratio": rivals[fastest] / r["median_s"]}
+        assert r["against"] == {"name": fastest, "ratio": rivals[fastest] / r["median_s"], "rounds": 11}
     assert report["growth"] == []
     assert report["presets"]["paper"]["sinks"] == 3 and report["presets"]["blocks"]["exact_below"] == 32
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hyperattention.errors import UsageError
-from hyperattention.validate.bench_record import growth_lines
+from hyperattention.validate.bench_record import growth_lines, table
 from hyperattention.validate.bench_statistics import Statistics, add_ratios, growth
 from hyperattention.validate.bench_timing import Settings, measure, stoppable
 
@@ -89,17 +89,34 @@ def test_statistics_refuse_what_is_no_time(times: list[float]) -> None:
         Statistics.of(times)
 
 
-def row(contender: str, length: int, median: float) -> dict[str, Any]:
-    return {"contender": contender, "length": length, "median_s": median}
+def row(contender: str, length: int, *seconds: float) -> dict[str, Any]:
+    return {"contender": contender, "length": length, "median_s": float(np.median(seconds)), "seconds": seconds}
 
 
 def test_ratios_are_against_the_fastest_rival_or_the_one_named() -> None:
     rows = [row("ours", 8, 2.0), row("a", 8, 3.0), row("b", 8, 5.0), row("ours", 16, 4.0), row("b", 16, 6.0), row("ours", 32, 1.0)]
+    of_a, of_b = ({"name": name, "ratio": 1.5, "rounds": 1} for name in "ab")
     add_ratios(rows, ["a", "b"], None)
-    assert [r["against"] for r in rows if r["contender"] == "ours"] == [{"name": "a", "ratio": 1.5}, {"name": "b", "ratio": 1.5}, None]
-    assert rows[2]["against"] == {"name": "a", "ratio": 0.6}
+    assert [r["against"] for r in rows if r["contender"] == "ours"] == [of_a, of_b, None]
+    assert rows[2]["against"] == {"name": "a", "ratio": 0.6, "rounds": 1}
     add_ratios(rows, ["a", "b"], "a")
-    assert [r["against"] for r in rows if r["contender"] == "ours"] == [{"name": "a", "ratio": 1.5}, None, None]
+    assert [r["against"] for r in rows if r["contender"] == "ours"] == [of_a, None, None]
+
+
+def test_ratios_are_over_the_rounds_that_both_ran_in() -> None:
+    """What the others gain while one sits out counts neither in a ratio nor in which rival is the fastest."""
+    rows = [row("slow", 8, 50.0, 50.0, 50.0), row("rival", 8, *[60.0] * 3, *[20.0] * 6), row("ours", 8, *[4.0] * 3, *[1.0] * 7)]
+    add_ratios(rows, ["slow", "rival"], None)
+    of_slow = {"name": "slow", "rounds": 3}
+    assert [r["against"] for r in rows] == [of_slow | {"ratio": ratio} for ratio in (1.0, 50.0 / 60.0, 50.0 / 4.0)]
+    add_ratios(rows, ["slow", "rival"], "rival")
+    of_rival = {"name": "rival", "ratio": 20.0, "rounds": 9}
+    assert rows[2]["against"] == of_rival
+    columns = dict.fromkeys(("p10_s", "p90_s", "p99_s", "memory")) | {"exact": False}
+    shown = table({"rows": [columns | r | {"ours": True, "runs": len(r["seconds"])} for r in rows]})
+    cells = dict(zip([c.header for c in shown.columns], [list(c.cells) for c in shown.columns], strict=True))
+    assert cells["contender"] == ["ours", "rival", "slow"]
+    assert (cells["against"], cells["rounds"]) == (["20.00x", "rival", "1.20x"], ["9", "", "3"])
 
 
 def test_contenders_run_in_turn_and_each_begins_a_round() -> None:

@@ -104,7 +104,8 @@ def folder(tmp_path: Path) -> Path:
     (out / "prefill/prefill.json").write_text(json.dumps(prefill()))
     (out / "kinds").mkdir()
     (out / "kinds/kinds.json").write_text(json.dumps({"image": {"passed": True, "seconds": 1.0}}))
-    times = {"kind": "attention", "problem": {"text": "alone"}, "rows": [{"length": 4096, "contender": "ours", "median_s": 0.001}]}
+    row = {"length": 4096, "contender": "ours", "median_s": 0.001, "against": {"name": "fa4", "ratio": 2.0, "rounds": 30}}
+    times = {"kind": "attention", "problem": {"text": "alone"}, "rows": [row]}
     times_of = {name: {"growth": []} for name in ("bench-attention", "bench-grouped", "bench-growth", "bench-model")}
     for name, more in (*times_of.items(), ("bench-profile", profile())):
         (out / name).mkdir()
@@ -123,6 +124,7 @@ def test_a_passed_verification_is_recorded(folder: Path) -> None:
     }  # fmt: skip
     assert record["steps"]["sanitizer"]["tools"]["racecheck"]["errors"] == 0
     assert record["steps"]["validate-paper"]["model"]["implementation"]["model_ratio"] == 0.12346
+    assert record["steps"]["bench-growth"]["bench"]["against"]["4096"]["ours"] == {"name": "fa4", "ratio": 2.0, "rounds": 30}
     assert record["build_id"] == sources_id(ROOT)
 
 

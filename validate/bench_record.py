@@ -74,10 +74,10 @@ def titles(report: dict[str, Any]) -> dict[str, str]:
 
 
 def table(report: dict[str, Any]) -> Table:
-    """A row for each contender at each length, the fastest first."""
-    columns = ("tokens", "contender", "median", "p10", "p90", "p99", "runs", "memory", "against")
+    """A row for each contender at each length, the fastest first; `rounds` are those that a ratio was taken over."""
+    columns = ("tokens", "contender", "median", "p10", "p90", "p99", "runs", "memory", "against", "rounds")
     shown = Table(*columns, box=None, header_style="bold", pad_edge=False)
-    for column in (0, 2, 3, 4, 5, 6, 7):
+    for column in (0, 2, 3, 4, 5, 6, 7, 9):
         shown.columns[column].justify = "right"
     for column in shown.columns:
         column.no_wrap = True
@@ -93,6 +93,7 @@ def table(report: dict[str, Any]) -> Table:
             str(row["runs"]),
             readable(memory["bytes"]) if memory else NOTHING,
             ratio,
+            str(against["rounds"]) if against and not rival else "",
         ]
         shown.add_row(*map(escape, cells), style="bold" if row["ours"] and not row["exact"] else "")
         last = row["length"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -43,19 +44,34 @@ class Statistics:
         )
 
 
-def add_ratios(rows: list[dict[str, Any]], rivals: Sequence[str], against: str | None) -> None:
-    """Gives every row `against`: {"name", "ratio"}, how many times as fast it was as the rival at the same length in the same run.
+def shared_medians(seconds: Mapping[str, Sequence[float]]) -> tuple[int, dict[str, float]]:
+    """How many rounds all of them ran in, and each one's median over those. Who sits out does so for good: they are the first ones.
 
-    The rival is `against`, or without it the fastest of `rivals` at that length; None where that one was not measured there.
+    What runs on while another sits out does so on a cooler chip, so that medians of all runs would favour it.
     """
-    medians: dict[int, dict[str, float]] = {}
+    rounds = min(map(len, seconds.values()))
+    return rounds, {name: float(np.median(times[:rounds])) for name, times in seconds.items()}
+
+
+def add_ratios(rows: list[dict[str, Any]], rivals: Sequence[str], against: str | None) -> None:
+    """Gives every row `against`: {"name", "ratio", "rounds"}, how many times as fast it was as the rival at the same length in the same
+    run, by the medians over the rounds that both ran in.
+
+    The rival is `against`, or without it the one of `rivals` that was fastest over the rounds that they share at that length; None
+    where that one was not measured there.
+    """
+    seconds: dict[int, dict[str, Sequence[float]]] = {}
     for row in rows:
-        medians.setdefault(row["length"], {})[row["contender"]] = row["median_s"]
+        seconds.setdefault(row["length"], {})[row["contender"]] = row["seconds"]
     for row in rows:
-        found = medians[row["length"]]
-        names = [against] if against is not None else sorted(rivals, key=lambda name: found.get(name, np.inf))
-        name = names[0] if names and names[0] in found else None
-        row["against"] = None if name is None else {"name": name, "ratio": found[name] / row["median_s"]}
+        found, own = seconds[row["length"]], row["contender"]
+        there = {name: found[name] for name in (rivals if against is None else [against]) if name in found}
+        row["against"] = None
+        if there:
+            _, medians = shared_medians(there)
+            name = min(medians, key=lambda name: medians[name])
+            rounds, medians = shared_medians({name: found[name], own: found[own]})
+            row["against"] = {"name": name, "ratio": medians[name] / medians[own], "rounds": rounds}
 
 
 GROWTH_STEP = 8

@@ -62,15 +62,19 @@ def read_engines(folder: Path) -> dict[str, Any]:
 
 
 def read_bench(file: Path) -> dict[str, Any]:
-    """What was timed, medians in seconds by length and contender, and how they grow; or the time split, without single launches."""
+    """What was timed, by length and contender medians in seconds and ratios to the rival over the rounds that both ran in, and how the
+    medians grow; or the time split, without single launches.
+    """
     report = json.loads(file.read_text())
     if report["kind"] == "profile":
         cases = [{key: value for key, value in case.items() if key != "launches"} for case in report["profile"]["cases"]]
         return {"problem": report["problem"]["text"], "profile": {**report["profile"], "cases": cases}}
-    rows: dict[str, dict[str, float]] = {}
+    medians: dict[str, dict[str, float]] = {}
+    against: dict[str, dict[str, Any]] = {}
     for row in report["rows"]:
-        rows.setdefault(str(row["length"]), {})[row["contender"]] = row["median_s"]
-    return {"problem": report["problem"]["text"], "seconds": rows, "growth": report["growth"]}
+        medians.setdefault(str(row["length"]), {})[row["contender"]] = row["median_s"]
+        against.setdefault(str(row["length"]), {})[row["contender"]] = row["against"]
+    return {"problem": report["problem"]["text"], "seconds": medians, "against": against, "growth": report["growth"]}
 
 
 def read_model(folder: Path, name: str) -> dict[str, Any]:

@@ -43,7 +43,10 @@ def command(
             help="ort, tensorrt, or library (--attention: our kernels alone, the default there).",
         ),
     ] = "",
-    against: Annotated[Optional[str], typer.Option(help="Rival that ratios are against. (default: the fastest at each length)")] = None,
+    against: Annotated[
+        Optional[str],
+        typer.Option(help="Rival that ratios are against, over the rounds in which both ran. (default: the fastest at each length)"),
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Rounds, 1 to 100000; in each every contender runs once.")] = 30,
     max_seconds: Annotated[
         float,
