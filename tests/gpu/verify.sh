@@ -5,6 +5,7 @@
 #   tests/gpu/verify.sh OUT [MODEL TEXT]      steps: STEPS="cuda engines ort sanitizer attention prefill kinds export validate bench"
 #                                             (default: all; validate needs what export built, in the same OUT)
 #                                             exports: MODELS="odd all paper prefill" (default: all)
+#                                             prefill: PREFILL_DEPTHS="32", numbers of layers (default: "4 32")
 # TIMING_CACHE=FILE: a timing.cache of an earlier run on such a GPU, for the exports; kernels are then not timed again.
 # UPSTREAM=DIR: a checkout of the released HyperAttention code, for the step attention. Needs python3 with torch, transformers,
 # pytest and Polygraphy, TensorRT's Python module (all but cuda, sanitizer, bench), onnxruntime-gpu (engines, ort, attention),
@@ -70,7 +71,7 @@ wanted engines && step engines "$python" tests/gpu/engine_run.py --out "$out/eng
 wanted ort && step ort tests ort -m gpu tests/gpu/test_ort_cuda.py
 wanted sanitizer && step sanitizer sanitize
 wanted attention && step attention "$python" tests/gpu/bench_attention.py --json "$out/attention.json" ${UPSTREAM:+--upstream "$UPSTREAM"}
-wanted prefill && step prefill "$python" tests/gpu/bench_prefill.py --out "$out/prefill"
+wanted prefill && step prefill "$python" tests/gpu/bench_prefill.py --out "$out/prefill" ${PREFILL_DEPTHS:+--depths $PREFILL_DEPTHS}
 wanted kinds && step kinds "$python" tests/gpu/kinds_run.py --out "$out/kinds"
 models=${MODELS:-odd all paper prefill}
 for name in $models; do [[ " odd all paper prefill " == *" $name "* ]] || { echo "no model '$name'; models: odd all paper prefill"; exit 2; }; done
