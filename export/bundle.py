@@ -51,15 +51,7 @@ class Bundle:
         file = next((folder / name for name in (MANIFEST, DRAFT) if (folder / name).is_file()), None)
         if file is None:
             raise UsageError(f"{folder} holds no {MANIFEST}, so it is no finished output; run export-model again")
-        try:
-            manifest = json.loads(file.read_text(encoding="utf-8"))
-            schema = manifest["schema"]
-        except (ValueError, RecursionError, KeyError, TypeError) as error:
-            raise UsageError(f"{file} is broken ({type(error).__name__}: {error}); run export-model again") from error
-        if schema != SCHEMA:
-            raise UsageError(f"{file} is of schema {schema}, this version reads {SCHEMA}; run export-model again")
-        if not _files_are_whole(manifest.get("files"), file.name == DRAFT):
-            raise UsageError(f"{file} is broken (files does not give the sha256 of each file by its name); run export-model again")
+        manifest = _read(file)
         return cls(folder, manifest, ExportPlan.from_json(manifest.get("plan")))
 
     @property
@@ -100,6 +92,20 @@ class Bundle:
         """Names of files that are missing or no longer have the manifest's sha256."""
         files = {self.folder / name: entry["sha256"] for name, entry in self.manifest.get("files", {}).items()}
         return [path.relative_to(self.folder).as_posix() for path, digest in files.items() if not path.is_file() or sha256(path) != digest]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A manifest or draft. Raises UsageError where it is broken or of another schema."""
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        schema = manifest["schema"]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise UsageError(f"{file} is broken ({type(error).__name__}: {error}); run export-model again") from error
+    if schema != SCHEMA:
+        raise UsageError(f"{file} is of schema {schema}, this version reads {SCHEMA}; run export-model again")
+    if not _files_are_whole(manifest.get("files"), file.name == DRAFT):
+        raise UsageError(f"{file} is broken (files does not give the sha256 of each file by its name); run export-model again")
+    return manifest
 
 
 def _files_are_whole(files: object, draft: bool) -> bool:
@@ -168,6 +174,20 @@ def update_report(folder: Path) -> None:
     others = {name: entry for name, entry in manifest["files"].items() if Path(name).parts[0] != report.name}
     manifest["files"] = {**others, **_entries(folder, sorted(p for p in report.rglob("*") if p.is_file()))}
     _write_json(folder / MANIFEST, manifest)
+
+
+def check_report(folder: Path) -> None:
+    """Raises UsageError where report.json is not the file whose sha256 stands in manifest.json; without a manifest nothing is asked."""
+    if not (folder / MANIFEST).is_file():
+        return
+    told = _read(folder / MANIFEST)["files"].get(REPORT, {}).get("sha256")
+    found = sha256(folder / REPORT)
+    if told != found:
+        expected = f"{MANIFEST} has {told[:12]}" if told else f"{MANIFEST} knows of no report"
+        raise UsageError(
+            f"{folder / REPORT} is not the one that was measured (sha256 {found[:12]}, {expected}): it was changed or put there since. "
+            f"Only a report as it was written is rendered or judged again; run `hyperattention validate` again"
+        )
 
 
 def _validation(folder: Path) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from report_page import Page, numbers
 
 from hyperattention.config import PRESETS
 from hyperattention.errors import UsageError
-from hyperattention.export.bundle import MANIFEST, SCHEMA
+from hyperattention.export.bundle import MANIFEST, SCHEMA, update_report
 from hyperattention.export.gate_options import Limits
 from hyperattention.export.plan import ExportPlan, LayerPlan
 from hyperattention.export.source import Input
@@ -56,6 +56,7 @@ def make(tmp_path: Path) -> Make:
         (out / MANIFEST).write_text(json.dumps(manifest))
         if report is not None:
             write(report, out / "report")
+            update_report(out)
         return out
 
     return folder
@@ -252,10 +253,12 @@ def test_lengths_that_differ_stand_side_by_side(make: Make) -> None:
     assert {v["length"] for row in found["layers"] for v in row["pair"]} == {None, 8192}  # the longest that both measured
 
 
-@pytest.mark.parametrize("broken", ["none", "schema", "cut"])
+@pytest.mark.parametrize("broken", ["none", "schema", "cut", "edited"])
 def test_a_folder_without_a_report_still_compares(broken: str, make: Make, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     first, second = make("a", samples.report()), make("b", None, plan((0,)))
-    if broken != "none":
+    if broken == "edited":
+        write(samples.report(), second / "report")
+    elif broken != "none":
         (second / "report").mkdir()
         (second / "report" / "report.json").write_text('{"schema": 1}' if broken == "schema" else "{")
     page = tmp_path / "page.html"
@@ -312,5 +315,6 @@ def test_what_cannot_be_compared_is_refused(make: Make, tmp_path: Path, capsys: 
     hollow = make("hollow", None)
     (hollow / "report").mkdir()
     (hollow / "report" / "report.json").write_text(json.dumps({**samples.report(), "approximation": [{}]}))
+    update_report(hollow)
     with pytest.raises(UsageError, match="incomplete"):
         compare(good, hollow)

@@ -16,6 +16,8 @@ import validation_bench as vb
 from report_page import Page
 
 from hyperattention.errors import AccuracyFailed, UsageError
+from hyperattention.export.bundle import MANIFEST, REPORT, update_report
+from hyperattention.export.bundle import SCHEMA as MANIFEST_SCHEMA
 from hyperattention.export.gate_options import Limits
 from hyperattention.validate import cli
 from hyperattention.validate.report import SCHEMA, read, render, write
@@ -232,6 +234,39 @@ def test_report_writes_lost_pages_anew(tmp_path: Path, capsys: pytest.CaptureFix
         file.unlink()
     assert _run(["report", str(files[0])], capsys)[0] == 0
     assert [file.read_text() for file in files] == texts
+
+
+def _finished(out: Path) -> Path:
+    """A folder whose manifest knows its report."""
+    (out / MANIFEST).write_text(json.dumps({"schema": MANIFEST_SCHEMA, "files": {}}))
+    write(samples.report(), out / "report")
+    update_report(out)
+    return out / REPORT
+
+
+@pytest.mark.parametrize("more", [(), ("--recheck",)], ids=["render", "recheck"])
+def test_an_edited_report_is_refused(more: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Or the manifest would vouch for numbers that nobody measured."""
+    path, manifest = _finished(tmp_path), tmp_path / MANIFEST
+    assert _run(["report", str(tmp_path), *more], capsys)[0] == 0
+    measured = path.read_text()
+    path.write_text(measured.replace('"kl_max": ', '"kl_max": 1'))
+    before = manifest.read_text(), path.read_text()
+    code, _, err = _run(["report", str(tmp_path), *more], capsys)
+    said = " ".join(err.split())
+    assert code == 2 and "is not the one that was measured" in said and "run `hyperattention validate` again" in said
+    assert (manifest.read_text(), path.read_text()) == before
+    manifest.unlink()  # a report on its own is what it says it is
+    assert _run(["report", str(tmp_path), *more], capsys)[0] == 0
+
+
+def test_a_report_that_the_manifest_does_not_know_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = _finished(tmp_path)
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    del manifest["files"][REPORT]
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    code, _, err = _run(["report", str(path)], capsys)
+    assert code == 2 and "knows of no report" in " ".join(err.split())
 
 
 def test_hard_inputs_fail_a_run_only_where_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from hyperattention.config import shared
 from hyperattention.errors import UsageError
-from hyperattention.export.bundle import MANIFEST, REPORT, Bundle
+from hyperattention.export.bundle import MANIFEST, REPORT, Bundle, check_report
 from hyperattention.export.gate_options import LANGUAGE
 from hyperattention.validate import compare_parts as parts
 from hyperattention.validate.configs import configs
@@ -50,7 +50,9 @@ class Side:
         if not path.is_file():
             return cls(name, bundle, None, "it has no report; run `hyperattention validate`")
         try:
-            return cls(name, bundle, read(path), None)
+            report = read(path)
+            check_report(folder)
+            return cls(name, bundle, report, None)
         except UsageError as error:
             return cls(name, bundle, None, str(error))
 

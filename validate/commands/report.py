@@ -26,7 +26,7 @@ def command(
 
     Exit 1: a gate is not met.
     """
-    from hyperattention.export.bundle import REPORT
+    from hyperattention.export.bundle import REPORT, check_report
     from hyperattention.export.console import Reporter
     from hyperattention.validate.report import INCOMPLETE, read
     from hyperattention.validate.verdict import judge
@@ -36,10 +36,12 @@ def command(
     path = folder if folder.is_file() else folder / REPORT
     report = read(path)
     limits = with_gates(parse_gates(gate or [], report["kind"]), report["limits"])
-    out = path.parent.parent  # a report.json copied elsewhere has no manifest to keep in step
+    out = path.parent.parent if path == path.parent.parent / REPORT else None  # copied elsewhere it has no manifest to be held against
+    if out is not None:
+        check_report(out)
     try:
         report = judge(report, limits) if recheck else report
-        written = save(report, path.parent, out if path == out / REPORT else None)
+        written = save(report, path.parent, out)
     except UsageError:
         raise
     except INCOMPLETE as error:
