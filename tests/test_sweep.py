@@ -257,6 +257,15 @@ def test_resume_under_other_settings_is_refused(changed: list[str], says: str, s
 
 
 @pytest.mark.native
+def test_resume_without_an_earlier_sweep_begins_one_and_says_so(sweep: Sweep, tmp_path: Path) -> None:
+    """A job that may be stopped at any time gives --resume from its first run on."""
+    few = ["--methods", "blocks", "--orders", "last", "--replaced", "1", "--windows", "1", "--resume"]
+    first, again = (sweep(*few, lengths=(97,)) for _ in range(2))
+    said = "holds no sweep.json to go on from; a new sweep begins there"
+    assert first.code == again.code == 0 and said in first.said and said not in again.said and len(record(tmp_path)["points"]) == 1
+
+
+@pytest.mark.native
 def test_the_tail_is_at_most_half_of_the_shortest_length(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Nobody who asks for short lengths has to know of a tail."""
     given = [part for value in SET for part in ("--set", value)]
@@ -270,7 +279,6 @@ def test_the_tail_is_at_most_half_of_the_shortest_length(model: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--resume"], "holds no sweep.json to go on from"),
         (["--methods", "blocks,poem"], "--methods is 'blocks,poem'; it takes paper, blocks, window"),
         (["--orders", ""], "--orders is ''"),
         (["--lengths", "16"], "16, where paper takes its exact path"),
@@ -281,7 +289,7 @@ def test_the_tail_is_at_most_half_of_the_shortest_length(model: Path, tmp_path: 
         (["--lengths", "99999999"], "the longest window needs"),
         (["--output", vb.TEXT], "is no folder"),
     ],
-    ids=["resume", "methods", "orders", "exact", "tail", "windows", "replaced", "dtype", "long", "output"],
+    ids=["methods", "orders", "exact", "tail", "windows", "replaced", "dtype", "long", "output"],
 )
 @pytest.mark.native
 def test_refused_before_any_work(arguments: list[object], says: str, sweep: Sweep, tmp_path: Path) -> None:

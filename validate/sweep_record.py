@@ -99,13 +99,11 @@ def _point(row: dict) -> Point:
     return Point(row["length"], row["method"], row["order"], tuple(row["layers"]))
 
 
-def check_output(folder: Path, resume: bool) -> None:
-    """Before any work. Raises UsageError for a folder that is no place for a record, and for --resume where there is none."""
+def check_output(folder: Path) -> None:
+    """Before any work. Raises UsageError for a folder that is no place for a record."""
     refuse_output(folder, "--output")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output {folder} is no folder; it takes one for {RECORD}, {TABLE} and {FIGURE}")
-    if resume and not (folder / RECORD).is_file():
-        raise UsageError(f"--resume: {folder} holds no {RECORD} to go on from; leave --resume out, or give its folder with --output")
 
 
 def open_record(subject: Subject, options: Options, folder: Path, resume: bool) -> Record:

@@ -49,7 +49,7 @@ def command(
     seed: Annotated[int, typer.Option(help="Seed of the op's draws, 0 to 2147483647.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for sweep.json, sweep.md and sweep.png.")] = Path("hyperattention-sweep"),
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the sweep in --output: what it holds is not measured again.")
+        bool, typer.Option("--resume", help="Go on with the sweep in --output, if there is one: what it holds is not measured again.")
     ] = False,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Load pickled weights (.bin).")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of MODEL's directory.")] = False,
@@ -66,7 +66,7 @@ def command(
     from hyperattention.validate.bench_timing import stoppable
     from hyperattention.validate.regimes import TAIL
     from hyperattention.validate.sweep import sweep
-    from hyperattention.validate.sweep_record import check_output, open_record
+    from hyperattention.validate.sweep_record import RECORD, check_output, open_record
     from hyperattention.validate.sweep_subject import Options, open_subject
 
     measured = tuple(dict.fromkeys(numbers("--lengths", lengths)))
@@ -86,8 +86,11 @@ def command(
         threads=threads,
         trust=Trust(pickle=allow_pickle, code=trust_remote_code),
     )
-    check_output(output, resume)
+    check_output(output)
     reporter = Reporter(quiet, as_json)
+    if resume and not (output / RECORD).is_file():
+        reporter.warn(f"--resume: {output} holds no {RECORD} to go on from; a new sweep begins there")
+        resume = False
     with reporter.stage("sweep"):
         reporter.step("loading the model")
         subject = open_subject(options)
