@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import report_samples as samples
+import torch
 
 from hyperattention.export.budget import ACCURACY, REGIMES, Budget, budget_from_json
 from hyperattention.export.gate_options import Limits
-from hyperattention.validate.policy.readings import Reading, of_planted, of_text
+from hyperattention.validate.policy.readings import ROUNDING, Reading, of_planted, of_text
 from hyperattention.validate.policy.verify import excess
 from hyperattention.validate.verdict import judge
 
@@ -71,9 +72,20 @@ def test_a_limit_of_planted_keys_is_not_kept_unmeasured() -> None:
 @pytest.mark.parametrize("limit", [0.0, 0.5, 0.98, 1.0], ids=str)
 def test_a_limit_is_kept_on_its_side_alone(name: str, limit: float) -> None:
     rng = random.Random(f"{name}{limit}")
-    for value in (0.0, limit - 1e-9, limit, limit + 1e-9, 1.0, math.nan, -1.0, *(rng.random() for _ in range(50))):
+    for value in (0.0, limit - 1e-6, limit, limit + 1e-6, 1.0, math.nan, -1.0, *(rng.random() for _ in range(50))):
         kept = value <= limit if BETTER_BELOW[name] else value >= limit
         assert Reading(name, REGIMES[0], limit, value).kept == kept, value
+
+
+@pytest.mark.parametrize("name", ACCURACY)
+@pytest.mark.parametrize("limit", [0.0, 0.0004, 0.005, 0.995, 1.0], ids=str)
+def test_what_rounding_adds_breaks_no_limit(name: str, limit: float) -> None:
+    """As the KL of two passes of the same exact attention in fp32, 1.6e-12, against kl=0."""
+    worse = 1 if BETTER_BELOW[name] else -1
+    for beyond in (0.0, 1.6e-12, 0.99 * ROUNDING, 1.01 * ROUNDING, 1e-6):
+        reading = Reading(name, REGIMES[0], limit, limit + worse * beyond)
+        assert reading.kept == (beyond <= ROUNDING) and (reading.use <= 1) == reading.kept, beyond
+    assert ROUNDING <= float(torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize("limits", [("nats",), ("kl",), ("top1",), ("needle",), ("nats", "top1"), ACCURACY], ids="-".join)

@@ -10,7 +10,9 @@ from typing import Any
 from hyperattention.export.budget import LIMITS, REGIMES, Budget
 
 NUMBERS = {"nats": "delta_nats", "kl": "kl", "top1": "top1"}  # what a limit reads in a regime's row, as `metrics.summarise` writes it
-ROUNDING = 1e-12  # of a loss that is none
+# A reading this far past its limit is kept: logits are fp32, whose relative spacing this is, so that two orders of the same sums differ by
+# about as much in nats a token. No limit that says anything is so small, and of shares it is less than one token in eight million.
+ROUNDING = 2.0**-23
 
 
 @dataclass(frozen=True)
@@ -30,16 +32,17 @@ class Reading:
 
     @property
     def use(self) -> float:
-        """Measured over allowed, at most 1 where the limit is kept; of a share, what is missing of 1 over what may be.
+        """Measured over allowed, at most 1 where the limit is kept, if only by ROUNDING; of a share, what is missing of 1 over what may be.
 
         0 for what is better than exact attention. Infinite for NaN, and for a loss where none is allowed.
         """
         lost, allowed = (self.value, self.limit) if self.sense == "<=" else (1 - self.value, 1 - self.limit)
         if math.isnan(lost):
             return math.inf
+        kept = lost <= allowed + ROUNDING
         if allowed > 0:
-            return max(0.0, lost / allowed)
-        return 0.0 if lost <= ROUNDING else math.inf
+            return max(0.0, min(lost / allowed, 1.0) if kept else lost / allowed)
+        return 0.0 if kept else math.inf
 
     @property
     def kept(self) -> bool:
