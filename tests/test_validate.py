@@ -23,6 +23,7 @@ from hyperattention.validate.metrics import (
     by_position,
     estimate,
     head_errors,
+    quantile,
     summarise,
     tensor_error,
     token_metrics,
@@ -51,6 +52,22 @@ def test_equal_logits_have_no_error() -> None:
     logits = torch.randn(5, 9)
     summary = summarise([token_metrics(logits, logits, torch.zeros(5, dtype=torch.long))], 2)
     assert (summary["delta_nats"]["mean"], summary["kl"]["mean"], summary["top1"]["mean"], summary["kl_max"]) == (0, 0, 1, 0)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("count", [1, 2, 101, 4096])
+def test_quantile_is_torchs_own(count: int, kind: torch.dtype) -> None:
+    values = torch.randn(count, generator=torch.Generator().manual_seed(count), dtype=kind)
+    for share in (0.0, 0.01, 0.5, 0.99, 1.0):
+        assert quantile(values, share) == pytest.approx(float(torch.quantile(values, share)), rel=1e-5 if kind == torch.float32 else 1e-12)
+    values[count // 2] = torch.nan
+    assert math.isnan(quantile(values, 0.5)) and math.isnan(float(torch.quantile(values, 0.5)))
+
+
+def test_quantile_of_more_tokens_than_torchs_own_takes_everywhere() -> None:
+    """Up to 2**24 in some releases."""
+    tokens = torch.arange(2**24 + 1, dtype=torch.float32).flip(0)
+    assert quantile(tokens, 0.99) == 0.99 * 2**24
 
 
 def test_perplexity_is_the_inverse_of_the_mean_probability_of_a_token() -> None:
