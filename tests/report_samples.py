@@ -114,6 +114,7 @@ def _head_row(head: int, layer: int, error: float) -> dict:
         "cv_uniform": 0.0234 * (1 + head),
         "cv_predicted": 0.0123 * (1 + head),
         "cv_measured": 0.0119 * (1 + head),
+        "cv_seeds": [share * 0.0119 * (1 + head) for share in (1.0, 0.6, 1.2, 1.1, 1.0)],
     }
 
 

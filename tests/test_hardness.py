@@ -352,6 +352,9 @@ def test_heads_of_a_layer_agree_with_the_layer() -> None:
     assert sum(head["lse_bias"] for head in heads) / 4 == pytest.approx(row["lse_bias"], rel=1e-6)
     # The layer's mass is over all rows, a head's over the sampled ones.
     assert sum(head["mass"] for head in heads) / 4 == pytest.approx(row["mass"], abs=0.01)
+    assert all(len(head["cv_seeds"]) == 5 for head in heads)
+    spreads = [math.sqrt(sum(cv * cv for cv in head["cv_seeds"]) / 5) for head in heads]
+    assert spreads == pytest.approx([head["cv_measured"] for head in heads], rel=1e-9)
     assert all(0 < head["cv_measured"] < 0.01 and 0.99 < head["top16_recall"] <= 1 and head["alpha"] > 1 for head in heads)
 
 
@@ -367,6 +370,7 @@ def test_head_rows_name_the_head_that_is_wrong() -> None:
     assert [[round(x, 6) for x in row["seeds"]["relative_l2"]] for row in rows] == [[0, 0], [0, 0], [0.5, 0], [0, 0]]
     assert [round(row["lse_bias"], 5) for row in rows] == [0, 0.25, 0, 0] and rows[1]["lse_std"] == pytest.approx(0, abs=1e-5)
     assert [round(row["cv_measured"], 5) for row in rows] == [0, round(math.expm1(0.25), 5), 0, 0]
+    assert [row["cv_seeds"] for row in rows] == [[row["cv_measured"]] for row in rows]
 
 
 def test_a_selector_that_chooses_nothing_recalls_less() -> None:

@@ -44,6 +44,9 @@ def marks(root: ElementTree.Element) -> dict[str, tuple[float, float]]:
     return {(title.text or ""): place(mark) for mark in root.iter() for title in mark.findall("title") if mark is not root}
 
 
+OFF = "under every seed more than 2 times the predicted"
+
+
 def longest(report: dict) -> list[dict]:
     return [row for row in report["layers"] if row["length"] == 32768]
 
@@ -91,7 +94,8 @@ def test_labels_of_a_heat_map_never_touch(rows: int, columns: int) -> None:
 def test_the_hardness_figure_has_a_mark_for_every_head_with_samples() -> None:
     report = samples.report()
     heads = longest(report)[0]["heads"]
-    heads[0]["cv_measured"], heads[1]["cv_predicted"] = 5 * heads[0]["cv_predicted"], None
+    heads[0] |= {"cv_measured": 5 * heads[0]["cv_predicted"], "cv_seeds": [5 * heads[0]["cv_predicted"]] * 5}
+    heads[1]["cv_predicted"] = None
     chart = charts(report)["hardness"]
     told = marks(drawn(chart))
     every = [(row["layer"], head) for row in longest(report) for head in row["heads"] if head["cv_predicted"]]
@@ -99,7 +103,28 @@ def test_the_hardness_figure_has_a_mark_for_every_head_with_samples() -> None:
     for layer, head in every:
         (tip,) = [tip for tip in told if tip.startswith(f"layer {layer}, head {head['head']}: ")]
         assert numbers(tip)[2:4] == pytest.approx([head["cv_predicted"], head["cv_measured"]], rel=0.01)
-    assert chart is not None and [name for name, _ in chart.legend] == ["within a factor of 2", "further off", "as predicted"]
+    assert chart is not None and [name for name, _ in chart.legend] == ["heads", OFF, "as predicted"]
+
+
+@pytest.mark.parametrize(
+    ("predicted", "seeds", "marked"),
+    [
+        (0.01, [0.021, 0.03, 0.025, 0.04, 0.022], True),
+        (0.01, [0.019, 0.3, 0.3, 0.3, 0.3], False),  # one seed as it should be: heavy keys that the others drew
+        (0.01, [0.001] * 5, False),  # heavy keys that no seed drew
+        (1e-6, [5e-5] * 5, False),  # rounding
+        (1e-6, [2e-4] * 5, True),
+        (0.01, None, False),  # an older report
+    ],
+    ids=["every seed", "four seeds", "too little", "rounding", "above rounding", "older"],
+)
+def test_a_head_is_marked_only_where_chance_does_not_explain_it(predicted: float, seeds: list[float] | None, marked: bool) -> None:
+    report = samples.report()
+    for row in report["layers"]:
+        for head in row["heads"]:
+            head |= {"cv_predicted": predicted, "cv_measured": max(seeds or [0.01]), "cv_seeds": seeds}
+    chart = charts(report)["hardness"]
+    assert chart is not None and (OFF in dict(chart.legend)) == marked and ("heads" in dict(chart.legend)) != marked
 
 
 def test_no_samples_no_hardness_figure() -> None:

@@ -33,6 +33,7 @@ def head_rows(errors: Sequence[Sequence[TensorError]], hardness: Hardness, exact
                 "lse_std": float(difference.std()) if difference.numel() > 1 else 0.0,
                 **hardness.head(head),
                 "cv_measured": measured_cv(hardness, lses, exact, head),
+                "cv_seeds": [measured_cv(hardness, [lse], exact, head) for lse in lses] if hardness.config.sample_size else None,
             }
         )
     return rows
