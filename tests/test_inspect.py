@@ -15,6 +15,7 @@ from commands import run
 from onnx import numpy_helper
 
 from hyperattention.config import Config
+from hyperattention.export.bundle import MANIFEST, REPORT
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +59,19 @@ def test_every_file_is_listed_with_its_hash_and_state(out: Path, tmp_path: Path,
     result = run(capfd, "hyperattention", "inspect", copy, "--json")
     files = json.loads(result.out)["files"]
     states = {name: row["state"] for name, row in files.items() if row["state"] != "ok"}
-    assert result.code == 3
+    assert result.code == 3 and "run `export-model` again" in result.said
     assert states == {"config.json": "changed", "generation_config.json": "missing", "notes.txt": "not in the manifest"}
     assert files["model.onnx"]["sha256"] == hashlib.sha256((copy / "model.onnx").read_bytes()).hexdigest()
     text = run(capfd, "hyperattention", "inspect", copy).out
     assert "config.json  CHANGED" in text and "generation_config.json  MISSING" in text and "notes.txt  NOT IN THE MANIFEST" in text
+
+
+def test_a_report_that_changed_asks_for_a_validation(out: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    copy = commands.copy(out, tmp_path / "out")
+    manifest = json.loads((copy / MANIFEST).read_text())
+    manifest["files"][REPORT] = {"bytes": 2, "sha256": "0" * 64}
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    assert run(capfd, "hyperattention", "inspect", copy).said.endswith(f"since the export: {REPORT}; run `hyperattention validate` again")
 
 
 def test_text_for_people(out: Path, capfd: pytest.CaptureFixture[str]) -> None:

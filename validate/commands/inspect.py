@@ -22,6 +22,7 @@ def command(
 
     Of an ONNX file: inputs, outputs, opsets, parameters, our nodes with their attributes, and whether the function body is there.
     """
+    from hyperattention.export.bundle import REPORT
     from hyperattention.export.console import Reporter
     from hyperattention.validate.inspect_folder import describe, lines
     from hyperattention.validate.onnx_file import describe_onnx, graph_lines
@@ -33,5 +34,7 @@ def command(
         for line in graph_lines(found["graph"]) if one_file else lines(found):
             reporter.out.print(line, markup=False)
     if found["changed"]:
-        raise EnvironmentFault(f"changed or missing since the export: {', '.join(found['changed'])}; run export-model again", found)
+        report_alone = all(Path(name).parts[0] == Path(REPORT).parts[0] for name in found["changed"])
+        remedy = "hyperattention validate" if report_alone else "export-model"
+        raise EnvironmentFault(f"changed or missing since the export: {', '.join(found['changed'])}; run `{remedy}` again", found)
     reporter.answer(found)
