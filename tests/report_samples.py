@@ -110,9 +110,8 @@ def _head_row(head: int, layer: int, error: float) -> dict:
         "alpha_blocks": 345.6 + 10 * head + layer,
         "log_kappa": 9.87 + head,
         "log_kappa_p1_p99": 5.43 + head,
-        "cv_stratified": 0.0123 * (1 + head),
+        **dict.fromkeys(("cv_stratified", "cv_predicted"), 0.0123 * (1 + head)),
         "cv_uniform": 0.0234 * (1 + head),
-        "cv_predicted": 0.0123 * (1 + head),
         "cv_measured": 0.0119 * (1 + head),
         "cv_seeds": [share * 0.0119 * (1 + head) for share in (1.0, 0.6, 1.2, 1.1, 1.0)],
     }
