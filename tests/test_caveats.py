@@ -98,6 +98,20 @@ def test_prompts_up_to_exact_below_judge_nothing() -> None:
     assert judged_lengths(report)[0] == 4609
 
 
+def test_prompts_that_local_keys_cover_judge_nothing() -> None:
+    """Whatever exact_below says; the layer that reaches least counts."""
+    report = samples.report()
+    first, other = (layer for layer in report["plan"]["layers"] if layer["mode"] == "approximate")
+    for layer, local in ((first, 8192), (other, 16384)):
+        layer["config"] = {**layer["config"], "local_size": local, "exact_below": 64}
+    report["approximation"][0]["length"] = 16384 + 512
+    assert judged_lengths(report) == [32768]
+    alone = judge({**report, "approximation": report["approximation"][:1]}, Limits())
+    assert alone["verdict"]["headline"] == "Exact in every prefill measured: no prompt was longer than 16,384 tokens."
+    first["config"]["local_overlap"] = 0
+    assert judged_lengths(report) == [16896, 12345, 32768]
+
+
 # --- a policy's budget ---------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from hyperattention.errors import UsageError
 from hyperattention.export.patch import Captured
 from hyperattention.selection import Plan
 from hyperattention.validate import distributions
-from hyperattention.validate.distributions import DISTRIBUTIONS, Problem, Sizes, far_of
+from hyperattention.validate.distributions import DISTRIBUTIONS, Problem, Sizes, approximates, exact_reach, far_of
 from hyperattention.validate.hard_inputs import CRITERIA, Bounds, exact_rows, first_row, hard_rows, hard_steps
 from hyperattention.validate.layers import EDGES, histogram, layer_rows, seeds_of
 from hyperattention.validate.operators import Operator, one_thread
@@ -258,3 +258,13 @@ def test_seeds_wrap_at_the_top() -> None:
     assert [c.seed for c in seeds_of(replace(CONFIG, seed=2**31 - 1))] == [2**31 - 1, 0, 1, 2, 3]
     with pytest.raises(UsageError):
         replace(CONFIG, seed=2**31)
+
+
+@pytest.mark.parametrize("causal", [0, 1])
+@pytest.mark.parametrize("overlap", [0, 1])
+@pytest.mark.parametrize("sinks", [0, 1, 47, 48, 49, 120])
+def test_exact_attention_reaches_as_far_as_nothing_approximates(causal: int, overlap: int, sinks: int) -> None:
+    for below in (0, 170):
+        config = Config(causal=causal, block_size=16, local_size=48, local_overlap=overlap, sinks=sinks, exact_below=below)
+        found = [n for n in range(1, 400) if not config.is_exact(n, n) and approximates(config, n)]
+        assert found == list(range(exact_reach(config) + 1, 400))

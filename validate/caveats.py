@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from hyperattention.config import Config
 from hyperattention.export.budget import ACCURACY, REGIMES, Budget, budget_from_json
 from hyperattention.export.gate_options import LANGUAGE, Limits
+from hyperattention.validate.distributions import exact_reach
 from hyperattention.validate.gates import ALL, Gate, token_gates
 from hyperattention.validate.policy.readings import Reading, of_planted, of_text
 from hyperattention.validate.report_format import number
@@ -30,9 +32,14 @@ def over_everywhere(report: dict) -> list[Gate]:
 
 def judged_lengths(report: dict) -> list[int]:
     """The lengths at which what the gates judge is approximate: a prompt, all but the tail, that is longer than exact attention reaches."""
-    exact_below = report["plan_summary"]["exact_below"]
     rows = [row for row in report["approximation"] if not row["exact"]]
-    return [row["length"] for row in rows if row["length"] - row.get("tail", 0) > exact_below]
+    return [row["length"] for row in rows if row["length"] - row.get("tail", 0) > reach(report)]
+
+
+def reach(report: dict) -> int:
+    """Up to so many keys no layer approximates (`exact_reach`)."""
+    layers = [layer["config"] for layer in report["plan"]["layers"] if layer["mode"] == "approximate"]
+    return min((exact_reach(Config.from_attributes(config)) for config in layers), default=report["plan_summary"]["exact_below"])
 
 
 def _everywhere(report: dict) -> list[str]:

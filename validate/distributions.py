@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyperattention.config import Config
+from hyperattention.config import DECODE_ROWS, Config
 
 NEEDLES = 16
 NEEDLE_ODDS = 4.0  # log of the needle's mass over all other keys' together: 98%
@@ -58,6 +58,13 @@ def far_of(config: Config, position: int, length: int) -> int:
 def approximates(config: Config, length: int) -> bool:
     """Whether any query row has keys that are neither local nor sinks."""
     return far_of(config, length - 1, length) > config.sinks
+
+
+def exact_reach(config: Config) -> int:
+    """The most keys of which every query row sees all that it may exactly, Sq = Sk: on the exact path, or by local keys and sinks."""
+    local = config.local_size
+    covered = (config.local_overlap + 1 + config.sinks // local) * local if config.causal else config.sinks
+    return max(config.exact_below, DECODE_ROWS, covered)
 
 
 def approximate_rows(config: Config, length: int, start: int = 0) -> Tensor:

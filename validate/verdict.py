@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from hyperattention.export.gate_options import Limits
-from hyperattention.validate.caveats import caveats, judged_lengths, over_everywhere
+from hyperattention.validate.caveats import caveats, judged_lengths, over_everywhere, reach
 from hyperattention.validate.gates import Gate, evaluate
 
 
@@ -78,7 +78,7 @@ def _headline(failed: list[Gate], approximate: bool, report: dict) -> str:
         return f"Exact at every length measured: nothing above {summary['exact_below']} tokens was run."
     lengths = judged_lengths(report)
     if not lengths:
-        return f"Exact in every prefill measured: no prompt was longer than {summary['exact_below']:,} tokens."
+        return f"Exact in every prefill measured: no prompt was longer than {reach(report):,} tokens."
     span = f"{lengths[0]:,} to {lengths[-1]:,}" if len(lengths) > 1 else f"{lengths[0]:,}"
     if over_everywhere(report):
         return f"Safe for prefill at {span} tokens: every gate holds. Not for scoring."
