@@ -103,10 +103,10 @@ def test_hopper_kernels_fit_shared_memory(hopper: Library) -> None:
 def test_every_tile_has_its_turn(hopper: Library, seed: int) -> None:
     """Each once, blocks of threads in alternating directions, heads of the same keys in one run."""
     draw, check = random.Random(seed), ctypes.CDLL(str(hopper.path)).ha_emulated_schedule_mistake
-    check.argtypes = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64
+    check.argtypes = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int
     for _ in range(100):
         batch, heads_kv, group = (draw.randint(1, most) for most in (3, 9, 5))
         call = params(hopper, PRESETS["blocks"], (batch, heads_kv * group, heads_kv), (1, 1), (64, 64), "bf16")
         call.params.seq_k = draw.choice((1, 40_000, 60_000, 100_000, 2**30))  # several heads fit the cache, or not even one
-        cut = draw.randint(1, 40), draw.choice((1, 2, 3, 131, 132, 10_000)), draw.choice((1, 32))
+        cut = draw.randint(1, 40), draw.choice((1, 2, 3, 131, 132, 10_000)), draw.choice((24, 32, 300)) << 20, draw.choice((0, 1))
         assert check(ctypes.addressof(call.params), *cut) == 0, (batch, heads_kv, group, call.params.seq_k, *cut)

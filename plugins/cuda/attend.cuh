@@ -51,7 +51,8 @@ attend_kernel(const HA_CONSTANT TileArgs args) {
   sync_block();
   static_assert(S::kThreads >= S::kTileRows);
   if (thread_index() < S::kTileRows) tile.row_at(thread_index()) = walk.row(g, thread_index());
-  for (int query_block = warp; query_block < config.query_blocks; query_block += S::kWarps) walk.read_plan(args.p, g, slice, query_block, lane);
+  for (int query_block = warp; query_block < config.query_blocks; query_block += S::kWarps)
+    walk.read_plan(args.p, g, slice, query_block, lane);
   sync_block();
   if constexpr (!Walk::kConsecutive) tile.load_queries(q, [&](int row) { return tile.row_at(row).index; });
   if (thread_index() == 0) walk.plan_steps(g);

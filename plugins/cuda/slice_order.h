@@ -27,11 +27,12 @@ struct SliceOrder {
   }
 };
 
-// `bytes`: what is read of a key head again and again. `least` query heads are worked on together even if the cache does not hold them.
-inline SliceOrder slice_order(const Geometry& g, int64_t tiles, int64_t bytes, bool steady = false, int64_t least = 1) {
-  constexpr int64_t kCacheBytes = 24 << 20;
+constexpr int64_t kMostCacheBytes = 24 << 20;
+
+// `bytes`: what is read of a key head again and again, of which `cache_bytes` stay in the cache.
+inline SliceOrder slice_order(const Geometry& g, int64_t tiles, int64_t bytes, int64_t cache_bytes = kMostCacheBytes, bool steady = false) {
   const int64_t heads = max64(g.batch * g.heads_kv, 1);
-  const int64_t most = min64(max64(kCacheBytes / max64(bytes, 1), ceil_div(least, g.group())), heads);
+  const int64_t most = min64(max64(cache_bytes / max64(bytes, 1), 1), heads);
   return {tiles, g.batch * g.heads_q, ceil_div(heads, ceil_div(heads, most)) * g.group(), steady};
 }
 

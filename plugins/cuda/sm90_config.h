@@ -11,9 +11,9 @@ constexpr int kTileColumns = 64, kTileKeys = 64;  // one load by the copy engine
 constexpr int kHopperSharedLimit = 227 * 1024;    // sm_90 grants this
 
 // How one block of threads works: `groups` warp groups compute on steps of `keys` keys, which pass through `buffers` buffers, one for a
-// step's keys and one for its values; steps are described in batches of `batch`, of which `held` are held. `planners` threads describe tiles
-// and steps, `loaders` load them. They hand registers to the warp groups that compute. Each of these takes `pieces` pieces of 64 query rows
-// one after the other; `queries` tiles' queries are held. A buffer has `runs` runs of `keys` keys, of which a group takes its own.
+// step's keys and one for its values; steps are described in batches of `batch`, of which `held` are held. `planners` threads describe
+// tiles and steps, `loaders` load them. They hand registers to the warp groups that compute. Each of these takes `pieces` pieces of 64
+// query rows one after the other; `queries` tiles' queries are held. A buffer has `runs` runs of `keys` keys, of which a group takes its own.
 struct HopperTable {
   int groups, keys, buffers, batch, planners, loaders, loader_registers, worker_registers, pieces = 1, queries = 1, runs = 1, held = 2;
   HA_INLINE constexpr int rows() const { return groups * pieces * kGroupRows; }
@@ -86,6 +86,7 @@ HA_INLINE constexpr int runs_barriers(int padded) {
 }
 HA_INLINE constexpr int runs_tiles(int padded) { return runs_barriers(padded) + (2 * run_table(padded).buffers + 4) * 8; }
 HA_INLINE constexpr int runs_bytes(int padded) { return runs_tiles(padded) + 2 * kRunTileBytes; }
+static_assert(runs_tiles(64) % 16 == 0 && runs_tiles(128) % 16 == 0);  // where RunTile may lie
 static_assert(runs_bytes(64) <= kHopperSharedLimit && runs_bytes(128) <= kHopperSharedLimit);
 
 // Query blocks of 64 rows and more: a tile of 128 rows touches three at most, one of 256 five.
@@ -109,9 +110,9 @@ struct HopperSchedule : SliceOrder {
   HA_INLINE int64_t share(int64_t block, int64_t blocks) const { return block * count / blocks; }
 };
 
-// `least` query heads are worked on together even if the cache does not hold them.
-inline HopperSchedule hopper_schedule(const Geometry& g, int64_t tiles, bool steady = false, int64_t least = 1) {
-  return {slice_order(g, tiles, g.seq_k * (g.head_dim + g.head_dim_v) * 2, steady, least), tiles * g.batch * g.heads_q};
+inline HopperSchedule hopper_schedule(const Geometry& g, int64_t tiles, bool steady = false,
+                                      int64_t cache_bytes = kMostCacheBytes) {
+  return {slice_order(g, tiles, g.seq_k * (g.head_dim + g.head_dim_v) * 2, cache_bytes, steady), tiles * g.batch * g.heads_q};
 }
 
 struct HopperConfig {
@@ -141,18 +142,17 @@ inline HopperConfig hopper_pair_config(const Geometry& g, int padded) {
   config.schedule = hopper_schedule(g, attend.tiles);
   return config;
 }
-// Where positions meet runs alone, or all else that they meet has had launches of its own. Tiles differ in length: all blocks of threads get
-// a like share where some 16 rounds go to the heads that are together; with up to 32 of these, four blocks still read the same head's keys
-// at a time.
+// Where positions meet runs alone, or all else that they meet has had launches of its own. The more heads are together, the more alike are
+// the shares that blocks of threads get of tiles that differ in length; but keys that the cache does not hold come from DRAM, which takes
+// power, and at its power limit the chip slows down.
 inline HopperConfig hopper_runs_config(const Geometry& g, int padded) {
-  constexpr int64_t kTilesTogether = 2048, kMostHeads = 32;
+  constexpr int64_t kCacheBytes = 32 << 20;
   const RunTable t = run_table(padded);
   AttendConfig attend = position_config(g, {t.groups, kGroupRows, t.keys, t.buffers, 1}, padded * 2);
   attend.stored |= splits_blocks(g);
   HopperShared shared{};
   shared.bytes = runs_bytes(padded);
-  const int64_t least = min64(ceil_div(kTilesTogether, max64(attend.tiles, 1)), kMostHeads);
-  return {attend, hopper_schedule(g, attend.tiles, g.a.causal != 0, least), shared};
+  return {attend, hopper_schedule(g, attend.tiles, g.a.causal != 0, kCacheBytes), shared};
 }
 // One level of `sortlsh`.
 inline HopperConfig hopper_node_config(const Geometry& g, int padded, int level) {

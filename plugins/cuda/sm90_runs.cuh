@@ -41,8 +41,8 @@ struct RunWalk {
     border = exact || !g.a.causal ? INT32_MAX : (max(first_row, 0) / g.a.local_size + 1) * g.a.local_size;
     if (!exact) total += steps_of<kKeys>(min(g.a.sinks, min(far(g, exact, last_row, length), length)));
   }
-  // Whether the row at `position` has met keys in launches before, if there were any: what is behind the sinks and before its local part, or,
-  // with nodes, before the last local block that a node of its own ends at.
+  // Whether the row at `position` has met keys in launches before, if there were any: what is behind the sinks and before its local part,
+  // or, with nodes, before the last local block that a node of its own ends at.
   HA_DEVICE bool met_before(const Geometry& g, int position) const {
     int stop = far(g, false, position, length);
     if (g.sorts() && g.a.causal) stop = (max(position, 0) / g.a.local_size >> g.a.local_overlap << g.a.local_overlap) * g.a.local_size;

@@ -1,5 +1,5 @@
 // A warp group that computes on runs of keys: 64 query rows of each tile. Products of a step's keys and of the values of the step before
-// are started together; maxima are sought while the latter run, exponentials follow while other groups' products run.
+// are started together; exponentials follow, above head size 64 while the latter run, else while other groups' products do.
 #pragma once
 #include "sm90_runs.cuh"
 #include "sm90_store.cuh"
@@ -12,6 +12,7 @@ struct RunWorker {
   using State = GroupState<T, P, Block::kKeys, Block::kRows>;
   using Place = RingPlace<Block::kBuffers>;
   static constexpr int kGroups = Block::kTable.groups, kKeys = Block::kKeys, kFirstTurn = 1;
+  static constexpr bool kEarly = P > 64;  // three groups have fewer registers a thread
 
   const Block& block;
   const HopperArgs& args;
@@ -61,12 +62,11 @@ struct RunWorker {
         give_turn();
         product_wait<1>();
         finish_keys(state, walk, mode, j);
-        const bool rises = state.raise(factor);
-        product_wait<0>();
-        fence_registers(state.o);
-        release(block.free(values.index), thread);
-        if (rises) state.rescale();
-        state.take_probabilities(factor);
+        state.template take_probabilities<kEarly>(factor, [&] {
+          product_wait<0>();
+          fence_registers(state.o);
+          release(block.free(values.index), thread);
+        });
         values = leave(j);
       }
     }

@@ -75,13 +75,7 @@ struct GroupState {
       find_maxima(top);
       if (!ballot(rises(0) || rises(1))) return false;
     }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float before = largest[half];
-      if (rises(half)) largest[half] = top[half] * factor;
-      keep[half] = exp2_fast(before - base(half));
-      sum[half] *= keep[half];
-    }
+    lift(top, {rises(0), rises(1)}, factor);
     return true;
   }
   HA_DEVICE void rescale() {
@@ -91,24 +85,78 @@ struct GroupState {
 
   // Logits become probabilities, the left operand of the values' product.
   HA_DEVICE void take_probabilities(float factor) {
-    const float bases[2] = {base(0), base(1)};
-    float total[2][2] = {};
+    float total[2];
+    find_powers(factor, p, total);
 #pragma unroll
-    for (int i = 0; i < kKeys / 2; i += 2) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        logits[i + e] = exp2_fast(fmaf(logits[i + e], factor, -bases[i / 2 % 2]));
-        total[i / 2 % 2][e] += logits[i + e];
-      }
-      p[i / 2] = pack<T>(logits[i], logits[i + 1]);
+    for (int half = 0; half < 2; ++half) sum[half] += total[half];
+  }
+
+  // The same behind a tile's first step, without a look at the maxima beforehand: powers refer to what they did before. Where a thread's
+  // part of a row's sum shows that logits are far above that, or a row had seen nothing, the reference rises and they are found anew.
+  // `values_done` waits for the values of the step before, whose product reads p; kEarly: exponentials do not, for which registers must
+  // suffice.
+  template <bool kEarly, class Wait>
+  HA_DEVICE void take_probabilities(float factor, Wait&& values_done) {
+    constexpr float kMost = 256.0f;
+    uint32_t early[kKeys / 4];
+    uint32_t(&powers)[kKeys / 4] = kEarly ? early : p;
+    if constexpr (!kEarly) values_done();
+    float total[2];
+    find_powers(factor, powers, total);
+    const auto far_above = [&](int half) { return total[half] > kMost || largest[half] == -INFINITY; };
+    const bool rises = ballot(far_above(0) || far_above(1));
+    if (rises) {
+      int above[2] = {far_above(0), far_above(1)};  // of the row, to which other rows of the warp must make no difference
+      for (int half = 0; half < 2; ++half)
+        for (int mask = 1; mask < 4; mask *= 2) above[half] |= shuffle_xor(above[half], mask);
+      float top[2];
+      find_maxima(top);
+      lift(top, {above[0] != 0, above[1] != 0}, factor);
+      find_powers(factor, powers, total);
     }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) sum[half] += total[half][0] + total[half][1];
+    for (int half = 0; half < 2; ++half) sum[half] += total[half];
+    if constexpr (kEarly) values_done();
+    if (rises) rescale();
+    if constexpr (kEarly) {
+      // Were these copies to the compiler, it would write p at once, beside the product that reads it, and let all products run one by one.
+      const uint32_t zero = settled(0u);
+#pragma unroll
+      for (int i = 0; i < kKeys / 4; ++i) p[i] = early[i] | zero;
+    }
   }
 
  private:
   // A row that has seen nothing stays at zero, not NaN.
   HA_DEVICE float base(int half) const { return largest[half] == -INFINITY ? 0.0f : largest[half]; }
+
+  // Powers of the step's logits, as 16-bit pairs, and this thread's part of each row's sum.
+  HA_DEVICE void find_powers(float factor, uint32_t (&powers)[kKeys / 4], float (&total)[2]) const {
+    const float bases[2] = {base(0), base(1)};
+    float totals[2][2] = {};
+#pragma unroll
+    for (int i = 0; i < kKeys / 2; i += 2) {
+      float power[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        power[e] = exp2_fast(fmaf(logits[i + e], factor, -bases[i / 2 % 2]));
+        totals[i / 2 % 2][e] += power[e];
+      }
+      powers[i / 2] = pack<T>(power[0], power[1]);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) total[half] = totals[half][0] + totals[half][1];
+  }
+  // Powers of the rows that rise refer to these maxima from now on.
+  HA_DEVICE void lift(const float (&top)[2], const bool (&rises)[2], float factor) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float before = largest[half];
+      if (rises[half]) largest[half] = fmaxf(before, top[half] * factor);
+      keep[half] = exp2_fast(before - base(half));
+      sum[half] *= keep[half];
+    }
+  }
 
   // Floats that are not negative are ordered as their bits are, of which three are compared at once: the largest of this thread's
   // logits of a row, or a negative one where all are.

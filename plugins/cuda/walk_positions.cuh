@@ -234,7 +234,8 @@ struct PositionWalk {
         visible = visible && (!a.causal || (start >= 0 && start < a.local_size));
         bool taken = false;  // all blocks are looked at: several are on their way at once
 #pragma unroll 8
-        for (int i = 0; i < counts[q]; ++i) taken |= uint32_t(entry.key - chosen[q * a.num_blocks + i] * a.block_size) < uint32_t(a.block_size);
+        for (int i = 0; i < counts[q]; ++i)
+          taken |= uint32_t(entry.key - chosen[q * a.num_blocks + i] * a.block_size) < uint32_t(a.block_size);
         visible = visible && !taken;
       }
       bias[q * S::kKeys + slot] = visible ? value : -INFINITY;

@@ -7,7 +7,8 @@ namespace ha {
 namespace {
 
 constexpr int kSide = 64, kTile = kSide * 128, kShared = 3 * kTile + 64, kRounds = 16;
-constexpr uint32_t kA = 0, kB = kTile, kLoaded = 2 * kTile, kCopied = kLoaded + 8, kWritten = kCopied + 8, kRead = kWritten + 8, kWord = kRead + 8;
+constexpr uint32_t kA = 0, kB = kTile, kLoaded = 2 * kTile, kCopied = kLoaded + 8, kWritten = kCopied + 8;
+constexpr uint32_t kRead = kWritten + 8, kWord = kRead + 8;
 
 // Small integers as bfloat16: sums are exact.
 uint16_t number(int i, int j) { return uint16_t(float_bits(float((i * 7 + j * 3) % 11 - 5)) >> 16); }

@@ -44,12 +44,13 @@ HA_TEST int ha_emulated_pair_tiles_mistake(const HaParams* p) {
 }
 
 // What is wrong with the order of tiles on so many processors: 0 = nothing, 1 = a tile left out or taken twice, 2 = a block of threads
-// meets tiles out of turn, 3 = query heads of one key head apart, 4 = far fewer than `least` heads together, 5 = shares of tiles of nodes
-// that do not follow each other or differ by more than one.
-HA_TEST int ha_emulated_schedule_mistake(const HaParams* p, int64_t tiles, int64_t processors, int64_t least) {
+// meets tiles out of turn, 3 = query heads of one key head apart, 4 = more heads together than the cache holds, or far fewer, 5 = shares of
+// tiles of nodes that do not follow each other or differ by more than one.
+HA_TEST int ha_emulated_schedule_mistake(const HaParams* p, int64_t tiles, int64_t processors, int64_t cache_bytes, int steady) {
   const ha::Geometry g(*p);
-  const ha::HopperSchedule s = ha::hopper_schedule(g, tiles, least > 1, least);
-  if (2 * s.together < ha::min64(least, s.slices)) return 4;
+  const ha::HopperSchedule s = ha::hopper_schedule(g, tiles, steady != 0, cache_bytes);
+  const int64_t heads = s.together / g.group(), bytes = g.seq_k * (g.head_dim + g.head_dim_v) * 2, fit = cache_bytes / bytes;
+  if (heads > ha::max64(fit, 1) || 2 * heads < ha::min64(fit, g.batch * g.heads_kv)) return 4;
   const int64_t blocks = ha::min64(s.count, processors);
   std::vector<int> seen(size_t(g.batch * g.heads_q * tiles));
   if (s.count != int64_t(seen.size())) return 1;
