@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_size_t, c_void_p
 from pathlib import Path
 
@@ -47,6 +47,21 @@ class Library:
         plan = call.output(call.plan_shape(), torch.int32)
         call.run(self._select, plan.data_ptr())
         return plan
+
+    def select_each(self, q: Tensor, k: Tensor, config: Config, seeds: Sequence[int]) -> Tensor:
+        """`select` of several problems q [N,B,Hq,Sq,D], k [N,B,Hkv,Sk,D] that differ in their seeds: int32 [N, ...].
+
+        They are described once and share the scratch, as their kernels run one problem behind the other: little is left for the host.
+        """
+        q, k = q.contiguous(), k.contiguous()
+        call = _Call(self, q[0], k[0], k[0], config, None)
+        plans = call.output((len(seeds), *call.plan_shape()), torch.int32)
+        places = ([x.data_ptr() for x in some] for some in (q, k, plans))
+        with call.ready():
+            for q_at, k_at, plan, seed in zip(*places, seeds, strict=True):
+                call.params.q, call.params.k, call.params.attributes.seed = q_at, k_at, seed
+                self.check(self._select, byref(call.params), plan)
+        return plans
 
     def samples(self, q: Tensor, k: Tensor, v: Tensor, config: Config, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Index (int32, -1 = none; `blocks`: of the key, `sortlsh`: into the node's sorted keys) and weight (float32) of each
@@ -144,12 +159,18 @@ class _Call:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def run(self, function: Function, *arguments: object) -> None:
+        with self.ready():
+            self.library.check(function, byref(self.params), *arguments)
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[None]:
+        """The problem has its scratch, and its device is the current one."""
         size = self.workspace_size()
         scratch = torch.empty(size + _ALIGNMENT, dtype=torch.uint8, device=self.device)
         self.params.workspace = -(-scratch.data_ptr() // _ALIGNMENT) * _ALIGNMENT
         self.params.workspace_size = size
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
-            self.library.check(function, byref(self.params), *arguments)
+            yield
 
     def attention(self, function: Function) -> tuple[Tensor, Tensor]:
         o = self.output(self.o_shape, self.dtype)

@@ -86,6 +86,16 @@ def test_plan_equals_the_references(library: Library, case: Case) -> None:
     assert_equal_bits(weight, plan.sample_weight, "sample weight")
 
 
+def test_problems_selected_together_are_selected_as_alone(library: Library) -> None:
+    for case in (PLAIN, SORTED):
+        x = inputs(case, F32)
+        q, k = (torch.stack([y, y.flip(0, 2), -y]) for y in (x.q, x.k))
+        found = library.select_each(q, k, case.config, seeds := (0, 1, 2**31 - 1))
+        for n, seed in enumerate(seeds):
+            alone = library.select(q[n], k[n], k[n], replace(case.config, seed=seed))
+            assert_equal_bits(found[n], alone, f"selection of problem {n}")
+
+
 @pytest.mark.parametrize("case", KERNEL_CASES + SORTED_KERNEL_CASES, ids=str)
 def test_attention_under_the_references_plan(library: Library, case: Case) -> None:
     wanted = expected(case, F32)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from hyperattention.validate.hardness_sets import ExactSets, RowTile
 
 if TYPE_CHECKING:
     from hyperattention.validate.hardness_fused import FusedHardness
+
+Found = TypeVar("Found", RowNumbers, Alphas)
 
 ALL_ROWS, FEWEST, MOST = 512, 256, 512  # of a head that are looked at
 _TILE = 2**18  # logits held at once on the processor
@@ -70,10 +72,10 @@ class Hardness:
             "cv_predicted": spread["stratified" if self.config.stratified else "uniform"],
         }
 
-    def heads(self, some: slice) -> "Hardness":
-        """That of some of the query heads."""
-        numbers = tuple(RowNumbers(*(x[some] for x in vars(found).values())) for found in self.numbers)
-        return replace(self, numbers=numbers, alphas=tuple(Alphas(*(x[some] for x in vars(found).values())) for found in self.alphas))
+    def split(self, heads: int) -> list["Hardness"]:
+        """That of each `heads` query heads."""
+        numbers, alphas = zip(*(_split(x, heads) for x in self.numbers)), zip(*(_split(x, heads) for x in self.alphas))
+        return [replace(self, numbers=some, alphas=those) for some, those in zip(numbers, alphas, strict=True)]
 
     def at_rows(self, values: Tensor, head: int) -> Tensor:
         """Of values [B, Hq, Sq] those of one head at the sampled rows, float64 [rows of all batch rows], on the CPU."""
@@ -96,6 +98,10 @@ def measured_cv(hardness: Hardness, lses: Sequence[Tensor], exact_lse: Tensor, h
         return None
     exact = hardness.at_rows(exact_lse, head)
     return _root_mean(torch.cat([torch.expm1(hardness.at_rows(lse, head) - exact).square() for lse in lses]))
+
+
+def _split(found: Found, heads: int) -> list[Found]:
+    return [type(found)(*part) for part in zip(*(x.split(heads) for x in vars(found).values()), strict=True)]
 
 
 def _mean(values: Tensor) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -35,19 +37,15 @@ def exact_lse(kernels: Library | None) -> ExactLse:
 
 def groups(calls: Sequence[Captured]) -> Iterator[list[int]]:
     """Places of neighbouring calls that are alike but for their seeds, as many as `HEAD_KEYS` of their device allows; at least one."""
-    group: list[int] = []
-    for at, call in enumerate(calls):
-        size = (len(group) + 1) * call.q.shape[1] * call.k.shape[2]
-        if group and (_kind(calls[group[0]]) != _kind(call) or size > HEAD_KEYS[call.q.device.type]):
-            yield group
-            group = []
-        group.append(at)
-    if group:
-        yield group
+    for _, alike in groupby(range(len(calls)), lambda at: _kind(calls[at])):
+        places = list(alike)
+        q, k = calls[places[0]].q, calls[places[0]].k
+        most = max(1, HEAD_KEYS[q.device.type] // (q.shape[1] * k.shape[2]))
+        yield from (places[at : at + most] for at in range(0, len(places), most))
 
 
 def _kind(call: Captured) -> tuple:
-    return tuple(call.q.shape), tuple(call.k.shape), tuple(call.v.shape), call.q.dtype, replace(call.config, seed=0)
+    return call.q.shape, call.k.shape, call.v.shape, call.q.dtype, {**vars(call.config), "seed": 0}
 
 
 def layers_hardness(calls: Sequence[Captured], kernels: Library | None, lses: Sequence[Tensor]) -> list[Hardness]:
@@ -57,9 +55,7 @@ def layers_hardness(calls: Sequence[Captured], kernels: Library | None, lses: Se
         some = [calls[at] for at in group]
         q, k = (torch.cat(x, 1) for x in zip(*((c.q, c.k) for c in some), strict=True))
         plan, lse = partial(_plan, some, q, k, kernels), torch.cat([lses[at] for at in group], 1)
-        whole = measure_hardness(q, k, some[0].config, plan, lse, exact_lse(kernels))
-        heads = some[0].q.shape[1]
-        found += [whole.heads(slice(n * heads, (n + 1) * heads)) for n in range(len(some))]
+        found += measure_hardness(q, k, some[0].config, plan, lse, exact_lse(kernels)).split(some[0].q.shape[1])
     return found
 
 
@@ -72,13 +68,15 @@ def _plan(calls: Sequence[Captured], q: Tensor, k: Tensor, kernels: Library | No
     shape = g.batch, g.heads_q, len(g.draws(0)), g.config.sample_size
     none = q.new_empty(1, dtype=torch.int32).expand(shape), q.new_empty(1, dtype=torch.float32).expand(shape)  # never read
     if not g.sorts:  # what `blocks` chooses does not depend on the seed, in which alone the calls differ
-        return Plan(_selection(q, k, g, kernels), *none)
-    orders = []
-    for c, some_q, some_k in zip(calls, q.chunk(len(calls), 1), k.chunk(len(calls), 1), strict=True):
-        own = Geometry.of(some_q, some_k, some_k, c.config)
-        orders.append(Plan(_selection(some_q, some_k, own, kernels), *none).orders(own))
-    return Plan(torch.cat([torch.cat(part, 1).flatten() for part in zip(*orders, strict=True)]), *none)
+        return Plan(make_plan(q, k, g).selection if kernels is None else kernels.select(q, k, k, g.config), *none)
+    own, seeds = replace(g, heads_q=g.heads_q // len(calls), heads_kv=g.heads_kv // len(calls)), [c.config.seed for c in calls]
+    q, k = (x.unflatten(1, (len(calls), -1)).transpose(0, 1) for x in (q, k))
+    lines = _sorted(q, k, own, seeds) if kernels is None else kernels.select_each(q, k, g.config, seeds)
+    parts = zip(lines.split([math.prod(shape) for shape in own.order_shapes], 1), own.order_shapes, strict=True)
+    return Plan(torch.cat([part.unflatten(1, shape).transpose(0, 1).flatten() for part, shape in parts]), *none)
 
 
-def _selection(q: Tensor, k: Tensor, g: Geometry, kernels: Library | None) -> Tensor:
-    return make_plan(q, k, g).selection if kernels is None else kernels.select(q, k, k, g.config)
+def _sorted(q: Tensor, k: Tensor, g: Geometry, seeds: Sequence[int]) -> Tensor:
+    """By the reference what the kernels select of each problem q [N,B,Hq,Sq,D], k [N,B,Hkv,Sk,D]: [N, elements]."""
+    problems = zip(q, k, seeds, strict=True)
+    return torch.stack([make_plan(q, k, replace(g, config=replace(g.config, seed=seed))).selection for q, k, seed in problems])
