@@ -97,6 +97,7 @@ def moved(before: Tensor, after: Tensor, place: Place) -> dict:
 
 def _runs(rows: Tensor) -> list[list[int]]:
     """First and last of each run of neighbours among ascending rows int64 [N]."""
+    rows = rows.cpu()  # where a tensor is split must lie there
     ends = (rows.diff() > 1).nonzero().flatten() + 1
     return [[int(run[0]), int(run[-1])] for run in rows.tensor_split(ends) if len(run)]
 
