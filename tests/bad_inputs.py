@@ -226,7 +226,7 @@ _FOLDERS = [
     tool("manifest-newer", 2, "is of schema 99", "inspect", spoilt(edit(MANIFEST, schema=99))),
     tool("manifest-without-a-plan", 2, "does not fit this version", "inspect", spoilt(edit(MANIFEST, plan=None))),
     tool("manifest-outside-its-folder", 2, "is broken", "inspect", spoilt(edit(MANIFEST, files={"../x": {"sha256": ""}}))),
-    tool("manifest-does-not-match", 3, "config.json; run export-model again", "inspect", spoilt(write("config.json", "{}"))),
+    tool("manifest-does-not-match", 3, "config.json; run `export-model` again", "inspect", spoilt(write("config.json", "{}"))),
     tool("report-missing", 2, "cannot be read", "report", finished),
     tool("report-damaged", 2, "is not a report", "report", spoilt(write(REPORT, '{"schema": 4'))),
     tool("report-newer", 2, "has report schema 99", "report", spoilt(write(REPORT, '{"schema": 99}'))),
