@@ -85,6 +85,31 @@ def scattered(case: Case, q: Tensor, k: Tensor, v: Tensor, rng: torch.Generator)
             x[torch.rand(x.shape, generator=rng) < 0.02 / max(1, case.dims[0])] = value
 
 
+def hill(case: Case, q: Tensor, k: Tensor, v: Tensor, rng: torch.Generator) -> None:
+    """In every other row, keys in the middle exceed those on both sides by 30: their powers relative to the others leave fp16."""
+    q[..., 0] = 0
+    q[:, :, ::2, 0] = 8
+    k[:, :, _middle(case), 0] += 30 / (8 * case.config.resolved_scale(case.dims[0]))
+
+
+def high_hill(case: Case, q: Tensor, k: Tensor, v: Tensor, rng: torch.Generator) -> None:
+    """The same with values by which such powers leave bf16's and fp32's range, too."""
+    hill(case, q, k, v, rng)
+    v *= 1e30
+
+
+def island(case: Case, q: Tensor, k: Tensor, v: Tensor, rng: torch.Generator) -> None:
+    """Keys in the middle alone have any weight: logits on both sides are minus infinity."""
+    q[..., 0] = q[..., 0].abs() + 1
+    shore = torch.ones(case.seq_k, dtype=torch.bool)
+    shore[_middle(case)] = False
+    k[:, :, shore, 0] = -float("inf")
+
+
+def _middle(case: Case) -> slice:
+    return slice(case.seq_k * 2 // 5, case.seq_k * 3 // 5)
+
+
 def padding(case: Case, q: Tensor, k: Tensor, v: Tensor, rng: torch.Generator) -> None:
     """Nothing may come from behind the lengths."""
     for b, length in enumerate(case.lengths or ()):
@@ -107,6 +132,9 @@ FILLS: dict[str, Fill] = {
     "nonfinite": nonfinite,
     "scattered": scattered,
     "padding": padding,
+    "hill": hill,
+    "high-hill": high_hill,
+    "island": island,
 }
 
 

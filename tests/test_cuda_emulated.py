@@ -151,6 +151,12 @@ HOPPER_CASES = [
     Problem(Case("split-sinks-chunk", 130, 700, replace(SMALL, local_size=192, sinks=64), (1, 1), (64, 64), (699,)), "bf16"),
     Problem(Case("sorted-blocks", 300, 300, replace(_HOPPER_SORTED, block_size=256, num_blocks=3, stratified=0), **_FULL), "bf16"),
 ]
+# Exact attention whose largest logits come after steps of far smaller ones, or of none above minus infinity, whichever way keys are walked.
+LATE_MAXIMA = [
+    Problem(Case(fill, 130, 700, config(causal=causal).exact(), (1, 1), dims, fill=fill), dtype)
+    for dims, causal in (((64, 64), 1), ((128, 128), 0))
+    for fill, dtype in (("hill", "fp16"), ("high-hill", "bf16"), ("island", "fp16"), ("island", "bf16"))
+]
 # Of random problems, those that they take.
 HOPPER_SEEDS = (138, 141, 144, 151, 160, 163, 177, 202, 262, 291, 297, 321, 331, 333, 345, 354, 370, 379, 381, 399)
 # Each head size once, dtypes and selectors in turn.
@@ -207,6 +213,14 @@ def test_attention_under_the_references_plan(library: Library, problem: Problem)
 
 @pytest.mark.parametrize("problem", HOPPER_CASES, ids=str)
 def test_attention_on_hopper(hopper: Library, problem: Problem) -> None:
+    before = products(hopper)
+    check_attention(hopper, problem, "cpu")
+    assert products(hopper) > before
+
+
+@pytest.mark.parametrize("problem", LATE_MAXIMA, ids=str)
+def test_maxima_that_come_late_on_hopper(hopper: Library, problem: Problem) -> None:
+    """Powers refer to what a row met before: it has to rise where they would overflow, and where the row had met nothing."""
     before = products(hopper)
     check_attention(hopper, problem, "cpu")
     assert products(hopper) > before
