@@ -39,11 +39,12 @@ def benchmark() -> dict[str, Any]:
 
 def prefill() -> dict[str, Any]:
     """Engines of two depths that meet every target: the time beside attention is a tenth of the exact attention's."""
-    report: dict[str, Any] = {"fa4": {str(target.tokens): 10.0 for target in PREFILL}, "failed": {}, "engines": []}
+    report: dict[str, Any] = {"fa4_ms_alone": {str(target.tokens): 9.0 for target in PREFILL}, "failed": {}, "engines": []}
+    report["in_model"] = [{"tokens": int(tokens), "fa4_ms_in_model": 10.0} for tokens in report["fa4_ms_alone"]]
     for depth in (DEPTH // 8, DEPTH // 4):
         for variant, approximate in (("exact", 0), ("half", depth // 2), ("all", depth)):
             attention = (depth - approximate) * 11.0 + approximate * 0.5
-            rows = [{"tokens": int(tokens), "ms": depth + attention, "plugin_ms": attention} for tokens in report["fa4"]]
+            rows = [{"tokens": int(tokens), "ms": depth + attention, "plugin_ms": attention} for tokens in report["fa4_ms_alone"]]
             report["engines"].append({"depth": depth, "variant": variant, "approximate": approximate, "rows": rows})
     return report | {"targets": prefill_targets(results(report))}
 
@@ -173,6 +174,8 @@ WRONG = {
     "missed target": _set("steps", "attention", "benchmark", "rows", 0, "ms", "plugin", to=1000.0),
     "runtime failed": _set("steps", "attention", "benchmark", "failed", to={"ort": "no"}),
     "slow engine": _set("steps", "prefill", "prefill", "engines", 5, "rows", 1, "ms", to=1000.0),
+    "FA4 faster within the model": _set("steps", "prefill", "prefill", "in_model", 1, "fa4_ms_in_model", to=1.0),
+    "FA4's time alone in its place": _set("steps", "prefill", "prefill", "in_model", to=[]),
     "engine failed": _set("steps", "prefill", "prefill", "failed", to={"exact, 4 layers": "no"}),
     "kind failed": _set("steps", "kinds", "kinds", "image", "passed", to=False),
     "gate": _set("steps", "validate-odd", "model", "gates", "KL", "passed", to=False),

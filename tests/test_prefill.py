@@ -64,15 +64,16 @@ def test_rivals_limit_and_share() -> None:
     rows = [
         {**engine_row(10, variant, 8, layer), "ms": 10 * (10 + layer)} for variant, layer in (("exact", 20.0), ("all", 5.0), ("half", 12.5))
     ]
-    every, half = prefill_table.compare(rows, {8: 15.0})
+    every, half = prefill_table.compare(rows, {8: 15.0}, alone={8: 12.0})
     assert every["rest_ms"] == 100 and every["exact_fa4_ms"] == 250
     assert every["over_exact_engine"] == 2.0 and every["over_fa4"] == pytest.approx(250 / 150)
     assert every["speedup"] == every["over_fa4"], "the lower of the two"
     assert every["limit"] == 2.5 and every["share"] == pytest.approx(2 / 3)
+    assert every["exact_fa4_ms_alone"] == 220 and every["speedup_alone"] == pytest.approx(220 / 150) and every["limit_alone"] == 2.2
     assert half["limit"] == pytest.approx(250 / 175)
-    faster = prefill_table.compare(rows, {8: 30.0})[0]
-    assert faster["speedup"] == faster["over_exact_engine"] == 2.0
-    assert prefill_table.compare(rows, {})[0]["speedup"] is None, "without FA4 there is no headline"
+    faster = prefill_table.compare(rows, {8: 30.0}, alone={})[0]
+    assert faster["speedup"] == faster["over_exact_engine"] == 2.0 and faster["speedup_alone"] is None
+    assert prefill_table.compare(rows, {}, alone={8: 15.0})[0]["speedup"] is None, "without FA4 within the model there is no headline"
 
 
 def test_the_limits_of_the_targets_shape() -> None:
@@ -82,7 +83,7 @@ def test_the_limits_of_the_targets_shape() -> None:
             {"depth": 32, "variant": name, "approximate": count, "tokens": tokens, "ms": 32 * (rest + layer), "plugin_ms": 32 * layer}
             for name, count in (("exact", 0), ("half", 16), ("all", 32))
         ]
-        found = prefill_table.compare(rows, {tokens: layer})
+        found = prefill_table.compare(rows, {tokens: layer}, alone={})
         assert [round(row["limit"], 2) for row in found] == [half, every]
 
 
@@ -228,6 +229,22 @@ def prepare_once(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return call
 
 
+def made_up_rival() -> Any:
+    """FA4, which no machine without a GPU has, unless the test says that this one has not either."""
+    if "no_fa4" in MadeUp.problems:
+        raise ImportError("flash-attn-4 is not installed (gone)")
+
+
+def made_up_attention(model: Any, plan: ExportPlan, ids: torch.Tensor, *_: object) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """FA4 takes 30 and 130 ms a layer, ours a tenth more; both have PyTorch's logits, unless the test says otherwise."""
+    tokens = ids.shape[1]
+    if error := MadeUp.problems.get("within", {}).get(tokens):
+        raise error
+    ms = {32768: 30.0, 131072: 130.0}[tokens]
+    found = {"tokens": tokens, "layers": len(plan.layers), "warm_ups": 1, "runs": 2, "fa4_ms_in_model": ms, "ours_ms_in_model": 1.1 * ms}
+    return found, {"fa4": MadeUp.problems.get("of_fa4", LOGITS[tokens]), "ours": LOGITS[tokens]}
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepare_once: Any) -> Any:
     """Runs the benchmark with made-up engines and PyTorch's logits; the report as it was written."""
@@ -236,11 +253,14 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepare_once: Any) -> A
         twin = torch.tensor([1.0, 2.1])
         monkeypatch.setattr(MadeUp, "problems", problems)
         monkeypatch.setattr(bench_prefill, "prepare", prepare_once)
+        monkeypatch.setattr(bench_prefill, "flash_attention_4", made_up_rival)
+        monkeypatch.setattr(bench_prefill, "load_cuda", lambda: None)
+        monkeypatch.setattr(bench_prefill, "times_alone", lambda *_: {32768: 25.0, 131072: 110.0})
+        monkeypatch.setattr(bench_prefill, "attention_times", made_up_attention)
         monkeypatch.setattr(bench_prefill, "torch_logits", lambda *_: bench_prefill.Expected(LOGITS, twin))
         options = bench_prefill.parse(["--out", str(tmp_path / "out"), *arguments])
         options.shape = TINY
         bench = bench_prefill.Bench(options, MadeUp, "cpu", Later())
-        bench.report["fa4"] = {32768: 30.0, 131072: 130.0}
         bench.run()
         assert not (tmp_path / "out" / "work").exists(), "gigabytes are left"
         return json.loads((tmp_path / "out" / "prefill.json").read_text()) | {"text": (tmp_path / "out" / "prefill.md").read_text()}
@@ -256,6 +276,9 @@ def test_a_run_with_made_up_engines(run: Any) -> None:
     assert row["from"] == [2, 4] and row["ms"] == pytest.approx(32 * (20 + 13.1072))
     assert row["exact_fa4_ms"] == pytest.approx(32 * 150) and row["limit"] == pytest.approx(150 / 20)
     assert [result["met"] for result in report["targets"]] == [True, True, True, True]
+    assert row["speedup_alone"] == report["targets"][3]["least_alone"] == pytest.approx(32 * 130 / row["ms"])
+    assert row["speedup_alone"] < row["speedup"] == report["targets"][3]["least"], "the verdict is by the time within the model"
+    assert "| 131,072 | 110.00 | 130.00 | 143.00 | 131.07 | 3 | 2 | 0 |" in report["text"]
     assert "from 2 and 4" in report["text"] and "| 4 | 131,072 | all |" in report["text"] and "Met: all, 131,072 tokens" in report["text"]
 
 
@@ -264,6 +287,28 @@ def test_a_failure_costs_its_own_numbers_only(run: Any) -> None:
     assert set(report["failed"]) == {"all, 2 layers"} and "no tactic" in report["failed"]["all, 2 layers"]
     assert {row["variant"] for row in report["results"]} == {"half"}
     assert "Not measured: all" in report["text"] and "FAILED: all, 2 layers" in report["text"]
+
+
+def test_without_fa4_the_engines_are_measured_and_no_target_is_judged(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run("--depths", "2", "4", no_fa4=True)
+    assert report["failed"] == {} and len(report["engines"]) == 6
+    assert all(result["least"] is None and result["least_alone"] is None and not result["met"] for result in report["targets"])
+    assert "Left out: FA4: flash-attn-4 is not installed (gone): no target is judged." in report["text"]
+    assert "left out: FA4: flash-attn-4 is not installed" in capsys.readouterr().out
+
+
+def test_a_length_that_fails_within_the_model_is_not_judged(run: Any) -> None:
+    """FA4's time alone does not take its place, and stands beside it; the length before keeps its verdict."""
+    report = run("--depths", "2", "4", within={131072: RuntimeError("out of memory")})
+    assert list(report["failed"]) == ["FA4"] and len(report["engines"]) == 6 and len(report["in_model"]) == 1
+    assert [result["met"] for result in report["targets"]] == [True, True, False, False]
+    words = "Not measured: all, 131,072 tokens: at least 3.2x exact attention (by FA4's time alone, the harder figure: 3.93x)."
+    assert words in report["text"] and "| 131,072 | 110.00 | – | – | 131.07 | – | – | – |" in report["text"]
+
+
+def test_fa4_that_computes_something_else_is_a_failure(run: Any) -> None:
+    report = run("--depths", "2", "--variants", "exact", of_fa4=torch.tensor([2.0, 1.0]))
+    assert set(report["failed"]) == {f"FA4, {tokens} tokens" for tokens in (32768, 131072)}
 
 
 def test_wrong_logits_are_failures(run: Any) -> None:
@@ -280,6 +325,13 @@ def test_a_stop_costs_the_number_under_way(run: Any, tmp_path: Path) -> None:
     short, long = json.loads((tmp_path / "out" / "prefill.json").read_text())["engines"][0]["rows"]
     assert short == {"tokens": 32768, "ms": short["ms"], "from_torch": 0.0}
     assert long["tokens"] == 131072 and long["plugin_ms"] > 0
+
+
+def test_a_stop_within_the_model_keeps_what_was_measured(run: Any, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run("--depths", "2", within={131072: KeyboardInterrupt()})
+    report = json.loads((tmp_path / "out" / "prefill.json").read_text())
+    assert set(report["fa4_ms_alone"]) == {"32768", "131072"} and [found["tokens"] for found in report["in_model"]] == [32768]
 
 
 def test_no_depth_begins_that_would_end_too_late(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,17 @@
-"""Exact attention's time within a model (tests/gpu/prefill_attention.py), without a GPU."""
+"""Exact attention timed within a model (tests/gpu/prefill_attention.py), on the processor with made-up times."""
 
+from __future__ import annotations
+
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import bench_prefill
 import prefill_attention
 import pytest
 import torch
+from bench_prefill import relative, token_ids
 from prefill_model import Model, Shape
+from tiny import SMALL
 
 from hyperattention.config import PRESETS, Config
 from hyperattention.export.patch import install
@@ -17,12 +21,12 @@ TINY = Shape(hidden=160, intermediate=192, heads=4, heads_kv=2, head_dim=40, lay
 
 
 class Stamp:
-    """An event of the processor: how many attention calls began before it."""
+    """An event of the processor: how much time attention took before it."""
 
-    calls = 0
+    spent = 0
 
     def record(self) -> None:
-        self.at = float(Stamp.calls)
+        self.at = float(Stamp.spent)
 
     def elapsed_time(self, later: "Stamp") -> float:
         return later.at - self.at
@@ -36,7 +40,7 @@ def contender(time: int, seen: list[tuple[int, ...]]) -> prefill_attention.Conte
     def prepare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: Config) -> Any:
         def run() -> torch.Tensor:
             seen.append(tuple(q.shape))
-            Stamp.calls += time
+            Stamp.spent += time
             return attention(q, k, v, config)[0]
 
         return run
@@ -45,11 +49,11 @@ def contender(time: int, seen: list[tuple[int, ...]]) -> prefill_attention.Conte
 
 
 @pytest.mark.parametrize("most", [41 * TINY.layers, 2 * 41, 1])
-def test_attention_is_timed_within_the_model(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+def test_attention_is_timed_within_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """In turns, in every layer that the limit leaves, and the model is afterwards what it was."""
     monkeypatch.setattr(prefill_attention, "TOKEN_LAYERS", most)
-    model = Model(TINY, (1, 41, 64), "fp32")
-    plan, loaded, ids = prefill_attention.exact_plan(model), model.tied(), bench_prefill.token_ids(TINY, 41)
+    model = Model(TINY, (1, 150, 300), "fp32", SMALL)
+    loaded, plan, ids = model.save(tmp_path), model.plan(tmp_path, "exact"), token_ids(TINY, 41)
     seen: list[tuple[int, ...]] = []
     given = {"fa4": contender(7, seen), "ours": contender(5, seen)}
     found, logits = prefill_attention.attention_times(loaded, plan, ids, given, 0, Stamp)
@@ -58,7 +62,7 @@ def test_attention_is_timed_within_the_model(monkeypatch: pytest.MonkeyPatch, mo
     assert seen == [(1, 4, 41, 40)] * (2 * 3 * layers)
     whole = install(loaded, plan).run({"input_ids": ids, "lengths": torch.tensor([41], dtype=torch.int32)})["logits"].flatten()
     assert len(logits) == 2 and all(torch.equal(each, logits["fa4"]) for each in logits.values())
-    assert (bench_prefill.relative(logits["fa4"], whole) < 1e-5) == (layers == TINY.layers)
+    assert (relative(logits["fa4"], whole) < 1e-5) == (layers == TINY.layers)
 
 
 def test_ours_and_fa4_get_what_they_take() -> None:

@@ -1,27 +1,17 @@
 """What exact attention takes within a model: PyTorch runs the model of bench_prefill.py with each contender's attention in turn.
 
-    python tests/gpu/prefill_attention.py [--lengths 32768 131072] [--depth 32] [--out FILE.json]
-
 Alone a kernel runs on a cooler chip: between two calls in a model lie matrix products, which take an H200 to its power limit, where it
-lowers its clock. What FA4 would take in the plugin's place is therefore rather its time here than its time alone, which is told before
-and after. Needs flash-attn-4 and the library in hyperattention/lib; under a minute on an H200.
+lowers its clock. What FA4 would take in the plugin's place is therefore its time here rather than its time alone.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from bench_prefill import Shape, fa4_times, relative, token_ids
-from prefill_model import Model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -30,8 +20,7 @@ from hyperattention.errors import EnvironmentFault
 from hyperattention.export.patch import install
 from hyperattention.export.plan import ExportPlan
 from hyperattention.export.task_module import TaskModule
-from hyperattention.library import load_cuda
-from hyperattention.validate.bench_rivals import Rival, flash_attention_4
+from hyperattention.validate.bench_rivals import Rival
 
 # (q, k, v, config) to the call to time, which gives o; copies into its own layout come before it. As bench_rivals.Rival.
 Contender = Callable[[Tensor, Tensor, Tensor, Config], Callable[[], Tensor]]
@@ -113,42 +102,3 @@ def attention_times(
         runs += 1
     found: dict[str, Any] = {"tokens": ids.shape[1], "layers": loop.layers, "warm_ups": 1, "runs": runs}
     return found | {f"{name}_ms_in_model": statistics.median(each) for name, each in times.items()}, logits
-
-
-def exact_plan(model: Model) -> ExportPlan:
-    """All layers exact, as in the exact engine."""
-    with tempfile.TemporaryDirectory() as folder:
-        model.one_layer().save_pretrained(folder)
-        model.shape.config(model.seq[2]).save_pretrained(folder)
-        return model.plan(Path(folder), "exact")
-
-
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 131072])
-    parser.add_argument("--depth", type=int, default=Shape.layers, help="layers, of which the longer lengths run a part")
-    parser.add_argument("--budget-ms", type=float, default=2500, help="time spent on each number")
-    parser.add_argument("--out", type=Path)
-    return parser.parse_args(arguments)
-
-
-def main() -> None:
-    options = parse()
-    model = Model(replace(Shape(), layers=options.depth), (min(options.lengths), min(options.lengths), max(options.lengths)))
-    given, plan = contenders(flash_attention_4(), load_cuda()), exact_plan(model)
-    report: dict[str, Any] = {"device": torch.cuda.get_device_name()}
-    report["fa4_ms_alone"] = fa4_times(model.shape, options.lengths, 1000)
-    loaded: Any = model.tied()  # transformers wraps `to` so that its first argument reads as the model
-    loaded, report["in_model"] = loaded.to("cuda"), []
-    for tokens in options.lengths:
-        found, logits = attention_times(loaded, plan, token_ids(model.shape, tokens).to("cuda"), given, options.budget_ms)
-        report["in_model"].append(found | {"difference": relative(logits["fa4"], logits["ours"])})
-    report["fa4_ms_alone_afterwards"] = fa4_times(model.shape, options.lengths, 1000)
-    text = json.dumps(report, indent=2)
-    print(text)
-    if options.out:
-        options.out.write_text(text)
-
-
-if __name__ == "__main__":
-    main()

@@ -78,6 +78,14 @@ class Model:
         config = replace(self.shape, layers=1).config(self.seq[2])
         return AutoModelForCausalLM.from_config(config, dtype=torch_dtype(self.dtype)).eval()
 
+    def save(self, folder: Path) -> PreTrainedModel:
+        """Writes the directory that export-model would be given, its weights of one layer; returns what `tied` does."""
+        one = self.one_layer()
+        with quiet():
+            one.save_pretrained(folder)
+        self.shape.config(self.seq[2]).save_pretrained(folder)
+        return _repeat_layer(one, self.shape.layers)
+
     def plan(self, folder: Path, variant: str) -> ExportPlan:
         """What export-model would do with the directory in `folder` for one of VARIANTS."""
         layers, preset = VARIANTS[variant]
@@ -99,16 +107,13 @@ def _repeat_layer(model: Any, count: int) -> PreTrainedModel:
 
 
 def prepare(model: Model, folder: Path) -> None:
-    """Writes `folder`/model, the directory that export-model would be given (its weights are of one layer), and `folder`/onnx, the
-    ONNX files of the exact plan. Uses the processor alone, so that a process of its own can do it meanwhile.
+    """Writes `folder`/model, the directory of `Model.save`, and `folder`/onnx, the ONNX files of the exact plan.
+
+    Uses the processor alone, so that a process of its own can do it meanwhile.
     """
-    one = model.one_layer()
-    with quiet():
-        one.save_pretrained(folder / "model")
-    model.shape.config(model.seq[2]).save_pretrained(folder / "model")
-    plan = model.plan(folder / "model", "exact")
+    loaded, plan = model.save(folder / "model"), model.plan(folder / "model", "exact")
     (folder / "onnx").mkdir()
-    export_onnx(install(_repeat_layer(one, model.shape.layers), plan), plan, folder / "onnx", lambda step: None)
+    export_onnx(install(loaded, plan), plan, folder / "onnx", lambda step: None)
 
 
 def write_variant(onnx_file: Path, plan: ExportPlan, folder: Path) -> list[str]:
