@@ -93,6 +93,8 @@ struct alignas(64) TileMap {
   uint64_t words[16];  // the driver's CUtensorMap
 };
 
+// Of the line of global memory there, into L2.
+HA_DEVICE void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 HA_DEVICE void prefetch_map(const TileMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
 // Box of kTileColumns columns and kTileKeys rows from (column, row) of matrix `slice`; what lies outside is zero.
 HA_DEVICE void load_tile(const TileMap& map, uint32_t target, uint32_t barrier, int column, int row, int slice) {

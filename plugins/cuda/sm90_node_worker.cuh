@@ -17,6 +17,8 @@ struct NodeWorker : RingReader<HopperBlock<T, P, Walk>> {
   using Place = RingPlace<Block::kBuffers>;
   static constexpr int kKeys = Block::kKeys, kGroups = Block::kTable.groups, kPieces = Block::kPieces;
   static constexpr int kPieceBytes = kGroups * kGroupRows * 128;  // from one piece's queries to the next: groups alternate
+  // Whether maxima are sought in every step, while the values' product runs: up to 64 they cost nothing there.
+  static constexpr bool kSeeks = P == 64;
   static constexpr int kSeen = P == 64 ? kPieces : 1;  // pieces for which registers suffice
   static_assert(!Walk::kConsecutive && kGroups == 2 && kPieces == 2);
 
@@ -38,6 +40,7 @@ struct NodeWorker : RingReader<HopperBlock<T, P, Walk>> {
       return;
     }
     const int64_t slice = walk.slice;
+    if (block.args.config.attend.stored) prefetch_row(block.args, slice, block.row(parity, group * (Block::kRows / kGroups) + thread));
     const float factor = base2_factor(g);
     const uint32_t queries = block.queries(turn) + group * kGroupRows * 128;
     State state;  // at a step's start with the last piece's rows, whose values come next
@@ -69,13 +72,21 @@ struct NodeWorker : RingReader<HopperBlock<T, P, Walk>> {
         fence_registers(state.logits);
         if (u == kPieces - 1) release_buffer();
         if (biased && walk.masks_listed()) mask_listed(state, parity, u);
-        const bool rises = state.raise(factor);
-        product_wait<0>();
-        fence_registers(state.o);
-        if (u == 0 && pending) release(block.free(values.index), thread);
-        waiting.exchange_output(state);
-        if (rises) state.rescale();
-        state.take_probabilities(factor);
+        if (!pending) state.refer(factor);
+        const auto values_done = [&] {
+          product_wait<0>();
+          fence_registers(state.o);
+          if (u == 0 && pending) release(block.free(values.index), thread);
+          waiting.exchange_output(state);
+        };
+        if constexpr (kSeeks) {
+          const bool rises = state.raise(factor);
+          values_done();
+          if (rises) state.rescale();
+          state.take_probabilities(factor);
+        } else {
+          state.template take_probabilities<false>(factor, values_done);
+        }
       }
       values = place;
       place.advance();
@@ -99,11 +110,7 @@ struct NodeWorker : RingReader<HopperBlock<T, P, Walk>> {
 #pragma unroll
       for (int i = 0; i < 2; ++i) largest[i] = -INFINITY, sum[i] = 0.0f;
     }
-    // Changes places with the rows in `state`; while a product adds to these, with their sums only.
-    HA_DEVICE void exchange(State& state) {
-      exchange_output(state);
-      exchange_sums(state);
-    }
+    // Change places with those in `state`; while a product adds to these, their sums only.
     HA_DEVICE void exchange_output(State& state) {
 #pragma unroll
       for (int i = 0; i < P / 2; ++i) swap(o[i], state.o[i]);
@@ -119,37 +126,43 @@ struct NodeWorker : RingReader<HopperBlock<T, P, Walk>> {
     }
   };
 
-  // Adds the last piece's last values, where they are `pending`, and stores the rows. kStored: some have met keys in earlier launches.
+  // Adds the last piece's last values, where they are `pending`, and stores the rows: the first piece's meanwhile. kStored: some have met
+  // keys in earlier launches.
   template <bool kStored>
   HA_DEVICE void finish(State& state, Rows& waiting, bool pending, const Place& values, int parity, int64_t slice) const {
-    SeenRow<P> seen[kSeen][2];  // on its way while the last products run
-    if constexpr (kStored) {
-#pragma unroll
-      for (int u = 0; u < kSeen; ++u) fetch(seen[u], parity, u, slice);
-    }
     if (pending) {
+      const auto first = look_up<kStored>(parity, 0, slice);
+      PieceRows<kStored> last;
+      if (kSeen > 1) last = look_up<kStored>(parity, 1, slice);
       barrier_wait(block.full(values.index), values.phase);
       state.start_values(uniform(block.buffer(values.index)));
+      store_rows<T, P, kStored>(block.args, waiting, thread, slice, first.row);
+      if (kSeen == 1) last = look_up<kStored>(parity, 1, slice);
       product_wait<0>();
       fence_registers(state.o);
       release(block.free(values.index), thread);
-    }
-#pragma unroll
-    for (int u = 0; u < kPieces; ++u) {
-      waiting.exchange(state);
-      if constexpr (kStored) {
-        if (u >= kSeen) fetch(seen[0], parity, u, slice);
-        store_rows<T, P, true>(block.args, state, thread, slice, [&](int half) { return seen[u % kSeen][half]; });
-      } else {
-        store_rows<T, P, false>(block.args, state, thread, slice, [&](int half) { return block.row(parity, row_of(u, half)); });
-      }
+      store_rows<T, P, kStored>(block.args, state, thread, slice, last.row);
+    } else {
+      store_rows<T, P, kStored>(block.args, waiting, thread, slice, look_up<kStored>(parity, 0, slice).row);
+      store_rows<T, P, kStored>(block.args, state, thread, slice, look_up<kStored>(parity, 1, slice).row);
     }
   }
 
-  // What earlier launches have stored of piece u.
-  HA_DEVICE void fetch(SeenRow<P> (&seen)[2], int parity, int u, int64_t slice) const {
+  // A thread's rows of a piece, with what earlier launches have stored of them.
+  template <bool kStored>
+  struct PieceRows {
+    std::conditional_t<kStored, SeenRow<P>, Row> row[2];
+  };
+  template <bool kStored>
+  HA_DEVICE PieceRows<kStored> look_up(int parity, int u, int64_t slice) const {
+    PieceRows<kStored> rows;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) seen[half] = fetch_row<P>(block.args, thread, slice, block.row(parity, row_of(u, half)));
+    for (int half = 0; half < 2; ++half) {
+      const Row& row = block.row(parity, row_of(u, half));
+      if constexpr (kStored) rows.row[half] = fetch_row<P>(block.args, thread, slice, row);
+      else rows.row[half] = row;
+    }
+    return rows;
   }
   // Piece u of the group, counted from the tile's first.
   HA_DEVICE int piece_of(int u) const { return u * kGroups + group; }

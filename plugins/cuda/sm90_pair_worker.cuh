@@ -39,6 +39,7 @@ struct PairWorker : RingReader<HopperBlock<T, P, Walk>> {
       start_keys(state, digest, queries);
       product_wait<0>();
       finish_keys(state, walk, digest, parity);
+      state.refer(factor);
       if (state.raise(factor)) state.rescale();
       state.take_probabilities(factor);
       Values values = leave(left, digest);
@@ -68,7 +69,8 @@ struct PairWorker : RingReader<HopperBlock<T, P, Walk>> {
     } else {
       release(block.queries_free(turn), thread);
     }
-    store_rows<T, P, false>(block.args, state, thread, slice, [&](int half) { return block.row(parity, row_of(half)); });
+    const Row rows[2] = {block.row(parity, row_of(0)), block.row(parity, row_of(1))};
+    store_rows<T, P, false>(block.args, state, thread, slice, rows);
     barrier_arrive(block.tile_done(parity));
   }
 

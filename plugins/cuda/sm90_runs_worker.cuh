@@ -48,8 +48,8 @@ struct RunWorker {
       give_turn();
       product_wait<0>();
       finish_keys(state, walk, mode, j);
-      if (state.raise(factor)) state.rescale();
-      state.take_probabilities(factor);
+      state.refer(factor);
+      state.template take_probabilities<false>(factor, [] {});
       values = leave(j);
       while ((mode = next(tile, walk, j)) != Mode::kSkip) {
         barrier_wait(block.full(values.index), values.phase);
@@ -90,8 +90,12 @@ struct RunWorker {
     }
     barrier_arrive(block.queries_free(parity));  // by each thread: of the tile's description, too, nothing is read any more
     if (met) drain(block, state, values, thread);
-    if constexpr (kStored) store_rows<T, P, true>(args, state, thread, slice, [&](int half) { return seen[half]; });
-    else store_rows<T, P, false>(args, state, thread, slice, row_of);
+    if constexpr (kStored) {
+      store_rows<T, P, true>(args, state, thread, slice, seen);
+    } else {
+      const Row rows[2] = {row_of(0), row_of(1)};
+      store_rows<T, P, false>(args, state, thread, slice, rows);
+    }
   }
 
   // The groups start their products one after the other, so that some have their softmax while one's products run. Steps that a group

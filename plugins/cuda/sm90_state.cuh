@@ -54,33 +54,39 @@ struct GroupState {
   }
 
   // Whether, in a row of this warp, the logits exceed `largest` by so much that it rises; `factor` turns logits into base 2. It follows
-  // the maximum with a delay: powers of 2 up to 2^kRise are summed as well as those up to 1, and o is scaled less often.
+  // the maximum with a delay: powers of 2 up to 2^kRise are summed as well as those up to 1, and o is scaled less often. In most steps
+  // nothing rises: each thread looks at its own logits, and the warp has one vote.
   HA_DEVICE bool raise(float factor) {
     constexpr float kRise = 8.0f;
-    float top[2], limit[2];
+    float limit[2], top[2];
+    bool above = false;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) limit[half] = largest[half] + kRise, top[half] = highest(half);
-#pragma unroll
-    for (int mask = 1; mask < 4; mask *= 2)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int bits = int(float_bits(top[half]));
-        top[half] = bits_float(uint32_t(max(bits, shuffle_xor(bits, mask))));
-      }
-    // Without a logit that is not negative, `highest` has found none of the largest; that matters where the limit is negative, too.
-    const bool unknown = int((float_bits(top[0]) & float_bits(limit[0])) | (float_bits(top[1]) & float_bits(limit[1]))) < 0;
-    const auto rises = [&](int half) { return top[half] * factor > limit[half]; };
-    if (!ballot(unknown || rises(0) || rises(1))) return false;  // one vote where nothing rises, as in most steps
-    if (ballot(unknown)) {
-      find_maxima(top);
-      if (!ballot(rises(0) || rises(1))) return false;
+    for (int half = 0; half < 2; ++half) {
+      limit[half] = largest[half] + kRise;
+      top[half] = highest(half);
+      // Without a logit that is not negative, `highest` has found none of the largest; that matters where the limit is negative, too.
+      above |= top[half] * factor > limit[half] || int(float_bits(top[half]) & float_bits(limit[half])) < 0;
     }
-    lift(top, {rises(0), rises(1)}, factor);
+    if (!ballot(above)) return false;
+    find_maxima(top);
+    const bool rises[2] = {top[0] * factor > limit[0], top[1] * factor > limit[1]};
+    if (!ballot(rises[0] || rises[1])) return false;
+    lift(top, rises, factor);
     return true;
   }
   HA_DEVICE void rescale() {
 #pragma unroll
     for (int i = 0; i < P / 2; ++i) o[i] *= keep[i / 2 % 2];
+  }
+
+  // A row's first step: powers refer to the largest of a few of its logits, unless these are masked.
+  HA_DEVICE void refer(float factor) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float lead = fmaxf(logits[2 * half], logits[2 * half + 1]);
+      for (int mask = 1; mask < 4; mask *= 2) lead = fmaxf(lead, shuffle_xor(lead, mask));
+      if (fabsf(lead) < INFINITY) largest[half] = lead * factor;
+    }
   }
 
   // Logits become probabilities, the left operand of the values' product.
@@ -91,28 +97,32 @@ struct GroupState {
     for (int half = 0; half < 2; ++half) sum[half] += total[half];
   }
 
-  // The same behind a tile's first step, without a look at the maxima beforehand: powers refer to what they did before. Where a thread's
-  // part of a row's sum shows that logits are far above that, or a row had seen nothing, the reference rises and they are found anew.
+  // The same without a look at the maxima beforehand: powers refer to what they did before. Where a thread's part of a row's sum shows
+  // that logits are far above that, or a row had seen nothing, the reference rises and they are found anew.
   // `values_done` waits for the values of the step before, whose product reads p; kEarly: exponentials do not, for which registers must
   // suffice.
   template <bool kEarly, class Wait>
   HA_DEVICE void take_probabilities(float factor, Wait&& values_done) {
-    constexpr float kMost = 256.0f;
+    constexpr float kMost = 16384.0f;  // of fp16, where the largest number is four times that
     uint32_t early[kKeys / 4];
     uint32_t(&powers)[kKeys / 4] = kEarly ? early : p;
     if constexpr (!kEarly) values_done();
     float total[2];
-    find_powers(factor, powers, total);
     const auto far_above = [&](int half) { return total[half] > kMost || largest[half] == -INFINITY; };
-    const bool rises = ballot(far_above(0) || far_above(1));
-    if (rises) {
+    bool rises = false;
+#pragma unroll 1
+    for (;;) {
+      find_powers(factor, powers, total);
+      if (rises || !ballot(far_above(0) || far_above(1))) break;
       int above[2] = {far_above(0), far_above(1)};  // of the row, to which other rows of the warp must make no difference
       for (int half = 0; half < 2; ++half)
         for (int mask = 1; mask < 4; mask *= 2) above[half] |= shuffle_xor(above[half], mask);
       float top[2];
       find_maxima(top);
-      lift(top, {above[0] != 0, above[1] != 0}, factor);
-      find_powers(factor, powers, total);
+      const auto found = [&](int half) { return above[half] != 0 && top[half] != -INFINITY; };
+      rises = ballot(found(0) || found(1));  // not where such rows see nothing
+      if (!rises) break;
+      lift(top, {found(0), found(1)}, factor);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) sum[half] += total[half];
@@ -191,18 +201,29 @@ HA_DEVICE void drain(const Block& block, State& state, const Place& values, int 
   release(block.free(values.index), thread);
 }
 
-// Four neighbouring threads each hold one word of each of four 16-byte pieces; afterwards each holds one piece, or the other way round.
-HA_DEVICE void transpose_quad(uint32_t (&words)[4], int lane) {
+// Four neighbouring threads each hold one word of each of four 16-byte pieces; afterwards each holds one piece, or the other way round. The
+// same for kCount such fours, whose exchanges do not wait for each other.
+template <int kCount>
+HA_DEVICE void transpose_quads(Words4 (&pieces)[kCount], int lane) {
 #pragma unroll
   for (int mask = 1; mask < 4; mask *= 2) {
     const bool upper = lane & mask;
+    uint32_t other[kCount][2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int low = mask == 1 ? 2 * i : i, high = low + mask;
-      const uint32_t other = uint32_t(shuffle_xor(int(upper ? words[low] : words[high]), mask));
-      if (upper) words[low] = other;
-      else words[high] = other;
-    }
+    for (int n = 0; n < kCount; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int low = mask == 1 ? 2 * i : i, high = low + mask;
+        other[n][i] = uint32_t(shuffle_xor(int(upper ? pieces[n].w[low] : pieces[n].w[high]), mask));
+      }
+#pragma unroll
+    for (int n = 0; n < kCount; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int low = mask == 1 ? 2 * i : i, high = low + mask;
+        if (upper) pieces[n].w[low] = other[n][i];
+        else pieces[n].w[high] = other[n][i];
+      }
   }
 }
 

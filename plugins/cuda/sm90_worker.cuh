@@ -66,7 +66,8 @@ struct Worker : RingReader<HopperBlock<T, P, Walk>> {
     } else {
       release(block.queries_free(turn), thread);
     }
-    store_rows<T, P, false>(block.args, state, thread, slice, [&](int half) { return block.row(parity, row_of(half)); });
+    const Row rows[2] = {block.row(parity, row_of(0)), block.row(parity, row_of(1))};
+    store_rows<T, P, false>(block.args, state, thread, slice, rows);
     barrier_arrive(block.tile_done(parity));
   }
 

@@ -28,6 +28,7 @@ struct TileMap {
   int64_t slices, rows, columns;
   int box_rows, box_columns;
 };
+inline void prefetch(const void*) {}
 inline void prefetch_map(const TileMap&) {}
 void load_tile(const TileMap& map, uint32_t target, uint32_t barrier, int column, int row, int slice);
 
