@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hyperattention import requirements
 from hyperattention.config import OP_TYPE
 from hyperattention.errors import EnvironmentFault, UsageError
 from hyperattention.export.bundle import Bundle
@@ -62,7 +63,7 @@ def runtime_available() -> str | None:
         return f"TensorRT's Python bindings cannot be imported: {error}; install hyperattention[tensorrt]"
     if int(trt.__version__.split(".")[0]) < 10:
         return f"TensorRT is {trt.__version__}; the plugin takes 10.6 or newer"
-    return None
+    return requirements.lacking("polygraphy")
 
 
 def build_engine(

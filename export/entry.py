@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from hyperattention import __version__
+from hyperattention import __version__, requirements
 from hyperattention.errors import EnvironmentFault, HyperAttentionError, UsageError
 from hyperattention.export import interrupt
 
@@ -107,6 +107,8 @@ def _judge(error: Exception, arguments: Sequence[str]) -> tuple[int, str]:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
         asked = " ".join(str(error).split())[:200] or "the system gave no size"
         return EnvironmentFault.exit_code, f"out of memory: {asked}; give shorter lengths or a smaller batch"
+    if isinstance(error, ImportError) and (lacking := requirements.of_import(error)):
+        return EnvironmentFault.exit_code, lacking
     traceback.print_exc()
     return INTERNAL_ERROR, f"internal error, a bug: {type(error).__name__}: {error}; please report it with the traceback above"
 

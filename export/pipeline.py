@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
+from hyperattention import requirements
 from hyperattention.errors import AccuracyFailed, EnvironmentFault, UsageError
 from hyperattention.export import bundle, disk, fingerprint, policy
 from hyperattention.export.automatic import forget
@@ -100,6 +101,9 @@ def check_environment(source: "Source", plan: ExportPlan, options: Options, miss
         raise EnvironmentFault(f"--triton: neither of its backends could serve the result: {missing['ONNX Runtime library']}")
     if options.validation.wanted and "ONNX Runtime library" in missing and "engine" in missing:
         raise EnvironmentFault(f"the result cannot be validated: {missing['ONNX Runtime library']}, or pass --no-validate")
+    lacking = requirements.lacking("polygraphy") if options.validation.wanted else None
+    if lacking is not None:
+        raise EnvironmentFault(f"the result cannot be validated: {lacking}, or pass --no-validate")
 
 
 def check_validation(source: "Source", plan: ExportPlan, asked: Request, read: Extent | None = None) -> Extent | None:

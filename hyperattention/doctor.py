@@ -15,6 +15,7 @@ import subprocess
 import sys
 from ctypes import byref, c_int
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hyperattention import __version__
+from hyperattention import __version__, requirements
 from hyperattention.config import DOMAIN, OP_TYPE
 from hyperattention.errors import EnvironmentFault
 from hyperattention.library import ABI_VERSION, ORT_LIBRARY, TRT_LIBRARY, build_info, ort_library_path, trt_library_path
@@ -51,6 +52,7 @@ def collect() -> list[Check]:
         check_driver(*find_driver()),
         check_torch(),
         check_onnxruntime(),
+        check_polygraphy(),
         check_tensorrt(),
         check_nvcc(),
         check_library(ORT_LIBRARY, ort_library_path, required=True),
@@ -122,6 +124,13 @@ def check_onnxruntime() -> Check:
         return Check("ONNX Runtime", MISSING, str(error), "pip install onnxruntime-gpu", required=True)
     providers = ", ".join(p.removesuffix("ExecutionProvider") for p in onnxruntime.get_available_providers())
     return Check("ONNX Runtime", OK, f"{onnxruntime.__version__}: {providers}", required=True)
+
+
+def check_polygraphy() -> Check:
+    """Polygraphy, which builds engines and judges the outputs of backends."""
+    if requirements.lacking("polygraphy"):
+        return Check("Polygraphy", MISSING, "not installed", requirements.install("polygraphy"), required=True)
+    return Check("Polygraphy", OK, metadata.version("polygraphy"), required=True)
 
 
 def check_tensorrt() -> Check:

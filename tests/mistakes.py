@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -277,6 +278,10 @@ def other_interface() -> bytes:
     now, other = f'"abi": {ABI_VERSION}'.encode(), f'"abi": {ABI_VERSION + 1}'.encode()
     assert now in data, "the library's build info is written in another way"
     return data.replace(now, other)
+
+
+def no_polygraphy(patch: pytest.MonkeyPatch, place: Place) -> None:
+    patch.setitem(sys.modules, "polygraphy", None)
 
 
 def old_onnxruntime(patch: pytest.MonkeyPatch, place: Place) -> None:

@@ -72,3 +72,14 @@ def test_a_process_of_its_own_ends_without_a_traceback(command: tuple[str, ...],
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and words in done.stderr and done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_validation_without_polygraphy_says_what_to_install(finished: Path, whole: Path) -> None:
+    # A process of its own: in this one the modules that import it are loaded already.
+    hidden = "import sys; sys.modules['polygraphy'] = None; from hyperattention.validate.cli import main; main(sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", hidden, "validate", finished, "--model", whole], env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 3 and "Traceback" not in done.stderr
+    assert "polygraphy is not installed; pip install 'polygraphy" in " ".join(done.stderr.split())

@@ -73,6 +73,14 @@ def test_a_file_that_is_no_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp
     assert check.status == doctor.MISSING and "cannot be loaded" in check.found
 
 
+def test_a_missing_package_is_named_with_its_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.check_polygraphy().status == doctor.OK
+    monkeypatch.setitem(sys.modules, "polygraphy", None)
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: ["polygraphy-extra", "polygraphy<9,>=8; python_version > '3'"])
+    check = doctor.check_polygraphy()
+    assert (check.status, check.mend) == (doctor.MISSING, "pip install 'polygraphy<9,>=8'") and doctor.exit_code([check]) == 3
+
+
 def test_optional_parts_may_be_missing() -> None:
     missing = doctor.Check("TensorRT", doctor.MISSING, "-", "install it")
     assert doctor.exit_code([missing]) == 0
